@@ -1,0 +1,59 @@
+"""FLUX.1 in plain torch: a library that knows nothing of the nodes or of the host it runs in.
+
+  spec.py          the letters of every shape, sizes of a model, what a prompt becomes, what a solver sees
+  conditioning.py  prompt -> T5 sequence and CLIP vector
+  schedule.py      steps, number of image tokens -> sigmas
+  solver.py        velocity, sigmas -> the path from noise to picture
+  transformer.py   tokens, prompt, sigma -> velocity (its parts are in layers.py)
+  vae.py           image <-> latent
+  pipeline.py      all of these in eight numbered steps: text to image
+  preview.py       a latent as a small picture, cheaply
+  weights/         files in, modules out
+  train/           how the miniature in models/ is made
+
+The five stages (conditioning, schedule, solver, transformer, vae) do not import each other: they meet in
+pipeline.py, by numbers and tensors. What `__all__` names is the public interface; the rest may change.
+"""
+
+from .conditioning import TextEncoders
+from .pipeline import Models, draw_noise, guided_velocity, latent_size, sample, text_to_image
+from .schedule import make_sigmas, mu_for_tokens, shift_sigmas
+from .solver import SOLVERS, Solver, Step, integrate
+from .spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec, Velocity
+from .transformer import FluxTransformer, Prepared, pack, unpack
+from .vae import AutoEncoder, AutoEncoderSpec, to_model_space, to_vae_space
+from .weights import load_autoencoder, load_text_encoders, load_transformer, read_state_dict
+
+__all__ = [
+    "FLUX_DEV",
+    "FLUX_SCHNELL",
+    "SOLVERS",
+    "AutoEncoder",
+    "AutoEncoderSpec",
+    "Conditioning",
+    "FluxSpec",
+    "FluxTransformer",
+    "Models",
+    "Prepared",
+    "Solver",
+    "Step",
+    "TextEncoders",
+    "Velocity",
+    "draw_noise",
+    "guided_velocity",
+    "integrate",
+    "latent_size",
+    "load_autoencoder",
+    "load_text_encoders",
+    "load_transformer",
+    "make_sigmas",
+    "mu_for_tokens",
+    "pack",
+    "read_state_dict",
+    "sample",
+    "shift_sigmas",
+    "text_to_image",
+    "to_model_space",
+    "to_vae_space",
+    "unpack",
+]

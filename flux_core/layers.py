@@ -1,0 +1,215 @@
+"""The parts of the FLUX.1 transformer: embeddings, rotary positions, modulated blocks.
+
+Names are BFL's (black-forest-labs/flux, src/flux/modules/layers.py), so that checkpoints load unmapped. What
+differs is the division of labour: a block is given its modulation and its rotary table ready-made, because
+neither depends on the image, and so neither belongs in the step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .spec import FluxSpec
+
+Chunks = tuple[Tensor, ...]
+"""Modulation of one stream in one block, each [B, 1, hidden]: (shift, 1 + scale, gate), once or twice."""
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary angles, each [1, 1, L + N, D/2, 1], float32."""
+
+
+def sinusoidal_embedding(value: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Embedding [B, dim], float32, cosines then sines, of values in 0..1 (a sigma) or of guidance scales.
+
+    The factor of 1000 is FLUX's (BFL layers.py timestep_embedding). BFL rounds the value to the model's dtype
+    first; here it stays float32, which in bfloat16 saves an error of up to 3.5 in 1000.
+    """
+    half = dim // 2
+    frequency = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=value.device) / half
+    )
+    angle = 1000.0 * value.float()[:, None] * frequency[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Rope:
+    """Rotary cosines and sines, float32, for position ids [L + N, 3] (Su et al., arXiv:2104.09864, eq. 34).
+
+    The angles are made in float64 once per run and kept in float32.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        angles.append(ids[:, axis, None].double() * frequency)
+    angle = torch.cat(angles, dim=-1)[None, None, :, :, None]
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """x [B, K, L, D] with each adjacent pair of the head dim turned by its angle; float32 inside."""
+    cos, sin = rope
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
+        even, odd = rearrange(x, "b k l (d pair) -> b k l d pair", pair=2).chunk(2, dim=-1)
+        turned = torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:  # one pass instead of seven; compilers cannot fuse complex numbers, and not every device has them
+        pairs = torch.view_as_complex(rearrange(x.float(), "b k l (d pair) -> b k l d pair", pair=2))
+        turned = torch.view_as_real(pairs * torch.complex(cos, sin).squeeze(-1))
+    return rearrange(turned, "b k l d pair -> b k l (d pair)").to(x.dtype)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) * scale + shift, where `scale` already holds FLUX's 1 +.
+
+    One call when the whole batch shares the modulation.
+    """
+    width = x.shape[-1:]
+    if scale.shape[0] == 1:
+        return F.layer_norm(x, width, scale.view(-1), shift.view(-1), eps=1e-6)
+    return torch.addcmul(shift, F.layer_norm(x, width, eps=1e-6), scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention over [B, K, L, D], heads joined again: [B, L, K D]."""
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b k l d -> b l (k d)")
+
+
+class MLPEmbedder(nn.Module):
+    """Two linear layers with SiLU between: how FLUX takes in sigma, guidance and the pooled vector."""
+
+    def __init__(self, in_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the head dim, eps 1e-6, with a learned scale."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
+
+
+class QKNorm(nn.Module):
+    """The norms of queries and keys."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+
+class SelfAttention(nn.Module):
+    """Weights of one stream's attention in a double block: fused qkv, norms, output projection."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.norm = QKNorm(hidden // heads)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed queries and keys, and values, each [B, K, L, D]."""
+        q, k, v = rearrange(self.qkv(x), "b l (qkv k d) -> qkv b k l d", qkv=3, k=self.heads).unbind(0)
+        return self.norm.query_norm(q), self.norm.key_norm(k), v
+
+
+class Modulation(nn.Module):
+    """A block's shifts, scales and gates from the conditioning vector (adaLN-zero, arXiv:2212.09748)."""
+
+    def __init__(self, hidden: int, parts: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(hidden, 3 * parts * hidden)
+
+    def forward(self, vec: Tensor) -> Chunks:
+        """(shift, 1 + scale, gate) per part, each [B, 1, hidden], from vec [B, hidden]."""
+        chunks = self.lin(F.silu(vec))[:, None].chunk(self.lin.out_features // vec.shape[-1], dim=-1)
+        return tuple(c + 1 if i % 3 == 1 else c for i, c in enumerate(chunks))
+
+
+def _mlp(hidden: int, mlp: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image attend to each other with weights of their own (MM-DiT, arXiv:2403.03206)."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        hidden = spec.hidden_size
+        self.img_mod = Modulation(hidden, 2)
+        self.img_attn = SelfAttention(hidden, spec.num_heads)
+        self.img_mlp = _mlp(hidden, spec.mlp_size)
+        self.txt_mod = Modulation(hidden, 2)
+        self.txt_attn = SelfAttention(hidden, spec.num_heads)
+        self.txt_mlp = _mlp(hidden, spec.mlp_size)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, img_mod: Chunks, txt_mod: Chunks, rope: Rope
+    ) -> tuple[Tensor, Tensor]:
+        """img [B, N, hidden] and txt [B, L, hidden] after attention and MLP; text stands before image."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
+        iq, ik, iv = self.img_attn.project(modulated_norm(img, img_shift1, img_scale1))
+        tq, tk, tv = self.txt_attn.project(modulated_norm(txt, txt_shift1, txt_scale1))
+        q, k = rotate(torch.cat([tq, iq], dim=2), rope), rotate(torch.cat([tk, ik], dim=2), rope)
+        joint = attention(q, k, torch.cat([tv, iv], dim=2))
+        txt_attn, img_attn = joint.split([txt.shape[1], img.shape[1]], dim=1)
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side, one linear layer in and one out (arXiv:2302.05442)."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        hidden, self.heads, self.mlp_size = spec.hidden_size, spec.num_heads, spec.mlp_size
+        self.linear1 = nn.Linear(hidden, 3 * hidden + self.mlp_size)
+        self.linear2 = nn.Linear(hidden + self.mlp_size, hidden)
+        self.norm = QKNorm(spec.head_dim)
+        self.modulation = Modulation(hidden, 1)
+
+    def forward(self, x: Tensor, mod: Chunks, rope: Rope) -> Tensor:
+        """x [B, L + N, hidden] -> the same shape."""
+        shift, scale, gate = mod
+        qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(
+            [3 * x.shape[-1], self.mlp_size], dim=-1
+        )
+        q, k, v = rearrange(qkv, "b l (qkv k d) -> qkv b k l d", qkv=3, k=self.heads).unbind(0)
+        attn = attention(rotate(self.norm.query_norm(q), rope), rotate(self.norm.key_norm(k), rope), v)
+        return torch.addcmul(
+            x, gate, self.linear2(torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1))
+        )
+
+
+class LastLayer(nn.Module):
+    """Final modulated norm and linear map to the velocity of each token."""
+
+    def __init__(self, hidden: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+
+    def modulate(self, vec: Tensor) -> Chunks:
+        """(shift, 1 + scale), each [B, 1, hidden]."""
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return shift, scale + 1
+
+    def forward(self, x: Tensor, mod: Chunks) -> Tensor:
+        return self.linear(modulated_norm(x, *mod))

@@ -1,0 +1,110 @@
+"""Sizes of a FLUX.1 transformer, what a prompt becomes, and the letters that flux_core writes shapes in.
+
+Legend: B batch, H W pixels, h w = H/8 W/8, N = (H/16)(W/16) image tokens, L text tokens, K heads, D head dim,
+C width of the T5 sequence, P width of the pooled CLIP vector, S number of sigmas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""(x, sigma) -> dx/dsigma = noise - image, of the shape of x: all that a solver needs to know of a model."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the text encoders give, `txt` [B, L, C] and `pooled` [B, P], and the distilled guidance."""
+
+    txt: Tensor
+    pooled: Tensor
+    guidance: float | None = None
+
+
+@dataclass(frozen=True)
+class FluxSpec:
+    """Sizes of a FLUX.1 transformer (black-forest-labs/flux, src/flux/model.py: FluxParams).
+
+    `in_channels` and `out_channels` count a token's inputs (64 for [dev] and [schnell], 384 for Fill) and
+    outputs.
+    """
+
+    hidden_size: int
+    num_heads: int
+    depth: int
+    depth_single: int
+    context_in: int
+    vec_in: int
+    in_channels: int = 64
+    out_channels: int = 64
+    mlp_ratio: float = 4.0
+    guidance_embed: bool = False
+    theta: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.hidden_size % (32 * self.num_heads):
+            raise ValueError(
+                "heads must have a multiple of 32 dims for the three rotary axes, "
+                f"got {self.num_heads} heads over a hidden size of {self.hidden_size}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def axes_dim(self) -> tuple[int, int, int]:
+        """Head dims turned by (image index, row, column), in the proportion of FLUX.1's 16, 56, 56 of 128."""
+        first = self.head_dim // 8
+        rest = (self.head_dim - first) // 2
+        return first, rest, rest
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> FluxSpec:
+        """Sizes read off the shapes of a state dict with BFL's names.
+
+        Raises ValueError when it is no FLUX.1 transformer.
+        """
+        needed = (
+            "img_in.weight",
+            "txt_in.weight",
+            "vector_in.in_layer.weight",
+            "final_layer.linear.weight",
+            "double_blocks.0.img_attn.norm.query_norm.scale",
+            "double_blocks.0.img_mlp.0.weight",
+        )
+        missing = [name for name in needed if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"not a FLUX.1 transformer: it has no {missing[0]}; choose a FLUX.1 diffusion model"
+            )
+        hidden, in_channels = state_dict["img_in.weight"].shape
+        head_dim = state_dict["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
+        return cls(
+            hidden_size=hidden,
+            num_heads=hidden // head_dim,
+            depth=_count(state_dict, "double_blocks."),
+            depth_single=_count(state_dict, "single_blocks."),
+            context_in=state_dict["txt_in.weight"].shape[1],
+            vec_in=state_dict["vector_in.in_layer.weight"].shape[1],
+            in_channels=in_channels,
+            out_channels=state_dict["final_layer.linear.weight"].shape[0],
+            mlp_ratio=state_dict["double_blocks.0.img_mlp.0.weight"].shape[0] / hidden,
+            guidance_embed="guidance_in.in_layer.weight" in state_dict,
+        )
+
+
+def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered blocks the state dict holds under `prefix`."""
+    return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
+
+
+FLUX_DEV = FluxSpec(3072, 24, 19, 38, context_in=4096, vec_in=768, guidance_embed=True)
+FLUX_SCHNELL = FluxSpec(3072, 24, 19, 38, context_in=4096, vec_in=768)

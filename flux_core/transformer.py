@@ -1,0 +1,228 @@
+"""The FLUX.1 transformer: packed latent tokens, a prompt and a sigma in, the velocity of each token out.
+
+Work is split by what it depends on. `prepare` does, once per run, all that does not depend on the image: the
+text projection, the rotary table and the modulations for every sigma (27 % of FLUX.1 [dev]'s weights serve
+only these, and `release_modulation` gives them back before the first step). `forward` does the rest, once per
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .layers import (
+    Chunks,
+    DoubleStreamBlock,
+    LastLayer,
+    MLPEmbedder,
+    Rope,
+    SingleStreamBlock,
+    rope_table,
+    sinusoidal_embedding,
+)
+from .spec import Conditioning, FluxSpec
+
+
+@dataclass(frozen=True)
+class Modulations:
+    """Shifts, scales, gates of one evaluation: (image, text) a double block, one a single block, the last."""
+
+    double: tuple[tuple[Chunks, Chunks], ...]
+    single: tuple[Chunks, ...]
+    last: Chunks
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What does not depend on the image: `txt` [B, L, hidden], the rotary table, modulations by sigma."""
+
+    txt: Tensor
+    rope: Rope
+    modulations: Mapping[float, Modulations] = field(repr=False)
+
+
+def pack(latent: Tensor) -> Tensor:
+    """Tokens [B, N, 4 c] from a latent [B, c, h, w]: each 2x2 patch is one token, ordered (c ph pw).
+
+    Raises ValueError when h or w is odd.
+    """
+    h, w = latent.shape[-2:]
+    if h % 2 or w % 2:
+        raise ValueError(
+            f"latent height and width must be even to pack 2x2, got {h}x{w}; "
+            "make the image's sides multiples of 16"
+        )
+    return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    """Latent [B, c, h, w] from tokens [B, N, 4 c]: the inverse of `pack`."""
+    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=h // 2, w=w // 2, ph=2, pw=2)
+
+
+def position_ids(text_length: int, h: int, w: int) -> Tensor:
+    """Ids [L + N, 3], float32: zeros for the text, (0, row, column) for the tokens of an h x w latent."""
+    image = torch.zeros(h // 2, w // 2, 3)
+    image[..., 1] = torch.arange(h // 2)[:, None]
+    image[..., 2] = torch.arange(w // 2)[None, :]
+    return torch.cat([torch.zeros(text_length, 3), rearrange(image, "h w i -> (h w) i")])
+
+
+class FluxTransformer(nn.Module):
+    """FLUX.1's velocity network (black-forest-labs/flux, src/flux/model.py: Flux), sized by `spec`."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        hidden = spec.hidden_size
+        self.img_in = nn.Linear(spec.in_channels, hidden)
+        self.txt_in = nn.Linear(spec.context_in, hidden)
+        self.time_in = MLPEmbedder(256, hidden)
+        self.vector_in = MLPEmbedder(spec.vec_in, hidden)
+        self.guidance_in = MLPEmbedder(256, hidden) if spec.guidance_embed else None
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(spec) for _ in range(spec.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(spec) for _ in range(spec.depth_single))
+        self.final_layer = LastLayer(hidden, spec.out_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the tokens are computed in."""
+        return self.img_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.img_in.weight.device
+
+    # What does not depend on the image
+
+    def embed_time(self, sigma: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
+        """Conditioning vector [B, hidden] from sigma [B] in 0..1, guidance [B] or None, pooled [B, P].
+
+        A model with a guidance embedder needs guidance (ValueError); one without ignores it.
+        """
+        dtype = self.time_in.in_layer.weight.dtype
+        vec = self.time_in(sinusoidal_embedding(sigma).to(dtype)) + self.vector_in(pooled.to(dtype))
+        if self.guidance_in is None:
+            return vec
+        if guidance is None:
+            raise ValueError(
+                "this model takes a distilled guidance scale, got none; set guidance (3.5 is usual)"
+            )
+        return vec + self.guidance_in(sinusoidal_embedding(guidance).to(dtype))
+
+    def modulate(self, vec: Tensor) -> Modulations:
+        """Modulations of every block for conditioning vectors [B, hidden]."""
+        double, single = self._stacks()
+        return Modulations(
+            tuple((block.img_mod(vec), block.txt_mod(vec)) for block in double),
+            tuple(block.modulation(vec) for block in single),
+            self.final_layer.modulate(vec),
+        )
+
+    def project_text(self, txt: Tensor) -> Tensor:
+        """The text stream's first state [B, L, hidden] from a T5 sequence [B, L, C]."""
+        if txt.shape[-1] != self.spec.context_in:
+            raise ValueError(
+                f"the model reads text of width {self.spec.context_in}, got {txt.shape[-1]}; "
+                "choose the text encoders that belong to it"
+            )
+        return self.txt_in(txt.to(self.dtype))
+
+    def rope(self, text_length: int, h: int, w: int) -> Rope:
+        """Rotary table for `text_length` text tokens and an h x w latent."""
+        return rope_table(
+            position_ids(text_length, h, w).to(self.device), self.spec.axes_dim, self.spec.theta
+        )
+
+    def prepare(self, conditioning: Conditioning, sigmas: Sequence[float], h: int, w: int) -> Prepared:
+        """All that a run at these sigmas on an h x w latent needs besides the image.
+
+        The modulations of all sigmas go through each linear layer as one batch. Raises ValueError after
+        `release_modulation`, for text or pooled vectors of another width, and for guidance that is missing.
+        """
+        if self.time_in.in_layer.weight.is_meta:
+            raise ValueError(
+                "the modulation weights were released; load the model again to prepare another run"
+            )
+        pooled = conditioning.pooled.to(self.device)
+        if pooled.shape[-1] != self.spec.vec_in:
+            raise ValueError(
+                f"the model reads a pooled vector of width {self.spec.vec_in}, got {pooled.shape[-1]}; "
+                "choose the text encoders that belong to it"
+            )
+        batch = pooled.shape[0]
+        values = sorted({float(sigma) for sigma in sigmas})
+        sigma = torch.tensor(values, device=self.device).repeat_interleave(batch)
+        guidance = None if conditioning.guidance is None else torch.full_like(sigma, conditioning.guidance)
+        stacked = self.modulate(self.embed_time(sigma, guidance, pooled.repeat(len(values), 1)))
+        rows = {value: _rows(stacked, slice(i * batch, (i + 1) * batch)) for i, value in enumerate(values)}
+        txt = self.project_text(conditioning.txt.to(self.device))
+        return Prepared(txt, self.rope(txt.shape[1], h, w), rows)
+
+    def release_modulation(self) -> int:
+        """Free the weights that only `prepare` needs; returns their number. `forward` still works."""
+        parts: list[nn.Module | None] = [self.time_in, self.vector_in, self.guidance_in, self.txt_in]
+        double, single = self._stacks()
+        parts += [m for block in double for m in (block.img_mod, block.txt_mod)]
+        parts += [block.modulation for block in single]
+        parts.append(self.final_layer.adaLN_modulation)
+        freed = 0
+        for part in parts:
+            if part is not None:
+                freed += sum(p.numel() for p in part.parameters() if not p.is_meta)
+                part.to("meta")
+        return freed
+
+    def _stacks(self) -> tuple[Iterable[DoubleStreamBlock], Iterable[SingleStreamBlock]]:
+        """The blocks under their own types, which a ModuleList does not tell."""
+        return (
+            cast("Iterable[DoubleStreamBlock]", self.double_blocks),
+            cast("Iterable[SingleStreamBlock]", self.single_blocks),
+        )
+
+    # What does
+
+    def forward(self, tokens: Tensor, prepared: Prepared, sigma: float) -> Tensor:
+        """Velocity [B, N, out_channels] of tokens [B, N, in_channels] at `sigma`.
+
+        Raises ValueError when `sigma` is none of those prepared.
+        """
+        modulations = prepared.modulations.get(float(sigma))
+        if modulations is None:
+            raise ValueError(
+                f"sigma {sigma} was not prepared; pass every sigma that the solver asks for to prepare"
+            )
+        txt = prepared.txt.expand(tokens.shape[0], -1, -1)
+        return self.blocks(tokens, txt, modulations, prepared.rope)
+
+    def blocks(self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope) -> Tensor:
+        """The network proper: velocity [B, N, out_channels] of tokens [B, N, in_channels].
+
+        `txt` [B, L, hidden] is the projected text.
+        """
+        img = self.img_in(tokens.to(self.dtype))
+        for block, (img_mod, txt_mod) in zip(self.double_blocks, modulations.double, strict=True):
+            img, txt = block(img, txt, img_mod, txt_mod, rope)
+        x = torch.cat([txt, img], dim=1)
+        for block, mod in zip(self.single_blocks, modulations.single, strict=True):
+            x = block(x, mod, rope)
+        return self.final_layer(x[:, txt.shape[1] :], modulations.last)
+
+
+def _rows(stacked: Modulations, rows: slice) -> Modulations:
+    """The modulations of some rows of the batch, copied, so that the whole batch's memory can go."""
+
+    def cut(chunks: Chunks) -> Chunks:
+        return tuple(c[rows].clone() for c in chunks)
+
+    return Modulations(
+        tuple((cut(img), cut(txt)) for img, txt in stacked.double),
+        tuple(cut(mod) for mod in stacked.single),
+        cut(stacked.last),
+    )

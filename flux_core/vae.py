@@ -1,0 +1,276 @@
+"""FLUX.1's autoencoder: an image in, a 16-channel latent at an eighth of its sides out, and back.
+
+Names are BFL's (black-forest-labs/flux, src/flux/modules/autoencoder.py). Images are [B, 3, H, W] in -1..1.
+Latents are [B, 16, h, w] and come in two scales: raw, as the autoencoder makes them and as node editors pass
+them about, and model space, where the transformer works: SCALE * (raw - SHIFT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+SCALE = 0.3611
+SHIFT = 0.1159
+
+
+def to_model_space(raw: Tensor) -> Tensor:
+    """Latent as the transformer sees it, about unit variance, from a raw one."""
+    return SCALE * (raw - SHIFT)
+
+
+def to_vae_space(latent: Tensor) -> Tensor:
+    """Raw latent from one in model space: the inverse of `to_model_space`."""
+    return latent / SCALE + SHIFT
+
+
+@dataclass(frozen=True)
+class AutoEncoderSpec:
+    """Sizes of the autoencoder.
+
+    Base channels `ch`, their multiple at each level from full resolution down, residual blocks a level.
+    """
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    in_channels: int = 3
+
+    @property
+    def groups(self) -> int:
+        """Groups of every GroupNorm: FLUX's 32, and one where 32 do not divide the channels."""
+        return 1 if self.ch % 32 else 32
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> AutoEncoderSpec:
+        """Sizes read off a state dict with BFL's names.
+
+        Raises ValueError when it is no autoencoder of FLUX.1's kind.
+        """
+        for name in (
+            "encoder.conv_in.weight",
+            "encoder.down.0.block.0.conv1.weight",
+            "decoder.conv_in.weight",
+        ):
+            if name not in state_dict:
+                raise ValueError(
+                    f"not a FLUX.1 autoencoder: it has no {name}; choose FLUX.1's ae.safetensors"
+                )
+        ch, in_channels = state_dict["encoder.conv_in.weight"].shape[:2]
+        levels = _count(state_dict, "encoder.down.")
+        widths = [state_dict[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        return cls(
+            ch=ch,
+            ch_mult=tuple(width // ch for width in widths),
+            num_res_blocks=_count(state_dict, "encoder.down.0.block."),
+            z_channels=state_dict["decoder.conv_in.weight"].shape[1],
+            in_channels=in_channels,
+        )
+
+
+def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
+
+
+class ResnetBlock(nn.Module):
+    """Two normed 3x3 convolutions around a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions, with 1x1 convolutions."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (rearrange(part(normed), "b c h w -> b 1 (h w) c") for part in (self.q, self.k, self.v))
+        attn = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(attn, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Halve the sides: a strided convolution, padded at right and bottom only, as FLUX's weights expect."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the sides: nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks at one resolution and the change to the next."""
+
+    def __init__(self, blocks: list[ResnetBlock], resample: Downsample | Upsample | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        if isinstance(resample, Downsample):
+            self.downsample = resample
+        elif resample is not None:
+            self.upsample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.children():
+            for layer in part if isinstance(part, nn.ModuleList) else [part]:
+                x = layer(x)
+        return x
+
+
+class Mid(nn.Module):
+    """Two residual blocks around attention, at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] -> means and log variances of the latent [B, 2 z, H/8, W/8]."""
+
+    def __init__(self, spec: AutoEncoderSpec) -> None:
+        super().__init__()
+        widths = [spec.ch * m for m in spec.ch_mult]
+        self.conv_in = nn.Conv2d(spec.in_channels, spec.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([spec.ch, *widths], widths, strict=False)):
+            blocks = [
+                ResnetBlock(width if j else before, width, spec.groups) for j in range(spec.num_res_blocks)
+            ]
+            self.down.append(Level(blocks, Downsample(width) if i < len(widths) - 1 else None))
+        self.mid = Mid(widths[-1], spec.groups)
+        self.norm_out = nn.GroupNorm(spec.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * spec.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Raw latent [B, z, h, w] -> image [B, 3, 8 h, 8 w].
+
+    `up` is numbered from full resolution, and walked backwards.
+    """
+
+    def __init__(self, spec: AutoEncoderSpec) -> None:
+        super().__init__()
+        widths = [spec.ch * m for m in spec.ch_mult]
+        self.conv_in = nn.Conv2d(spec.z_channels, widths[-1], 3, padding=1)
+        self.mid = Mid(widths[-1], spec.groups)
+        self.up = nn.ModuleList()
+        for i, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
+            blocks = [
+                ResnetBlock(width if j else before, width, spec.groups)
+                for j in range(spec.num_res_blocks + 1)
+            ]
+            self.up.append(Level(blocks, Upsample(width) if i else None))
+        self.norm_out = nn.GroupNorm(spec.groups, spec.ch * spec.ch_mult[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(spec.ch * spec.ch_mult[0], spec.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoEncoder(nn.Module):
+    """FLUX.1's autoencoder, sized by `spec`."""
+
+    def __init__(self, spec: AutoEncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.conv_in.weight.device
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent position along each side: 8 in FLUX.1."""
+        return 2 ** (len(self.spec.ch_mult) - 1)
+
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the raw latent, each [B, 16, h, w], of images [B, 3, H, W] in -1..1."""
+        mean, log_variance = self.encoder(image.to(self.dtype)).chunk(2, dim=1)
+        return mean, log_variance
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Raw latent [B, 16, h, w] (the posterior's mean, as in BFL) of images [B, 3, H, W] in -1..1.
+
+        Raises ValueError when a side is not a multiple of 16, or there are not 3 channels.
+        """
+        channels, height, width = image.shape[1:]
+        if channels != self.spec.in_channels:
+            raise ValueError(
+                f"an image must have {self.spec.in_channels} channels to be encoded, got {channels}"
+            )
+        if height % (2 * self.factor) or width % (2 * self.factor):
+            raise ValueError(
+                f"the image's sides must be multiples of {2 * self.factor} to be encoded, "
+                f"got {width}x{height}; resize or crop it first"
+            )
+        return self.posterior(image)[0]
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Images [B, 3, H, W], about -1..1 (not clamped), of raw latents [B, 16, h, w].
+
+        Raises ValueError when the latent has another number of channels.
+        """
+        if raw.shape[1] != self.spec.z_channels:
+            raise ValueError(
+                f"this autoencoder decodes latents of {self.spec.z_channels} channels, got {raw.shape[1]}; "
+                "wire in a FLUX.1 latent"
+            )
+        return self.decoder(raw.to(self.dtype))

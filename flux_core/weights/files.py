@@ -1,0 +1,91 @@
+"""A safetensors file as a dictionary of mapped tensors; what is wrong with another file, in one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""What stands before the transformer's names in all-in-one checkpoints."""
+
+MAGIC = {
+    b"PK\x03\x04": "a pickle inside a zip (torch.save); convert it to safetensors",
+    **{bytes([0x80, protocol]): "a pickle; convert it to safetensors" for protocol in range(2, 6)},
+    b"GGUF": "a GGUF file; choose a .safetensors file",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file that it stands for",
+    b"<": "a web page, saved in place of the model; download the model itself",
+}
+"""How the files begin that are most often mistaken for safetensors."""
+
+
+def read_state_dict(path: str | Path, prefixes: Sequence[str] = TRANSFORMER_PREFIXES) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU in the file's dtypes; their memory is the mapped file, read when touched.
+
+    Where names start with one of `prefixes`, as an all-in-one checkpoint's do, only these are given, and
+    without it. Raises FileNotFoundError for a missing file, and ValueError for a folder, a pickle, a file
+    that is empty, cut short or damaged, or of another format.
+    """
+    path = _checked(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            prefix = next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
+            return {n[len(prefix) :]: file.get_tensor(n) for n in names if n.startswith(prefix)}
+    except SafetensorError as error:
+        raise ValueError(_what_is_wrong(path)) from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The file's metadata, empty when it has none. Raises as `read_state_dict`."""
+    path = _checked(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(_what_is_wrong(path)) from error
+
+
+def _checked(path: str | Path) -> Path:
+    """The path, when a safetensors file may be there."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder (diffusers' layout?); choose a single .safetensors file with BFL's names"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"model file {path} does not exist; check its name and folder")
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{path.name} is a pickle ({path.suffix}), which could run code; convert it to safetensors"
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path.name} is empty (0 bytes); download it again")
+    return path
+
+
+def _what_is_wrong(path: Path) -> str:
+    """One sentence on why safetensors could not open the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        if length > 100_000_000 or start[8:9] != b"{":
+            what = next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
+            return (
+                f"{path.name} is {what or 'not a safetensors file (it has no header); choose another file'}"
+            )
+        file.seek(8)
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        needed = 8 + length + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return f"the header of {path.name} is cut short or damaged ({size:,} bytes); download it again"
+    if size < needed:
+        return f"{path.name} is cut short: {size:,} of {needed:,} bytes are there; download it again"
+    return f"{path.name} is damaged: its header does not describe its {size:,} bytes; download it again"

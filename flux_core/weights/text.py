@@ -1,0 +1,94 @@
+"""FLUX.1's two text encoders from two safetensors files, each with its tokenizer beside it.
+
+Beside NAME.safetensors stands NAME.tokenizer.json, a file of Hugging Face's `tokenizers` (the tokenizer.json
+of their model pages). What shapes cannot tell is read from the safetensors metadata: T5's `txt_length`, the
+tokens that a text is padded to (512 unless given), and CLIP's `eos_token_id` (its last word unless given).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer
+
+from ..conditioning import T5_LENGTH, TextEncoders, clip_of_size, t5_of_size
+from .files import read_metadata, read_state_dict
+from .kinds import CLIP, T5, expect
+from .loaders import fill
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, T5EncoderModel
+
+T5_PREFIXES = ("text_encoders.t5xxl.transformer.",)
+CLIP_PREFIXES = ("text_encoders.clip_l.transformer.",)
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
+
+
+def load_text_encoders(
+    clip_path: str | Path,
+    t5_path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> TextEncoders:
+    """CLIP and T5 with their tokenizers; dtypes as `load_transformer` chooses them.
+
+    Raises what `load_transformer` raises, FileNotFoundError for a missing tokenizer, and ValueError for one
+    that cannot be read and for metadata that is no number.
+    """
+    t5, txt_length = _load_t5(t5_path, dtype, device)
+    clip = _load_clip(clip_path, dtype, device)
+    return TextEncoders(t5, read_tokenizer(t5_path), clip, read_tokenizer(clip_path), txt_length)
+
+
+def _load_t5(
+    path: str | Path, dtype: torch.dtype | None, device: torch.device | str
+) -> tuple[T5EncoderModel, int]:
+    """The encoder of a T5 file, and the length to pad to. A file has the embedding under one name or two."""
+    tensors = read_state_dict(path, T5_PREFIXES)
+    expect(tensors, T5, Path(path).name)
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
+    for name, other in (EMBEDDINGS, EMBEDDINGS[::-1]):
+        if other in tensors:
+            tensors.setdefault(name, tensors[other])
+    model = fill(t5_of_size(tensors), tensors, Path(path).name, dtype, device)
+    model.tie_weights()
+    return model, _number(path, "txt_length") or T5_LENGTH
+
+
+def _load_clip(path: str | Path, dtype: torch.dtype | None, device: torch.device | str) -> CLIPTextModel:
+    """The text half of a CLIP file, without the projection, which FLUX.1 does not use."""
+    tensors = read_state_dict(path, CLIP_PREFIXES)
+    expect(tensors, CLIP, Path(path).name)
+    tensors = {name.removeprefix("text_model."): t for name, t in tensors.items()}
+    for unused in ("embeddings.position_ids", "text_projection.weight", "logit_scale"):
+        tensors.pop(unused, None)
+    model = clip_of_size(tensors, _number(path, "eos_token_id"))
+    return fill(model, tensors, Path(path).name, dtype, device)
+
+
+def read_tokenizer(model_path: str | Path) -> Tokenizer:
+    """The tokenizer that stands beside a text encoder's file. Raises FileNotFoundError or ValueError."""
+    path = Path(model_path).with_suffix(".tokenizer.json")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.name} does not exist beside {Path(model_path).name}; put the encoder's tokenizer.json "
+            "there under that name"
+        )
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
+        raise ValueError(f"{path.name} is not a tokenizer file ({error}); download it again") from error
+
+
+def _number(path: str | Path, key: str) -> int | None:
+    """A positive whole number from the file's metadata, or None where it is not given."""
+    value = read_metadata(path).get(key)
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(
+            f"{key} in the metadata of {Path(path).name} must be a number above 0, got {value!r}"
+        )
+    return int(value)

@@ -1,0 +1,251 @@
+"""The queue: prompts wait here, one worker thread runs them, the last hundred are remembered as history."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .execution import Executor, NodeError, Result
+from .validation import Checked
+
+REMEMBERED = 100
+ACTIVE = ("in_progress", "pending")
+ENDED = {"success": "completed", "error": "failed", "interrupted": "cancelled"}
+
+
+def now() -> int:
+    """Milliseconds since 1970, the editor's clock."""
+    return int(time.time() * 1000)
+
+
+@dataclass
+class Job:
+    """One prompt on its way. `status`: pending, in_progress, completed, failed or cancelled."""
+
+    checked: Checked
+    extra_data: dict[str, Any]
+    client_id: str | None
+    number: float
+    id: str
+    status: str = "pending"
+    created: int = field(default_factory=now)
+    started: int | None = None
+    ended: int | None = None
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    notices: dict[str, list[str]] = field(default_factory=dict)
+    node: str | None = None
+    """The node that runs."""
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def workflow(self) -> dict[str, Any]:
+        """The saved graph, empty when the prompt came without one."""
+        pnginfo = self.extra_data.get("extra_pnginfo")
+        found = pnginfo.get("workflow") if isinstance(pnginfo, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    def describe(self, full: bool = False) -> dict[str, Any]:
+        """The job as GET /jobs tells it; `full` adds what GET /jobs/{id} has more."""
+        shown = [
+            {**image, "nodeId": node, "mediaType": "images"}
+            for node, output in self.outputs.items()
+            for image in output.get("images", [])
+        ]
+        saved = [image for image in shown if image["type"] == "output"]
+        told: dict[str, Any] = {
+            "id": self.id,
+            "status": self.status,
+            "priority": self.number,
+            "create_time": self.created,
+            "execution_start_time": self.started,
+            "execution_end_time": self.ended,
+            "outputs_count": len(shown),
+            "previewable_outputs_count": len(shown),
+            "preview_output": (saved or shown or [None])[0],
+            "workflow_id": self.workflow.get("id"),
+            "execution_error": next(
+                (data for kind, data in self.messages if kind == "execution_error"), None
+            ),
+        }
+        told = {name: value for name, value in told.items() if value is not None or name == "preview_output"}
+        if full:
+            told["outputs"] = self.outputs
+            told["execution_status"] = self.summary()
+            told["workflow"] = {"prompt": self.checked.prompt, "extra_data": self.extra_data}
+        return told
+
+    def summary(self) -> dict[str, Any]:
+        """The status that /history tells."""
+        done = self.status == "completed"
+        return {"status_str": "success" if done else "error", "completed": done, "messages": self.messages}
+
+    def as_tuple(self) -> list[Any]:
+        """The prompt as /queue and /history tell it."""
+        return [self.number, self.id, self.checked.prompt, self.extra_data, self.checked.outputs]
+
+
+class Jobs:
+    """The queue with its worker thread.
+
+    `on_event(job, kind, data)` is called from the worker thread, `on_change()` (the queue's length changed)
+    also from the one that submits or cancels.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        on_event: Callable[[Job, str, dict[str, Any]], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._executor = executor
+        self._on_event = on_event
+        self._on_change = on_change
+        self._changed = threading.Condition()
+        self._jobs: dict[str, Job] = {}
+        self._count = 0
+        self._closing = False
+        self._forget = False
+        self._thread = threading.Thread(target=self._work, name="rectiflux-worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Interrupt what runs and end the worker; waits a little for the running node to notice."""
+        with self._changed:
+            self._closing = True
+            for job in self._jobs.values():
+                job.stop.set()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def submit(
+        self,
+        checked: Checked,
+        extra_data: dict[str, Any],
+        client_id: str | None = None,
+        job_id: str | None = None,
+        front: bool = False,
+    ) -> Job:
+        """Append a job to the queue, or put it at its front. Raises ValueError for an id that is taken."""
+        with self._changed:
+            if job_id in self._jobs:
+                raise ValueError(f"there is already a job {job_id}; use another prompt_id")
+            self._count += 1
+            number = -self._count if front else self._count
+            job = Job(checked, extra_data, client_id, number, job_id or str(uuid.uuid4()))
+            self._jobs[job.id] = job
+            self._changed.notify_all()
+        self._on_change()
+        return job
+
+    def find(self, job_id: str) -> Job | None:
+        return self._jobs.get(job_id)
+
+    def listed(self, statuses: tuple[str, ...]) -> list[Job]:
+        """Jobs by status: active ones in the order in which they run, then ended ones, newest first."""
+        with self._changed:
+            jobs = [job for job in self._jobs.values() if job.status in statuses]
+        active = sorted((job for job in jobs if job.status in ACTIVE), key=lambda job: job.number)
+        active.sort(key=lambda job: ACTIVE.index(job.status))
+        return active + sorted(
+            (job for job in jobs if job.status not in ACTIVE), key=lambda job: job.ended or 0, reverse=True
+        )
+
+    def remaining(self) -> int:
+        """How many jobs run or wait."""
+        return len(self.listed(ACTIVE))
+
+    def interrupt(self, job_id: str | None = None) -> None:
+        """Stop the running job, if it is this one."""
+        for job in self.listed(("in_progress",)):
+            if job_id in (None, job.id):
+                job.stop.set()
+
+    def cancel(self, job_id: str) -> bool:
+        """Stop a running job or take a waiting one out of the queue; False when it is neither."""
+        with self._changed:
+            job = self._jobs.get(job_id)
+            if job is None or job.status not in ACTIVE:
+                return False
+            job.stop.set()
+            if job.status == "pending":
+                del self._jobs[job_id]
+        self._on_change()
+        return True
+
+    def forget_history(self, job_ids: list[str] | None = None) -> None:
+        """Drop ended jobs, these or all. The pictures stay."""
+        with self._changed:
+            for job in [job for job in self._jobs.values() if job.status not in ACTIVE]:
+                if job_ids is None or job.id in job_ids:
+                    del self._jobs[job.id]
+
+    def free_memory(self) -> None:
+        """Drop kept results and models before the next run, or now if nothing runs."""
+        with self._changed:
+            self._forget = True
+            self._changed.notify_all()
+
+    def _next(self) -> Job | None:
+        """Wait for a job; None when the worker has to end."""
+        with self._changed:
+            while not self._closing:
+                if self._forget:
+                    self._executor.forget()
+                    self._forget = False
+                waiting = [job for job in self._jobs.values() if job.status == "pending"]
+                if waiting:
+                    job = min(waiting, key=lambda job: job.number)
+                    job.status, job.started = "in_progress", now()
+                    return job
+                self._changed.wait()
+        return None
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            self._run(job)
+
+    def _run(self, job: Job) -> None:
+        def on_event(kind: str, data: dict[str, Any]) -> None:
+            if kind == "executing":
+                job.node = data["node"]
+            if kind.startswith("execution_"):
+                job.messages.append((kind, data))
+            if kind == "executed":
+                job.outputs[data["node"]] = data["output"]
+            if kind == "notice":
+                job.notices.setdefault(data["node_id"], []).append(data["text"])
+            self._on_event(job, kind, data)
+
+        pnginfo = job.extra_data.get("extra_pnginfo")
+        try:
+            result = self._executor.run(
+                job.checked,
+                on_event=on_event,
+                prompt_id=job.id,
+                extra_pnginfo=pnginfo if isinstance(pnginfo, dict) else {},
+                previews=job.extra_data.get("preview_method") != "none",
+                stop=job.stop,
+            )
+        except Exception as error:  # the host's own fault; the worker goes on to the next job
+            message = f"the run failed outside of any node, {type(error).__name__}: {error}"
+            found = NodeError("", "", message, type(error).__name__)
+            result = Result("error", job.outputs, [], found)
+            on_event("execution_error", {"prompt_id": job.id, "node_id": "", "exception_message": message})
+        job.node = None
+        with self._changed:
+            job.status, job.ended = ENDED[result.status], now()
+            ended = [other for other in self._jobs.values() if other.status not in ACTIVE]
+            for old in sorted(ended, key=lambda other: other.ended or 0)[:-REMEMBERED]:
+                del self._jobs[old.id]
+        self._on_event(job, "executing", {"node": None, "prompt_id": job.id})
+        for node, texts in job.notices.items():  # again, because the editor wipes them off when a job ends
+            self._on_event(job, "notice", {"node_id": node, "prompt_id": job.id, "text": "\n".join(texts)})
+        self._on_change()

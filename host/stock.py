@@ -1,0 +1,192 @@
+"""LoadImage, SaveImage and PreviewImage under ComfyUI's ids, so that a workflow runs unchanged in both hosts.
+
+Ids, widgets, wires and file names are ComfyUI's interface (nodes.py, 0.33); the code is our own. Not covered:
+LoadImage reads pictures, no videos.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from . import context, files
+
+
+def read_picture(path: Any) -> tuple[Tensor, Tensor]:
+    """IMAGE [B, H, W, 3] and MASK [B, H, W] (1 = transparent; [B, 64, 64] of zeros without alpha) of a file.
+
+    An animation gives one picture per frame. Raises ValueError for a file that is no readable picture.
+    """
+    images, masks = [], []
+    try:
+        with Image.open(path) as file:
+            for raw in ImageSequence.Iterator(file):
+                frame = ImageOps.exif_transpose(raw)
+                if frame.mode == "I" or frame.mode.startswith("I;16"):  # 16 bits a pixel, as grey
+                    frame = Image.fromarray((np.asarray(frame) >> 8).clip(0, 255).astype(np.uint8))
+                rgba = np.asarray(frame.convert("RGBA"), dtype=np.float32) / 255
+                has_alpha = "A" in frame.getbands() or "transparency" in frame.info
+                if images and images[0].shape != rgba[..., :3].shape:
+                    continue
+                images.append(rgba[..., :3])
+                masks.append(1 - rgba[..., 3] if has_alpha else np.zeros((64, 64), np.float32))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no picture {path.name} any more; choose or upload one") from error
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path.name} is no readable picture; save it again as PNG or JPEG") from error
+    same = [mask for mask in masks if mask.shape == masks[0].shape]
+    if len(same) < len(masks):  # some frames of an animation have alpha, others none
+        masks = [
+            mask if mask.shape == images[0].shape[:2] else np.zeros(images[0].shape[:2], np.float32)
+            for mask in masks
+        ]
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
+
+
+class LoadImage:
+    """Loads a picture from the input folder; its transparency comes out as a mask."""
+
+    NODE_ID = "LoadImage"
+    TITLE = "Load Image"
+    CATEGORY = "image"
+    RETURN_TYPES = ("IMAGE", "MASK")
+    FUNCTION = "load_image"
+    DESCRIPTION = __doc__
+    SEARCH_ALIASES = ["open image", "import image", "upload image", "read image"]
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        tooltip = "A picture in the input folder; upload one with the button or drop it on the node."
+        return {
+            "required": {"image": (context.folders().pictures(), {"image_upload": True, "tooltip": tooltip})}
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, image):
+        try:
+            found = context.folders().annotated(image).is_file()
+        except ValueError:
+            found = False
+        return found or f"there is no picture {image}; choose or upload one"
+
+    @classmethod
+    def IS_CHANGED(cls, image):
+        return hashlib.sha256(context.folders().annotated(image).read_bytes()).hexdigest()
+
+    def load_image(self, image):
+        return read_picture(context.folders().annotated(image))
+
+
+def fill_in(prefix: str, width: int, height: int) -> str:
+    """A file name's prefix with %width%, %height% and the parts of the time filled in."""
+    now = time.localtime()
+    values = {"width": width, "height": height, "year": now.tm_year}
+    parts = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min}
+    padded = {name: f"{value:02}" for name, value in {**parts, "second": now.tm_sec}.items()}
+    for name, value in {**values, **padded}.items():
+        prefix = prefix.replace(f"%{name}%", str(value))
+    return prefix
+
+
+def save_pictures(
+    images: Tensor, prefix: str, kind: str, compress_level: int, texts: dict[str, Any]
+) -> list[dict[str, str]]:
+    """Save an IMAGE as PNGs that carry `texts` as JSON; what the editor calls them.
+
+    Raises ValueError for a prefix that leads out of the folder, SaveError when a file cannot be written.
+    """
+    info = PngInfo()
+    for name, value in texts.items():
+        info.add_text(name, json.dumps(value))
+    path = PurePosixPath(fill_in(prefix, images.shape[2], images.shape[1]).replace("\\", "/"))
+    if str(path) == ".":
+        raise ValueError("filename_prefix is empty; write how the pictures' names begin")
+    saved = []
+    for index, image in enumerate(images):
+        pixels = (image.detach().cpu().float().clamp(0, 1) * 255).numpy().astype(np.uint8)
+        picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        target = context.folders().locate(str(path).replace("%batch_num%", str(index)), kind=kind)
+        written = files.write_numbered(
+            target.parent,
+            target.name,
+            lambda file, picture=picture: picture.save(
+                file, "PNG", pnginfo=info, compress_level=compress_level
+            ),
+        )
+        subfolder = written.parent.relative_to(getattr(context.folders(), kind).resolve()).as_posix()
+        saved.append(
+            {"filename": written.name, "subfolder": "" if subfolder == "." else subfolder, "type": kind}
+        )
+    return saved
+
+
+class SaveImage:
+    """Saves pictures as PNGs in the output folder, each with the workflow that made it inside."""
+
+    NODE_ID = "SaveImage"
+    TITLE = "Save Image"
+    CATEGORY = "image"
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+    OUTPUT_NODE = True
+    FUNCTION = "save_images"
+    DESCRIPTION = __doc__
+    SEARCH_ALIASES = ["save", "export image", "output image", "write image", "download"]
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        tooltip = (
+            "How the files' names begin; a number follows. May name a subfolder (animals/fox) and hold "
+            "%width%, %height%, %year%, %month%, %day%, %hour%, %minute%, %second% and %batch_num%."
+        )
+        return {
+            "required": {
+                "images": ("IMAGE", {"tooltip": "The pictures to save."}),
+                "filename_prefix": ("STRING", {"default": "ComfyUI", "tooltip": tooltip}),
+            },
+            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    def save_images(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None):
+        texts = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
+        saved = save_pictures(images, filename_prefix, "output", 4, texts)
+        return {"ui": {"images": saved}, "result": (images,)}
+
+
+class PreviewImage:
+    """Shows pictures without saving them; they are gone after the next start."""
+
+    NODE_ID = "PreviewImage"
+    TITLE = "Preview Image"
+    CATEGORY = "image"
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+    OUTPUT_NODE = True
+    FUNCTION = "save_images"
+    DESCRIPTION = __doc__
+    SEARCH_ALIASES = ["preview", "show image", "view image", "display image", "image viewer"]
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"images": ("IMAGE", {"tooltip": "The pictures to show."})},
+            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    def save_images(self, images, prompt=None, extra_pnginfo=None):
+        texts = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
+        prefix = f"preview_{secrets.token_hex(3)}"  # a browser keeps what it saw under a name
+        return {"ui": {"images": save_pictures(images, prefix, "temp", 1, texts)}, "result": (images,)}
+
+
+NODES = (LoadImage, SaveImage, PreviewImage)

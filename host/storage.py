@@ -1,0 +1,249 @@
+"""The server's routes that read and write files: pictures, uploads, saved workflows, settings.
+
+Every path comes from a request and stays in its folder (files.contained); every file appears whole
+(files.write).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .files import PICTURES, Folders, contained, write
+
+log = logging.getLogger(__name__)
+
+UPLOAD_LIMIT = 100 * 2**20  # bytes, of one request
+TYPES = {".json": "application/json", ".css": "text/css"}
+"""What user files are sent as; all others as plain bytes, so that none can act as a page or a script."""
+UNWRITTEN = {"user.css": b"", "comfy.templates.json": b"[]"}
+"""User files that the editor asks for at every start, as they are before a user writes them."""
+DEFAULTS = {
+    "Comfy.Notification.ShowVersionUpdates": False,  # asks no server for news of ComfyUI
+    "Comfy.VueNodes.Enabled": True,  # shows pictures as large as their node
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # keeps the text when a whole graph is in view
+    "Comfy.Minimap.Visible": False,  # covers a part of small graphs
+}
+"""Settings that differ from the editor's own until the user changes them."""
+
+
+class Storage:
+    """Handlers over the host's folders."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders
+        self.settings_file = folders.user / "comfy.settings.json"
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/view", self.view),
+            web.post("/upload/image", self.upload_image),
+            web.post("/upload/mask", self.upload_mask),
+            web.get("/userdata", self.list_user_files),
+            web.post("/userdata/{file:.+}/move/{target:.+}", self.move_user_file),
+            web.get("/userdata/{file:.+}", self.read_user_file),
+            web.post("/userdata/{file:.+}", self.write_user_file),
+            web.delete("/userdata/{file:.+}", self.delete_user_file),
+            web.get("/settings", self.read_settings),
+            web.post("/settings", self.write_settings),
+            web.get("/settings/{name:.+}", self.read_setting),
+            web.post("/settings/{name:.+}", self.write_setting),
+        ]
+
+    # Pictures
+
+    async def view(self, request: web.Request) -> web.StreamResponse:
+        """A picture; with `channel` (rgb, a) or `preview` (webp;90) converted."""
+        query = request.query
+        named = query.get("filename", ""), query.get("subfolder", ""), query.get("type", "output")
+        path = self._picture(*named)
+        headers = {"Content-Disposition": "inline", "Cache-Control": "no-cache"}
+        if path.suffix.lower() not in PICTURES:
+            headers = {"Content-Disposition": "attachment", "Content-Type": "application/octet-stream"}
+        elif query.get("channel", "rgba") != "rgba" or "preview" in query:
+            kind, body = _converted(path, query.get("channel", "rgba"), query.get("preview", ""))
+            return web.Response(body=body, content_type=kind, headers=headers)
+        return web.FileResponse(path, headers=headers)
+
+    def _picture(self, name: str, subfolder: str, kind: str) -> Path:
+        """An existing file, or 404. `name` may end in its folder: `picture.png [input]`."""
+        annotated = name.endswith("]")
+        path = self.folders.annotated(name) if annotated else self.folders.locate(name, subfolder, kind)
+        if not path.is_file():
+            raise web.HTTPNotFound
+        return path
+
+    async def upload_image(self, request: web.Request) -> web.Response:
+        """Save an uploaded picture under its name, or another one if that is taken by another picture."""
+        post = await request.post()
+        data = _uploaded(post)
+        return self._keep_upload(post, data)
+
+    async def upload_mask(self, request: web.Request) -> web.Response:
+        """Save the picture named by `original_ref` with the alpha channel of the uploaded one."""
+        post = await request.post()
+        data = _uploaded(post)
+        reference = json.loads(str(post.get("original_ref", "{}")))
+        kind = reference.get("type") or "output"
+        path = self._picture(str(reference.get("filename", "")), reference.get("subfolder") or "", kind)
+        with Image.open(path) as original, Image.open(io.BytesIO(data)) as mask:
+            texts = PngInfo()
+            for name, value in getattr(original, "text", {}).items():
+                texts.add_text(name, str(value))
+            masked = original.convert("RGBA")
+            if masked.size != mask.size:
+                raise ValueError(f"the mask must have the picture's size {masked.size}, got {mask.size}")
+            masked.putalpha(mask.convert("RGBA").getchannel("A"))
+        buffer = io.BytesIO()
+        masked.save(buffer, "PNG", pnginfo=texts, compress_level=4)
+        return self._keep_upload(post, buffer.getvalue())
+
+    def _keep_upload(self, post: Any, data: bytes) -> web.Response:
+        name = Path(str(post["image"].filename).replace("\\", "/")).name
+        subfolder, kind = str(post.get("subfolder", "")), str(post.get("type") or "input")
+        path = self.folders.locate(name, subfolder, kind)
+        if path.suffix.lower() not in PICTURES:
+            raise ValueError(f"{name} is no picture; upload one of {', '.join(PICTURES)}")
+        first, number = path, 0
+        if post.get("overwrite") not in ("true", "1"):
+            while path.exists() and path.read_bytes() != data:
+                number += 1
+                path = first.with_name(f"{first.stem} ({number}){first.suffix}")
+        write(path, data)
+        return web.json_response({"name": path.name, "subfolder": subfolder, "type": kind})
+
+    # Saved workflows and other files of the user
+
+    def _user_path(self, name: str) -> Path:
+        return contained(self.folders.user, name)
+
+    def _user_file(self, request: web.Request) -> Path:
+        path = self._user_path(request.match_info["file"])
+        if not path.is_file():
+            raise web.HTTPNotFound
+        return path
+
+    def _told(self, request: web.Request, path: Path) -> web.Response:
+        """What the editor is told of a file: its name, or with `full_info` size and time, too."""
+        entry = _entry(self.folders.user.resolve(), path)
+        return web.json_response(entry if request.query.get("full_info") == "true" else entry["path"])
+
+    async def list_user_files(self, request: web.Request) -> web.Response:
+        """The files in the folder `dir`, as names or with `full_info`."""
+        query = request.query
+        root = self._user_path(query.get("dir", ""))
+        found = root.rglob("*") if query.get("recurse") == "true" else root.glob("*")
+        paths = sorted(path for path in found if path.is_file() and not path.name.endswith(".part"))
+        entries = [_entry(root, path) for path in paths]
+        if query.get("full_info") == "true":
+            return web.json_response(entries)
+        names = [entry["path"] for entry in entries]
+        split = query.get("split") == "true"
+        return web.json_response([[name, *name.split("/")] for name in names] if split else names)
+
+    async def read_user_file(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["file"]
+        kind = TYPES.get(Path(name).suffix.lower(), "application/octet-stream")
+        if name in UNWRITTEN and not self._user_path(name).is_file():
+            return web.Response(body=UNWRITTEN[name], content_type=kind)
+        return web.FileResponse(self._user_file(request), headers={"Content-Type": kind})
+
+    async def write_user_file(self, request: web.Request) -> web.Response:
+        path = self._user_path(request.match_info["file"])
+        if request.query.get("overwrite") == "false" and path.exists():
+            raise web.HTTPConflict(text=f"there is already a file {path.name}")
+        write(path, await request.read())
+        return self._told(request, path)
+
+    async def delete_user_file(self, request: web.Request) -> web.Response:
+        self._user_file(request).unlink()
+        return web.Response(status=204)
+
+    async def move_user_file(self, request: web.Request) -> web.Response:
+        path, target = self._user_file(request), self._user_path(request.match_info["target"])
+        if request.query.get("overwrite") != "true" and target.exists():
+            raise web.HTTPConflict(text=f"there is already a file {target.name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        return self._told(request, target)
+
+    # Settings
+
+    def settings(self) -> dict[str, Any]:
+        """The saved settings; a damaged file is put aside, and they begin anew."""
+        try:
+            found = json.loads(self.settings_file.read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return found
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.warning("the settings in %s cannot be read (%s)", self.settings_file, error)
+        os.replace(self.settings_file, self.settings_file.with_suffix(".damaged"))
+        return {}
+
+    def _change_settings(self, changes: dict[str, Any]) -> web.Response:
+        text = json.dumps(self.settings() | changes, indent=2, ensure_ascii=False)
+        write(self.settings_file, text.encode())
+        return web.Response()
+
+    async def read_settings(self, request: web.Request) -> web.Response:
+        return web.json_response(DEFAULTS | self.settings())
+
+    async def read_setting(self, request: web.Request) -> web.Response:
+        return web.json_response((DEFAULTS | self.settings()).get(request.match_info["name"]))
+
+    async def write_settings(self, request: web.Request) -> web.Response:
+        changes = await request.json()
+        if not isinstance(changes, dict):
+            raise ValueError("settings come as a table of names and values")
+        return self._change_settings(changes)
+
+    async def write_setting(self, request: web.Request) -> web.Response:
+        return self._change_settings({request.match_info["name"]: await request.json()})
+
+
+def _entry(root: Path, path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    times = {"modified": int(stat.st_mtime * 1000), "created": int(stat.st_ctime * 1000)}
+    return {"path": path.relative_to(root).as_posix(), "size": stat.st_size, **times}
+
+
+def _uploaded(post: Any) -> bytes:
+    """The bytes of the field `image`. Raises ValueError unless it is a readable picture."""
+    field = post.get("image")
+    if not isinstance(field, web.FileField):
+        raise ValueError("the upload holds no picture in its field image")
+    data = field.file.read()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{field.filename} is no readable picture; save it again as PNG or JPEG") from error
+    return data
+
+
+def _converted(path: Path, channel: str, preview: str) -> tuple[str, bytes]:
+    """(media type, bytes) of a picture's colours, of its alpha, or of a smaller file for a preview."""
+    kind, _, quality = preview.partition(";")
+    with Image.open(path) as image:
+        if channel == "a":
+            alpha = image.convert("RGBA").getchannel("A")
+            image = Image.new("RGBA", image.size)
+            image.putalpha(alpha)
+        elif channel == "rgb" or kind == "jpeg":
+            image = image.convert("RGB")
+        buffer = io.BytesIO()
+        if kind in ("webp", "jpeg"):
+            image.save(buffer, kind.upper(), quality=int(quality) if quality.isdigit() else 90)
+            return f"image/{kind}", buffer.getvalue()
+        image.save(buffer, "PNG", compress_level=1)
+        return "image/png", buffer.getvalue()

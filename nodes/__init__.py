@@ -1,0 +1,34 @@
+"""The nodes, one file per stage in the order in which data passes; a node's mathematics is in flux_core/.
+
+  loader.py         files -> MODEL, CLIP, VAE
+  conditioning.py   CLIP, prompt -> CONDITIONING
+  latent.py         width, height -> LATENT
+  noise.py          seed -> NOISE
+  schedule.py       LATENT, steps -> SIGMAS
+  solver.py         name -> SAMPLER
+  sampler.py        all of these -> LATENT
+  vae.py            LATENT -> IMAGE and back
+  _wires.py         what travels between nodes, checked and converted to what flux_core takes
+  _host.py          which host runs the nodes; the embedded editor's side
+  _comfy.py         ComfyUI's side, with _comfy_modules.py, our networks in the form in which it calls them
+
+Only _host.py and the two _comfy files know a host. Node ids never change; titles may.
+"""
+
+from . import conditioning, latent, loader, noise, sampler, schedule, solver, vae
+
+NODES = (
+    *loader.NODES,
+    *conditioning.NODES,
+    *latent.NODES,
+    *noise.NODES,
+    *schedule.NODES,
+    *solver.NODES,
+    *sampler.NODES,
+    *vae.NODES,
+)
+
+NODE_CLASS_MAPPINGS = {node.NODE_ID: node for node in NODES}
+NODE_DISPLAY_NAME_MAPPINGS = {node.NODE_ID: node.TITLE for node in NODES}
+
+__all__ = ["NODES", "NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

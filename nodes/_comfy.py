@@ -1,0 +1,312 @@
+"""ComfyUI's side of _host.py: true MODEL, CLIP and VAE objects around our networks.
+
+Everything of ComfyUI is imported inside the functions, at the time of the call: ComfyUI replaces some of its
+classes while it starts. What is relied on, as of ComfyUI 0.33: comfy/model_base.py Flux, comfy/samplers.py
+CFGGuider and KSAMPLER, comfy/sd.py CLIP and VAE, comfy/ops.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..flux_core import preview
+from ..flux_core.pipeline import LATENT_CHANNELS
+from ..flux_core.solver import Solver, Step, integrate
+from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata, read_state_dict
+from ..flux_core.weights import load_text_encoders as core_load_text_encoders
+from ..flux_core.weights.kinds import CLIP, T5, expect
+from . import _wires
+from ._comfy_modules import ComfyNetwork, PromptTokens, TextModule, VAEModule
+
+# Files
+
+
+def list_models(folder: str) -> list[str]:
+    """Names of the .safetensors files in ComfyUI's folders of that kind."""
+    import folder_paths
+
+    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(".safetensors")]
+
+
+def model_path(folder: str, name: str) -> Path | None:
+    """The file of that name in ComfyUI's folders, or None."""
+    import folder_paths
+
+    found = folder_paths.get_full_path(folder, name)
+    return None if found is None else Path(found)
+
+
+# Loading
+
+
+def load_model(path: Path, dtype: torch.dtype | None) -> Any:
+    """A ModelPatcher over comfy.model_base.Flux that holds our network."""
+    import comfy.model_base
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.supported_models
+    from comfy.patcher_extension import CallbacksMP
+
+    device = management.get_torch_device()
+    network = load_transformer(path, dtype)
+    if dtype is None and (chosen := _dtype_for(network, device)) != network.dtype:
+        network = network.to(chosen)
+    _use_comfy_layers(network, comfy.ops.disable_weight_init)
+    spec, parts = network.spec, ComfyNetwork.patch_size**2
+    config = comfy.supported_models.Flux(
+        {
+            "image_model": "flux",
+            "guidance_embed": spec.guidance_embed,
+            "in_channels": spec.in_channels // parts,
+            "out_channels": spec.out_channels // parts,
+            "depth": spec.depth,
+            "depth_single_blocks": spec.depth_single,
+            "hidden_size": spec.hidden_size,
+            "disable_unet_model_creation": True,
+        }
+    )
+    config.set_inference_dtype(network.dtype, None)
+    model = comfy.model_base.Flux(config)
+    model.diffusion_model = ComfyNetwork(network)
+    if (factors := preview.from_metadata(read_metadata(path))) is not None:
+        model.latent_format.latent_rgb_factors = factors.weight.tolist()
+        model.latent_format.latent_rgb_factors_bias = factors.bias.tolist()
+    management.archive_model_dtypes(model.diffusion_model)
+    patcher = comfy.model_patcher.CoreModelPatcher(model, device, management.unet_offload_device())
+    patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.begin(p))
+    patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.end())
+    return patcher
+
+
+def _dtype_for(network: nn.Module, device: torch.device) -> torch.dtype:
+    """What ComfyUI would compute a network of this size in; fp32 on a CPU."""
+    import comfy.model_management as management
+
+    if management.is_device_cpu(device):
+        return torch.float32
+    size = sum(parameter.numel() for parameter in network.parameters())
+    known = [torch.bfloat16, torch.float16, torch.float32]
+    dtype = management.unet_dtype(device, size, known, network.dtype)
+    return management.unet_manual_cast(dtype, device, known) or dtype
+
+
+def _use_comfy_layers(network: nn.Module, operations: Any) -> None:
+    """Put ComfyUI's linear layers in place of torch's: it can load a model made of these in part."""
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear:
+                ours = operations.Linear(
+                    layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+                )
+                ours.weight, ours.bias = layer.weight, layer.bias
+                setattr(parent, name, ours)
+
+
+def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
+    """A comfy.sd.CLIP around our text encoders; ComfyUI's own where the files come without tokenizers."""
+    import comfy.model_management as management
+    import comfy.sd
+    import folder_paths
+
+    if not all(path.with_suffix(".tokenizer.json").is_file() for path in (clip_path, t5_path)):
+        for path, kind in ((clip_path, CLIP), (t5_path, T5)):
+            expect(read_state_dict(path), kind, path.name)
+        paths, embeddings = [str(clip_path), str(t5_path)], folder_paths.get_folder_paths("embeddings")
+        return comfy.sd.load_clip(paths, embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.FLUX)
+
+    def module(device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]) -> TextModule:
+        if management.is_device_cpu(device):
+            dtype = torch.float32
+        encoders = core_load_text_encoders(clip_path, t5_path, dtype=dtype)
+        return TextModule(encoders, dtype, notice).to(device)
+
+    return comfy.sd.CLIP(SimpleNamespace(params={}, clip=module, tokenizer=_tokens))
+
+
+def _tokens(embedding_directory: Any = None, tokenizer_data: Any = None) -> PromptTokens:
+    return PromptTokens()
+
+
+def load_vae(path: Path) -> Any:
+    """A comfy.sd.VAE around our autoencoder."""
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.sd
+
+    class FluxVAE(comfy.sd.VAE):
+        """ComfyUI's VAE, with its tiling and memory management, around a network that it did not build."""
+
+        def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
+            height, width = (side // 16 * 16 for side in pixels.shape[1:3])
+            top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+            return pixels[:, top : top + height, left : left + width, :3]
+
+    root = logging.getLogger()
+    root.addFilter(_no_weights_yet)
+    try:
+        vae = FluxVAE(sd={})
+    finally:
+        root.removeFilter(_no_weights_yet)
+    vae.device = management.vae_device()
+    vae.vae_dtype = management.vae_dtype(vae.device, vae.working_dtypes)
+    vae.output_device = management.intermediate_device()
+    vae.latent_channels = LATENT_CHANNELS
+    module = vae.first_stage_model = VAEModule(load_autoencoder(path, vae.vae_dtype))
+    management.archive_model_dtypes(module)
+    vae.patcher = comfy.model_patcher.CoreModelPatcher(module, vae.device, management.vae_offload_device())
+    vae.model_size()
+    return vae
+
+
+def _no_weights_yet(record: logging.LogRecord) -> bool:
+    """Drop ComfyUI's warning about a VAE without weights: they follow at once."""
+    return "No VAE weights detected" not in record.getMessage()
+
+
+# Running
+
+
+def encode_text(clip: Any, prompt: str, clip_prompt: str, guidance: float | None) -> _wires.Entries:
+    """A CONDITIONING by any CLIP of FLUX.1, ours or a stock loader's."""
+    tokens, t5_tokens = clip.tokenize(clip_prompt), clip.tokenize(prompt)
+    if "l" not in tokens or "t5xxl" not in t5_tokens:
+        raise TypeError(
+            f"FLUX.1 needs CLIP-L and T5, this CLIP has {', '.join(map(str, tokens)) or 'neither'}; "
+            "connect Load FLUX Text Encoders"
+        )
+    tokens["t5xxl"] = t5_tokens["t5xxl"]
+    extra = {} if guidance is None else {"guidance": guidance}
+    return clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
+
+
+def notice(text: str) -> None:
+    """Show a sentence at the node that is being run."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
+    context = get_executing_context()
+    if context is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
+
+
+def make_sampler(solver: Solver) -> Any:
+    """A comfy.samplers.KSAMPLER that takes the solver's steps."""
+    import comfy.samplers
+
+    return comfy.samplers.KSAMPLER(solve, {"solver": solver})
+
+
+def solve(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Any = None,
+    disable: bool | None = None,
+    *,
+    solver: Solver,
+) -> Tensor:
+    """x carried along the sigmas. ComfyUI's model gives the denoised x; velocity = (x - denoised) / sigma."""
+    extra_args = extra_args or {}
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        return (x - model(x, x.new_full((x.shape[0],), sigma), **extra_args)) / sigma
+
+    def report(step: Step) -> None:
+        told = {
+            "i": step.index,
+            "x": step.x,
+            "sigma": step.sigma,
+            "sigma_hat": step.sigma,
+            "denoised": step.denoised,
+        }
+        if callback is not None:
+            callback(told)
+
+    return integrate(solver, velocity, x, sigmas, report)
+
+
+def sample(
+    model: Any,
+    positive: _wires.Entries,
+    negative: _wires.Entries | None,
+    cfg_scale: float,
+    noise: Any,
+    latent: _wires.Latent,
+    sigmas: Tensor,
+    sampler: Any,
+) -> Tensor:
+    """Raw samples through ComfyUI's guider, so that patches, previews and the interrupt button work."""
+    import comfy.model_management as management
+    import comfy.samplers
+    import latent_preview
+
+    check_model(model)
+    guider = comfy.samplers.CFGGuider(model)
+    conds = {"positive": _wires.checked_conditioning(positive, "positive")}
+    if negative is not None and cfg_scale != 1.0:
+        guidance = positive[0][1].get("guidance")
+        checked = _wires.checked_conditioning(negative, "negative")
+        conds["negative"] = checked if guidance is None else _wires.with_guidance(checked, guidance)
+    guider.inner_set_conds(conds)
+    guider.set_cfg(cfg_scale if "negative" in conds else 1.0)
+    callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
+    samples = guider.sample(
+        noise.generate_noise(latent),
+        latent["samples"],
+        sampler,
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=callback,
+        disable_pbar=not _progress_bars(),
+        seed=noise.seed,
+    )
+    return samples.to(management.intermediate_device())
+
+
+def _progress_bars() -> bool:
+    import comfy.utils
+
+    return comfy.utils.PROGRESS_BAR_ENABLED
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError unless the MODEL is a rectified flow on FLUX.1's 16-channel latents."""
+    import comfy.model_sampling
+
+    flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+    channels = model.get_model_object("latent_format").latent_channels
+    if not flow or channels != LATENT_CHANNELS:
+        what = f"{channels} latent channels" if flow else "no rectified flow"
+        raise TypeError(
+            f"FLUX Sampler needs a FLUX.1 model, this MODEL ({type(model.model).__name__}) has {what}; "
+            "connect Load FLUX Model"
+        )
+
+
+def check_vae(vae: Any) -> None:
+    """Raise TypeError unless the VAE makes FLUX.1's latents."""
+    channels = getattr(vae, "latent_channels", LATENT_CHANNELS)
+    if channels != LATENT_CHANNELS:
+        raise TypeError(
+            f"FLUX.1's VAE has {LATENT_CHANNELS} latent channels, got {channels}; connect Load FLUX VAE"
+        )
+
+
+def decode(vae: Any, samples: Tensor) -> Tensor:
+    """An IMAGE from raw samples."""
+    check_vae(vae)
+    return vae.decode(samples)
+
+
+def encode(vae: Any, image: Tensor) -> Tensor:
+    """Raw samples from an IMAGE."""
+    check_vae(vae)
+    return vae.encode(image)

@@ -1,0 +1,230 @@
+"""Which host runs the nodes, and what they ask of it; the embedded editor's side. ComfyUI's is _comfy.py.
+
+The functions here are all that the nodes call, and each hands over to the one of the same name in _comfy.py
+when ComfyUI is running. In the embedded editor a MODEL is an `EmbeddedModel`, a CLIP a `TextEncoders`, a VAE
+an `AutoEncoder` and a SAMPLER a `Solver`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flux_core import preview
+from ..flux_core.conditioning import TextEncoders
+from ..flux_core.pipeline import sample as core_sample
+from ..flux_core.solver import Solver, Step
+from ..flux_core.transformer import FluxTransformer
+from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
+from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
+from ..flux_core.weights import load_text_encoders as core_load_text_encoders
+from . import _wires
+
+PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
+"""The miniature's files, which come with the pack and are found in every host."""
+
+WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A MODEL of the embedded editor: the network, and how its latents look as colours."""
+
+    network: FluxTransformer
+    preview: preview.Factors | None = None
+
+
+def comfy() -> ModuleType | None:
+    """ComfyUI's side, when ComfyUI runs the nodes: it has loaded its own modules before any pack."""
+    if "comfy.model_management" not in sys.modules or "folder_paths" not in sys.modules:
+        return None
+    from . import _comfy
+
+    return _comfy
+
+
+# Files
+
+
+def list_models(folder: str) -> list[str]:
+    """Names of the .safetensors files of one kind: the artist's, then those that come with the pack."""
+    host = comfy()
+    names = _listed(folder) if host is None else host.list_models(folder)
+    return list(dict.fromkeys([*names, *_files(PACK_MODELS / folder)]))
+
+
+def model_path(folder: str, name: str) -> Path:
+    """The file that `list_models` lists as `name`. Raises FileNotFoundError, ValueError for ../x."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"a model's name must stay in its folder, got {name!r}; choose it from the list")
+    host = comfy()
+    found = _found(folder, name) if host is None else host.model_path(folder, name)
+    if found is not None:
+        return found
+    if (PACK_MODELS / folder / name).is_file():
+        return PACK_MODELS / folder / name
+    raise FileNotFoundError(f"there is no {name} in models/{folder}; put it there, or choose another file")
+
+
+def prefer(names: list[str], word: str) -> str | None:
+    """The first of the names that holds `word`, as a default; else the first."""
+    return next((name for name in names if word in name.lower()), names[0] if names else None)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+
+
+def _listed(folder: str) -> list[str]:
+    """Names in the embedded editor's model folders."""
+    from ..host import context
+
+    return [name for root in context.model_folders() for name in _files(Path(root) / folder)]
+
+
+def _found(folder: str, name: str) -> Path | None:
+    """The file of that name in the embedded editor's model folders."""
+    from ..host import context
+
+    paths = (Path(root) / folder / name for root in context.model_folders())
+    return next((path for path in paths if path.is_file()), None)
+
+
+# Loading
+
+
+def load_model(path: Path, weight_dtype: str) -> Any:
+    """A MODEL from a FLUX.1 transformer's file. Raises what flux_core.weights.load_transformer raises."""
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    if (host := comfy()) is not None:
+        return host.load_model(path, dtype)
+    device = _device()
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    return EmbeddedModel(load_transformer(path, dtype, device), preview.from_metadata(read_metadata(path)))
+
+
+def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
+    """A CLIP from the two text encoders' files. Raises what flux_core.weights.load_text_encoders raises."""
+    if (host := comfy()) is not None:
+        return host.load_text_encoders(clip_path, t5_path)
+    return core_load_text_encoders(clip_path, t5_path, device=_device())
+
+
+def load_vae(path: Path) -> Any:
+    """A VAE from an autoencoder's file. Raises what flux_core.weights.load_autoencoder raises."""
+    if (host := comfy()) is not None:
+        return host.load_vae(path)
+    device = _device()
+    return load_autoencoder(path, torch.float32 if device.type == "cpu" else None, device)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# Running
+
+
+@torch.no_grad()
+def encode_text(
+    clip: Any, prompt: str, clip_prompt: str = "", guidance: float | None = None
+) -> _wires.Entries:
+    """A CONDITIONING of one prompt; `clip_prompt`, when not empty, is what CLIP reads in its place."""
+    clip_prompt = clip_prompt or prompt
+    if (host := comfy()) is not None:
+        return host.encode_text(clip, prompt, clip_prompt, guidance)
+    from ..host import context
+
+    _expect(clip, TextEncoders, "CLIP", "Load FLUX Text Encoders")
+    encoded = clip.encode([prompt], [clip_prompt], on_notice=context.notice)
+    extra = {"pooled_output": encoded.pooled.cpu()}
+    if guidance is not None:
+        extra["guidance"] = guidance
+    return [[encoded.txt.cpu(), extra]]
+
+
+def make_sampler(solver: Solver) -> Any:
+    """A SAMPLER that takes the solver's steps."""
+    return solver if (host := comfy()) is None else host.make_sampler(solver)
+
+
+def sample(
+    model: Any,
+    positive: _wires.Entries,
+    negative: _wires.Entries | None,
+    cfg_scale: float,
+    noise: Any,
+    latent: _wires.Latent,
+    sigmas: Tensor,
+    sampler: Any,
+) -> Tensor:
+    """Raw samples [B, 16, h, w] on the CPU, from the latent noised to sigmas[0]. Checks before it runs."""
+    samples = _wires.raw_samples(latent)
+    sigmas = _wires.checked_sigmas(sigmas)
+    if (host := comfy()) is not None:
+        return host.sample(model, positive, negative, cfg_scale, noise, latent, sigmas, sampler)
+    _expect(model, EmbeddedModel, "MODEL", "Load FLUX Model")
+    _expect(sampler, Solver, "SAMPLER", "ODE Solver")
+    start = _wires.model_space_start(samples, to_model_space)
+    against = None if negative is None else _wires.core_conditioning(negative, "negative")
+    result = core_sample(
+        model.network,
+        _wires.core_conditioning(positive, "positive"),
+        against,
+        cfg_scale,
+        noise.generate_noise(latent),
+        start,
+        sigmas,
+        sampler,
+        _reporter(model.preview),
+        latent.get("noise_mask"),
+    )
+    # as ComfyUI hands on a path that stops early, so that samplers chain
+    return to_vae_space(result / (1 - float(sigmas[-1]))).float().cpu()
+
+
+def _reporter(factors: preview.Factors | None) -> Any:
+    """What is called after every step: tells and shows the editor, and raises when interrupted."""
+    from ..host import context
+
+    def report(step: Step) -> None:
+        context.progress(step.index + 1, step.steps)
+        context.preview(lambda: preview.to_rgb(step.denoised, factors))
+
+    return report
+
+
+@torch.no_grad()
+def decode(vae: Any, samples: Tensor) -> Tensor:
+    """An IMAGE [B, H, W, 3] from raw samples."""
+    if (host := comfy()) is not None:
+        return host.decode(vae, samples)
+    _expect(vae, AutoEncoder, "VAE", "Load FLUX VAE")
+    return _wires.from_core_image(vae.decode(samples.to(vae.device)))
+
+
+@torch.no_grad()
+def encode(vae: Any, image: Tensor) -> Tensor:
+    """Raw samples [B, 16, h, w], float32 on the CPU, from an IMAGE."""
+    if (host := comfy()) is not None:
+        return host.encode(vae, image)
+    _expect(vae, AutoEncoder, "VAE", "Load FLUX VAE")
+    return vae.encode(_wires.to_core_image(image).to(vae.device)).float().cpu()
+
+
+def _expect(value: Any, kind: type, wire: str, node: str) -> None:
+    """Raise TypeError unless what came over the wire is of our kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"the {wire} must come from {node} here, got {type(value).__name__}; connect {node}")

@@ -1,0 +1,104 @@
+"""The pack in genuine ComfyUI: every node is there, and a prompt gives the embedded host's picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rectiflux.host.files import Folders
+from rectiflux.host.registry import Registry
+from rectiflux.host.workflow import read_document, to_prompt
+from rectiflux.nodes import NODES
+
+from ..nodes import graphs
+from .conftest import to_pixels
+from .server import PACK, ComfyServer
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def test_every_node_appears(comfy: ComfyServer) -> None:
+    info = comfy.get("/api/object_info")
+    for node in NODES:
+        assert info[node.NODE_ID]["display_name"] == node.TITLE
+        assert info[node.NODE_ID]["category"] == node.CATEGORY
+        assert info[node.NODE_ID]["description"] == node.DESCRIPTION
+    failed = [line for line in comfy.console().splitlines() if "IMPORT FAILED" in line]
+    assert not any("rectiflux" in line for line in failed)
+
+
+def test_the_models_that_come_with_the_pack_are_listed_after_the_artists_own(comfy: ComfyServer) -> None:
+    inputs = comfy.get("/api/object_info/RectifluxModelLoader")["RectifluxModelLoader"]["input"]
+    names = inputs["required"]["model_name"][0]
+    shipped = sorted(path.name for path in (PACK / "models" / "diffusion_models").glob("*.safetensors"))
+    assert names == ["tiny.safetensors", *shipped]
+
+
+def test_the_workflow_is_offered_as_a_template(comfy: ComfyServer) -> None:
+    assert comfy.get("/api/workflow_templates")["rectiflux"] == ["text_to_image"]
+    assert comfy.get("/api/workflow_templates/rectiflux/text_to_image.json")["nodes"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"solver": "heun", "batch_size": 2},
+        {"solver": "rk4", "cfg_scale": 1.0, "steps": 3},
+        {"solver": "midpoint", "denoise": 0.6, "shift": "none"},
+        {"width": 96, "height": 32, "shift": "fixed", "mu": 0.8, "prompt": ""},
+    ],
+    ids=lambda settings: ",".join(f"{k}={v}" for k, v in settings.items()) or "defaults",
+)
+def test_same_prompt_same_picture(
+    comfy: ComfyServer, files: graphs.Prompt, embedded: Folders, settings: dict[str, Any]
+) -> None:
+    """Within 1/255: both compute in float32, and differ by the rounding of (x - denoised) / sigma."""
+    prompt = graphs.text_to_image(files, **settings)
+    expected = to_pixels(graphs.run(prompt, "decode")[0])
+    prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="same")
+    assert expected.std() > 20  # a picture with contrast, not a flat one that would agree by itself
+    assert largest_difference(comfy.pictures(prompt, "save"), expected) <= 1
+
+
+def test_inpainting_keeps_to_the_mask_alike(
+    comfy: ComfyServer, files: graphs.Prompt, embedded: Folders
+) -> None:
+    """A mask over the left half, with ComfyUI's mask nodes there and the same tensor here."""
+    prompt = graphs.text_to_image(files, denoise=0.8, steps=5)
+    prompt["start"] = graphs.node("RectifluxVAEEncode", image=["picture", 0], vae=["vae", 0])
+    prompt["picture"] = graphs.node("EmptyImage", width=64, height=48, batch_size=1, color=0x3366CC)
+    prompt["all"] = graphs.node("SolidMask", value=1.0, width=64, height=48)
+    prompt["right"] = graphs.node("SolidMask", value=1.0, width=32, height=48)
+    prompt["left"] = graphs.node(
+        "MaskComposite", destination=["all", 0], source=["right", 0], x=32, y=0, operation="subtract"
+    )
+    prompt["masked"] = graphs.node("SetLatentNoiseMask", samples=["start", 0], mask=["left", 0])
+    prompt["sample"]["inputs"]["latent"] = ["masked", 0]
+    prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="mask")
+    ours = comfy.pictures(prompt, "save")
+    prompt["unmasked"] = graphs.node("RectifluxVAEDecode", samples=["start", 0], vae=["vae", 0])
+    prompt["save"]["inputs"]["images"] = ["unmasked", 0]
+    start = comfy.pictures(prompt, "save")
+    assert largest_difference(ours[:, :, 48:], start[:, :, 48:]) < largest_difference(
+        ours[:, :, :16], start[:, :, :16]
+    )
+    blue = torch.tensor([0x33, 0x66, 0xCC]) / 255
+    done: dict[str, Any] = {"picture": (blue.expand(1, 48, 64, 3),)}
+    left = torch.cat([torch.ones(1, 48, 32), torch.zeros(1, 48, 32)], dim=2)
+    done["masked"] = ({**graphs.run(prompt, "start", done)[0], "noise_mask": left},)
+    assert largest_difference(ours, to_pixels(graphs.run(prompt, "decode", done)[0])) <= 1
+
+
+def test_the_shipped_workflow_gives_the_same_picture(comfy: ComfyServer, embedded: Folders) -> None:
+    """The demo workflow file itself, with the miniature that ships with the pack."""
+    info = Registry.of_pack(embedded).object_info()
+    prompt = to_prompt(read_document(PACK / "workflows" / "text_to_image.json"), info)
+    save = next(key for key, node in prompt.items() if node["class_type"] == "SaveImage")
+    expected = to_pixels(graphs.run(prompt, prompt[save]["inputs"]["images"][0])[0])
+    assert largest_difference(comfy.pictures(prompt, save), expected) <= 1

@@ -1,0 +1,62 @@
+"""The public interface is what it says, and the library's layers are where they should be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rectiflux import flux_core
+
+ROOT = Path(flux_core.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+STAGES = ("conditioning", "schedule", "solver", "transformer", "vae")
+OUTSIDE = {"torch", "einops", "safetensors", "tokenizers", "transformers", "numpy", "PIL"}
+
+
+def test_all_is_the_public_interface() -> None:
+    """Every public name that the package defines is in __all__, sorted, and the other way round."""
+    modules = {file.stem for file in ROOT.iterdir()}
+    public = {name for name in vars(flux_core) if not name.startswith("_") and name not in modules}
+    assert public == set(flux_core.__all__)
+    assert len(flux_core.__all__) == len(public)
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of all that a file imports, with the dots of relative imports; inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found |= {base} if node.module else {base + alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_library_knows_no_host(file: Path) -> None:
+    """Only torch and its friends from outside, and no relative import that leaves the package."""
+    for name in imports(file):
+        depth = len(name) - len(name.lstrip("."))
+        assert depth <= len(file.relative_to(ROOT).parts), f"{file.name} imports {name}"
+        if depth == 0:
+            top = name.split(".")[0]
+            assert top in OUTSIDE or top in sys.stdlib_module_names, f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_do_not_import_each_other(stage: str) -> None:
+    relative = {name.lstrip(".") for name in imports(ROOT / f"{stage}.py") if name.startswith(".")}
+    assert relative <= {"spec", "layers"}
+
+
+def test_importing_the_library_leaves_transformers_for_later() -> None:
+    """Its models take seconds to import, which a host would pay at its start."""
+    code = "import sys, flux_core; print('transformers.modeling_utils' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "False"

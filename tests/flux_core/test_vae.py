@@ -1,0 +1,60 @@
+"""The autoencoder against diffusers' AutoencoderKL on the same weights, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec, to_model_space, to_vae_space
+
+from .reference import AE_SPEC, autoencoder, diffusers_autoencoder, relative_error
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 16, 48), (1, 64, 16)])
+def test_agrees_with_diffusers(batch: int, height: int, width: int) -> None:
+    ours = autoencoder()
+    theirs = diffusers_autoencoder(ours)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(batch, 3, height, width, generator=generator) * 2 - 1
+    distribution = theirs.encode(image).latent_dist
+    mean, log_variance = ours.posterior(image)
+    assert mean.shape == (batch, 16, height // 8, width // 8)
+    assert relative_error(mean, distribution.mean) < 1e-5
+    assert relative_error(log_variance.clamp(-30, 20), distribution.logvar) < 1e-5
+    assert torch.equal(ours.encode(image), mean)
+    latent = torch.randn(mean.shape, generator=generator)
+    assert relative_error(ours.decode(latent), theirs.decode(latent).sample) < 1e-5
+
+
+def test_full_size_is_flux() -> None:
+    """As in Black Forest Labs' ae.safetensors, and read back from the shapes."""
+    with torch.device("meta"):
+        state_dict = AutoEncoder(AutoEncoderSpec()).state_dict()
+    assert len(state_dict) == 244
+    assert sum(tensor.numel() for tensor in state_dict.values()) == 83_819_683
+    assert AutoEncoderSpec.from_state_dict(state_dict) == AutoEncoderSpec()
+    assert AutoEncoderSpec().groups == 32
+
+
+def test_sizes_are_read_off_the_state_dict() -> None:
+    assert AutoEncoderSpec.from_state_dict(autoencoder().state_dict()) == AE_SPEC
+    with pytest.raises(ValueError, match="not a FLUX.1 autoencoder: it has no encoder.conv_in.weight"):
+        AutoEncoderSpec.from_state_dict({"img_in.weight": torch.zeros(1)})
+
+
+def test_scales_are_flux() -> None:
+    """black-forest-labs/flux, src/flux/util.py: scale_factor 0.3611, shift_factor 0.1159."""
+    assert to_model_space(torch.tensor(1.1159)).item() == pytest.approx(0.3611)
+    latent = torch.randn(2, 16, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(to_vae_space(to_model_space(latent)), latent, rtol=1e-14, atol=1e-14)
+
+
+def test_pictures_and_latents_of_the_wrong_shape_are_refused() -> None:
+    model = autoencoder()
+    with pytest.raises(
+        ValueError, match="sides must be multiples of 16 to be encoded, got 40x32; resize or crop"
+    ):
+        model.encode(torch.zeros(1, 3, 32, 40))
+    with pytest.raises(ValueError, match="must have 3 channels to be encoded, got 4"):
+        model.encode(torch.zeros(1, 4, 32, 32))
+    with pytest.raises(ValueError, match="decodes latents of 16 channels, got 4; wire in a FLUX.1 latent"):
+        model.decode(torch.zeros(1, 4, 4, 4))

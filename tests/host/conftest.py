@@ -1,0 +1,118 @@
+"""A pack of tiny nodes for the host's tests, with the host's folders in a temporary place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rectiflux.host import context
+from rectiflux.host.files import Folders
+from rectiflux.host.registry import Registry
+
+
+class Number:
+    """Gives its widget's value; counts how often each value was asked for."""
+
+    RETURN_TYPES = ("NUMBER",)
+    FUNCTION = "run"
+    CATEGORY = "test"
+    ran: list[int] = []
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "value": ("INT", {"default": 1, "min": 0, "max": 10}),
+                "scale": ("FLOAT", {"default": 1.0, "min": 0.5, "max": 2.0}),
+                "mode": (["plain", "bold"], {"default": "plain"}),
+                "label": ("STRING", {"default": ""}),
+                "sure": ("BOOLEAN", {"default": True}),
+            }
+        }
+
+    def run(self, value: int, scale: float, mode: str, label: str, sure: bool) -> tuple[float]:
+        self.ran.append(value)
+        return (value * scale,)
+
+
+class Add:
+    """Adds; fails, reports and waits as its numbers tell it to."""
+
+    RETURN_TYPES = ("NUMBER", "TEXT")
+    FUNCTION = "run"
+    CATEGORY = "test"
+    ran: list[tuple[float, float]] = []
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"a": ("NUMBER",)}, "optional": {"b": ("NUMBER",)}}
+
+    def run(self, a: float, b: float = 0.0) -> tuple[float, str]:
+        self.ran.append((a, b))
+        if a == 7:
+            raise ValueError("seven is refused; choose another number")
+        if a == 8:
+            raise KeyError("a bug")
+        if a == 9:
+            raise MemoryError
+        context.progress(1, 2)
+        context.preview(lambda: torch.full((2, 4, 3), 200, dtype=torch.uint8))
+        context.notice("half way")
+        context.progress(2, 2)
+        return a + b, "sum"
+
+
+class Picture:
+    """A picture 8 wide and 4 high of one grey."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "run"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"number": ("NUMBER",)}}
+
+    def run(self, number: float) -> tuple[torch.Tensor]:
+        return (torch.full((1, 4, 8, 3), number / 10),)
+
+
+NODES = {"Number": Number, "Add": Add, "Picture": Picture}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders.under(tmp_path / "data")
+
+
+@pytest.fixture
+def registry(folders: Folders) -> Registry:
+    Number.ran.clear()
+    Add.ran.clear()
+    return Registry(NODES, {"Add": "Add Numbers"}, folders)
+
+
+class Prompts:
+    """Makes prompts of the tiny nodes."""
+
+    @staticmethod
+    def number(value: Any = 1, **widgets: Any) -> dict[str, Any]:
+        inputs = {"value": value, "scale": 1.0, "mode": "plain", "label": "", "sure": True, **widgets}
+        return {"class_type": "Number", "inputs": inputs}
+
+    def picture(self, a: Any = 2, b: Any = 3) -> dict[str, Any]:
+        """Two numbers, their sum as a picture, saved."""
+        return {
+            "1": self.number(a),
+            "2": self.number(b),
+            "3": {"class_type": "Add", "inputs": {"a": ["1", 0], "b": ["2", 0]}},
+            "4": {"class_type": "Picture", "inputs": {"number": ["3", 0]}},
+            "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "sum"}},
+        }
+
+
+@pytest.fixture
+def prompts() -> Prompts:
+    return Prompts()

@@ -1,0 +1,339 @@
+"""run.py, run for real in folders of its own: environments are made and filled by pip, from wheels made here.
+
+`Start` is a clone's root with run.py, requirement files, and a stand-in pack whose commands say what they
+were given. Its package index is a folder of empty wheels; no test needs a network. Environments take seconds
+to make, so most tests share one and leave it as they found it.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RENDER = "import sys, probe\ndef main(argv): print('render', argv, sys.prefix); return 3 if argv else 0"
+PYTEST = "import os, sys; print('pytest', sys.argv[1:], os.getcwd())"
+PACK = {
+    "__init__.py": "",
+    "host/__init__.py": "",
+    "host/server.py": "def main(argv): print('serve', argv, __package__)",
+    "host/render.py": RENDER,
+    "flux_core/__init__.py": "",
+    "flux_core/train/__init__.py": "",
+    "flux_core/train/cli.py": "def main(argv): print('train', argv)",
+}
+
+
+def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> None:
+    """A wheel with these files."""
+    info = f"{name}-{version}.dist-info"
+    files = {
+        **files,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = f"{info}/RECORD,,\n"
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+            record += f"{path},sha256={digest},{len(text.encode())}\n"
+        archive.writestr(f"{info}/RECORD", record)
+
+
+class Start:
+    """A fresh clone in a folder whose name is no module's, and an index with torch, probe and pytest."""
+
+    def __init__(self, place: Path) -> None:
+        self.root = place / "ComfyUI-my clone"
+        self.index = place / "index"
+        for name, text in PACK.items():
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        shutil.copy(ROOT / "run.py", self.root)
+        self.write("requirements.txt", "probe\n")
+        self.write("requirements-test.txt", "pytest\n")
+        self.write("constraints.txt", "torch==2.13.0\nprobe==1.0\npytest==9.0\n")
+        wheel(self.index, "torch", "2.13.0", {"torch.py": ""})
+        wheel(self.index, "torch", "2.99.0", {"torch.py": ""})
+        wheel(self.index, "probe", "1.0", {"probe.py": "version = 1"})
+        wheel(self.index, "probe", "1.1", {"probe.py": "version = 2"})
+        wheel(self.index, "pytest", "9.0", {"pytest.py": PYTEST})
+        self.errors = self.first = ""
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).write_text(text)
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        """pip's settings replaced by: nothing but the index."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+        offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index), "PIP_CONFIG_FILE": os.devnull}
+        return {**kept, **offline, **changes}
+
+    def begin(self, *arguments: str, python: str = sys.executable, **changes: str) -> subprocess.Popen[str]:
+        """run.py, started from another folder, with nobody at the keyboard."""
+        return subprocess.Popen(
+            [python, str(self.root / "run.py"), *arguments],
+            env=self.environment(**changes),
+            cwd=self.root.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments: str, code: int = 0, python: str = sys.executable, **changes: str) -> str:
+        """What run.py printed; stderr is in `errors`."""
+        process = self.begin(*arguments, python=python, **changes)
+        printed, self.errors = process.communicate()
+        assert process.returncode == code, printed + self.errors
+        assert "Traceback" not in self.errors
+        return printed
+
+    @property
+    def python(self) -> Path:
+        return self.root / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    def installed(self) -> set[str]:
+        """Names and versions of the index's packages in .venv."""
+        code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+        run = subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True)
+        return {name for name in run.stdout.split() if not name.startswith(("pip==", "setuptools=="))}
+
+    def last_error(self) -> str:
+        return self.errors.splitlines()[-1]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    return Start(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """A clone after its first start. Tests that use it leave it ready."""
+    start = Start(tmp_path_factory.mktemp("ready"))
+    start("render")
+    start.first = start.errors
+    return start
+
+
+@pytest.fixture
+def run() -> ModuleType:
+    """run.py as a module."""
+    spec = importlib.util.spec_from_file_location("rectiflux_run", ROOT / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The first start, and later ones
+
+
+def test_the_first_start_installs_and_later_ones_do_not_call_pip(ready: Start) -> None:
+    assert ready.installed() >= {"torch==2.13.0", "probe==1.0"}
+    assert "setting up Rectiflux in .venv" in ready.first
+    assert ready("render", PIP_FIND_LINKS="").startswith(f"render [] {ready.root / '.venv'}")
+    assert ready.errors == ""
+
+
+def test_commands_get_their_arguments_and_give_their_exit_code(ready: Start) -> None:
+    assert ready("--port", "1").strip() == "serve ['--port', '1'] rectiflux.host"
+    assert ready("serve", "--help").strip() == "serve ['--help'] rectiflux.host"
+    assert ready().strip() == "serve [] rectiflux.host"
+    assert ready("train", "--steps=2").strip() == "train ['--steps=2']"
+    assert ready("render", "w.json", "a b", code=3).startswith("render ['w.json', 'a b']")
+
+
+def test_the_environments_own_python_may_start_it_too(ready: Start) -> None:
+    assert ready("train", python=str(ready.python)).strip() == "train []"
+
+
+def test_tests_install_their_packages_first_and_run_in_the_root(ready: Start) -> None:
+    printed = ready("test", "-k", "x y", "tests/a.py").splitlines()[-1]
+    assert printed == f"pytest ['-k', 'x y', 'tests/a.py'] {ready.root}"
+    assert "pytest==9.0" in ready.installed()
+    ready("test", PIP_FIND_LINKS="")
+    assert ready.errors == ""
+
+
+def test_changed_requirements_are_installed_at_the_next_start(ready: Start) -> None:
+    before = (ready.root / "constraints.txt").read_text()
+    for text, version in ((before.replace("probe==1.0", "probe==1.1"), "probe==1.1"), (before, "probe==1.0")):
+        ready.write("constraints.txt", text)
+        ready("render")
+        assert version in ready.installed()
+        ready("render", PIP_FIND_LINKS="")
+        assert ready.errors == ""
+
+
+@pytest.mark.slow
+def test_first_starts_that_are_killed_or_run_at_once(start: Start) -> None:
+    """What a killed one left half-made is made anew; of two at once, one waits for the other."""
+    first = start.begin("render")
+    while not (start.root / ".venv" / "pyvenv.cfg").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    both = [start.begin("render"), start.begin("render")]
+    ends = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert all(printed.startswith("render []") for printed, _ in ends)
+    told = "".join(errors for _, errors in ends)
+    assert told.count("the environment in .venv is incomplete: making it anew") == 1
+    assert told.count("another start is setting up .venv; waiting for it") == 1
+    assert start.installed() == {"torch==2.13.0", "probe==1.0"}
+
+
+@pytest.mark.slow
+def test_an_environment_whose_python_is_gone_is_made_anew(ready: Start) -> None:
+    ready.python.unlink()
+    assert ready("render").startswith("render []")
+    assert "the environment in .venv is incomplete: making it anew" in ready.errors
+
+
+@pytest.mark.slow
+def test_an_environment_that_someone_else_made_is_kept(start: Start) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(start.root / ".venv")], check=True)
+    (start.root / ".venv" / "keepsake").touch()
+    start("render")
+    assert (start.root / ".venv" / "keepsake").exists() and "probe==1.0" in start.installed()
+
+
+@pytest.mark.slow
+def test_two_first_starts_at_once_wait_for_each_other(start: Start) -> None:
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(start.index)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(start.root / "run.py"), "render"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    ends = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert all(printed.startswith("render []") for printed, _ in ends)
+    assert sum("waiting for it" in errors for _, errors in ends) == 1
+
+
+# What can be missing
+
+
+def test_no_network(ready: Start) -> None:
+    before = (ready.root / "requirements.txt").read_text()
+    ready.write("requirements.txt", before + "another\n")
+    unreachable = {"PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "", "PIP_INDEX_URL": "http://127.0.0.1:9/"}
+    ready("render", code=1, PIP_RETRIES="1", **unreachable)
+    assert ready.last_error() == (
+        "run.py: the installation into .venv failed: pip cannot reach its package index; "
+        "check the network or pip's proxy settings, then run again."
+    )
+    ready.write("requirements.txt", before)
+    assert ready("render").startswith("render []")
+
+
+def test_no_build_of_a_package_for_this_python(ready: Start) -> None:
+    before = (ready.root / "requirements.txt").read_text()
+    ready.write("requirements.txt", "nowhere-to-be-found\n")
+    ready("render", code=1)
+    assert "No matching distribution found for nowhere-to-be-found: no build for Python" in ready.last_error()
+    ready.write("requirements.txt", before)
+    assert ready("render").startswith("render []")
+
+
+def test_pips_other_failures(run: ModuleType) -> None:
+    disk = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    assert run.explain_pip(1, disk).startswith("the disk is full: the packages need 2 GB")
+    assert (
+        run.explain_pip(2, "WARNING: x\nERROR: broken thing\n")
+        == "pip ended with code 2: ERROR: broken thing"
+    )
+    assert run.explain_pip(2, "") == "pip ended with code 2: see its output above"
+
+
+def test_no_venv_module(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(run, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    for name in ("requirements.txt", "constraints.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else name)
+    assert run.main(["render"]) == 1
+    says = capsys.readouterr().err
+    assert (
+        "comes without the module `ensurepip` that makes .venv; install it (Debian, Ubuntu: sudo apt install "
+        in says
+    )
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_folder_in_the_way(start: Start) -> None:
+    (start.root / ".venv").mkdir()
+    (start.root / ".venv" / "thesis.txt").touch()
+    start("render", code=1)
+    assert start.last_error().endswith(
+        f"{start.root / '.venv'} is no Python environment; move it away and run the same command again."
+    )
+    assert (start.root / ".venv" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 10, 12), (2, 7, 18)])
+def test_a_python_that_is_too_old(run: ModuleType, version: tuple[int, int, int]) -> None:
+    with pytest.raises(run.SetupError) as caught:
+        run.check_python(version)
+    assert str(caught.value).startswith(
+        f"Rectiflux needs Python 3.11 or newer, this is {'.'.join(map(str, version))} ("
+    )
+    run.check_python((3, 11, 0))
+
+
+def test_a_python_that_is_too_old_can_read_why() -> None:
+    """The grammar of 3.6, no annotation that 3.6 cannot evaluate, and no import from beyond its library."""
+    tree = ast.parse((ROOT / "run.py").read_text(encoding="utf-8"), feature_version=(3, 6))
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+        if isinstance(node, (ast.arg, ast.FunctionDef)):
+            annotation = node.annotation if isinstance(node, ast.arg) else node.returns
+            assert annotation is None or isinstance(annotation, (ast.Name, ast.Constant)), ast.dump(node)
+    assert modules <= {
+        "hashlib",
+        "importlib.util",
+        "os",
+        "pathlib",
+        "shutil",
+        "subprocess",
+        "sys",
+        "time",
+        "fcntl",
+        "msvcrt",
+    }
+
+
+def test_help_and_unknown_commands_need_no_environment(start: Start) -> None:
+    assert "python3 run.py render WORKFLOW" in start("--help")
+    start("frob", code=1)
+    assert start.last_error() == "run.py: run.py has no command 'frob'; it has serve, render, test, train."
+    assert not (start.root / ".venv").exists()
