@@ -178,10 +178,12 @@ def train_flow(
     spec: FluxSpec = MINI,
     save_every: int = 500,
     compiled: bool = True,
+    bf16: bool = False,
 ) -> None:
     """Train for `steps` and write `out` (averaged weights). Resumes from `out`.checkpoint after a kill.
 
-    The schedule's length is `steps`; giving a larger number on resuming lengthens the plateau.
+    The schedule's length is `steps`; giving a larger number on resuming lengthens the plateau, a smaller one
+    begins the descent. `bf16` computes matrix products in bfloat16; weights and their average stay float32.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -199,13 +201,11 @@ def train_flow(
     while step < steps:
         set_rate(optimizers, recipe.lr * rate(step, steps, recipe))
         images, captions = data.batch(recipe.batch, rng, recipe.empty_share)
-        loss = loss_of(
-            model,
-            images,
-            torch.randn_like(images),
-            draw_sigmas(recipe.batch, recipe),
-            encoders.encode(captions),
-        )
+        text = encoders.encode(captions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(
+                model, images, torch.randn_like(images), draw_sigmas(recipe.batch, recipe), text
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
