@@ -203,9 +203,7 @@ def train_flow(
         images, captions = data.batch(recipe.batch, rng, recipe.empty_share)
         text = encoders.encode(captions)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = loss_of(
-                model, images, torch.randn_like(images), draw_sigmas(recipe.batch, recipe), text
-            )
+            loss = loss_of(model, images, torch.randn_like(images), draw_sigmas(recipe.batch, recipe), text)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
