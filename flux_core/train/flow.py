@@ -149,14 +149,16 @@ def initialise(model: FluxTransformer) -> None:
             nn.init.zeros_(parameter)
 
 
-def make_optimizers(model: FluxTransformer, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for all else (modulations, embeddings, norms, biases)."""
+def make_optimizers(
+    model: FluxTransformer, lr: float, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Muon (in `dtype`) for the blocks' matrices, AdamW for modulations, embeddings, norms and biases."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and "_blocks." in name and "mod" not in name
         (matrices if inner else rest).append(parameter)
     return [
-        Muon(matrices, lr, weight_decay=0.01),
+        Muon(matrices, lr, weight_decay=0.01, dtype=dtype),
         torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
@@ -190,7 +192,7 @@ def train_flow(
     data = LatentSet(latents)
     model = FluxTransformer(spec)
     initialise(model)
-    optimizers = make_optimizers(model, recipe.lr)
+    optimizers = make_optimizers(model, recipe.lr, torch.bfloat16 if bf16 else torch.float32)
     average = Average(model, recipe.average)
     checkpoint = out.with_name(out.name + ".checkpoint")
     step = 0
