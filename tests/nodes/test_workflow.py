@@ -14,6 +14,7 @@ from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
 from rectiflux.host.workflow import read_document, to_prompt
+
 from . import graphs
 
 WORKFLOWS = Path(rectiflux.__file__).parent / "workflows"
