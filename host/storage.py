@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 UPLOAD_LIMIT = 100 * 2**20  # bytes, of one request
 TYPES = {".json": "application/json", ".css": "text/css"}
 """What user files are sent as; all others as plain bytes, so that none can act as a page or a script."""
-UNWRITTEN = {"user.css": b"", "comfy.templates.json": b"[]"}
-"""User files that the editor asks for at every start, as they are before a user writes them."""
+UNWRITTEN = {"user.css": b"", "comfy.templates.json": b"[]", "workflows/.index.json": b"{}"}
+"""User files that the editor asks for unbidden, as they are before a user writes them."""
 DEFAULTS = {
     "Comfy.Notification.ShowVersionUpdates": False,  # asks no server for news of ComfyUI
     "Comfy.VueNodes.Enabled": True,  # shows pictures as large as their node
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # keeps the text when a whole graph is in view
     "Comfy.Minimap.Visible": False,  # covers a part of small graphs
+    "Comfy.Graph.CanvasInfo": False,  # counts frames in a corner
 }
 """Settings that differ from the editor's own until the user changes them."""
 
@@ -141,7 +142,7 @@ class Storage:
         query = request.query
         root = self._user_path(query.get("dir", ""))
         found = root.rglob("*") if query.get("recurse") == "true" else root.glob("*")
-        paths = sorted(path for path in found if path.is_file() and not path.name.endswith(".part"))
+        paths = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
         entries = [_entry(root, path) for path in paths]
         if query.get("full_info") == "true":
             return web.json_response(entries)
