@@ -32,6 +32,7 @@ DEFAULTS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # keeps the text when a whole graph is in view
     "Comfy.Minimap.Visible": False,  # covers a part of small graphs
     "Comfy.Graph.CanvasInfo": False,  # counts frames in a corner
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",  # writes on every node that it is ours
 }
 """Settings that differ from the editor's own until the user changes them."""
 
