@@ -12,8 +12,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +21,14 @@ import pytest
 from PIL import Image
 from playwright.sync_api import ConsoleMessage, Locator, Page, Request, WebSocket, expect, sync_playwright
 
-ROOT = Path(__file__).resolve().parents[2]
+from .command import PATIENCE, ROOT, serving
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
 DEMO = json.loads((ROOT / "workflows" / "text_to_image.json").read_text())
-PATIENCE = 60  # seconds, far more than anything here takes
 expect.set_options(timeout=PATIENCE * 1000)
 
 pytestmark = [
@@ -158,23 +156,8 @@ class Editor:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """(address, data folder) of an editor that was started from the command line."""
     folder = tmp_path_factory.mktemp("editor")
-    command = [sys.executable, "run.py", "serve", "--no-browser", "--port", "0", "--data", folder / "data"]
-    if Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():  # run.py would make that environment
-        command[1:3] = ["-c", "import sys, run; sys.exit(run.dispatch('serve', sys.argv[1:]))"]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
-        try:
-            yield _address(process, folder / "log"), folder / "data"
-        finally:
-            process.terminate()
-            assert process.wait(PATIENCE) == 0
-
-
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + PATIENCE
-    while not (found := re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    return found[0]
+    with serving(folder) as (address, _):
+        yield address, folder / "data"
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +217,7 @@ def test_a_rerun_runs_only_what_changed_and_what_lies_downstream(editor: Editor)
     assert editor.picture().tobytes() == editor.saved()[-1].convert("RGB").tobytes()
 
 
-def test_a_refused_value_is_told_on_its_node(editor: Editor) -> None:
+def test_an_error_is_told_on_its_node(editor: Editor) -> None:
     editor.set(SCHEDULE, steps=100000)
     editor.press_run()
     told = editor.page.get_by_test_id("error-overlay")
@@ -243,7 +226,10 @@ def test_a_refused_value_is_told_on_its_node(editor: Editor) -> None:
     expect(editor.node(SCHEDULE).locator(".ring-destructive")).to_be_visible()
     editor.expect_fault(r"status of 400 .*/api/prompt|PromptExecutionError")
     editor.set(SCHEDULE, steps=2)
+    editor.set(LATENT, width=100)
     editor.run()
+    expect(told).to_contain_text("width and height must be positive multiples of 16, got 100x128")
+    expect(editor.node(LATENT).locator(".ring-destructive")).to_be_visible()
     expect(editor.node(SCHEDULE).locator(".ring-destructive")).to_have_count(0)
 
 
@@ -267,12 +253,13 @@ def test_a_saved_workflow_is_there_after_a_reload(editor: Editor) -> None:
 
 
 def test_a_run_can_be_stopped(editor: Editor) -> None:
+    editor.set(LATENT, width=512, height=512)
     editor.set(SCHEDULE, steps=1000)
     editor.press_run()
     editor.wait(lambda: editor.previews, "the first preview is there")
     editor.page.get_by_role("button", name="Cancel current run").first.click()
     editor.wait(lambda: editor.told("execution_interrupted"), "the run has stopped")
-    editor.set(SCHEDULE, steps=2)
+    editor.show_demo()
     assert SAVE in editor.run()
 
 
