@@ -47,6 +47,7 @@ class Storage:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/view", self.view),
+            web.get("/internal/files/{kind}", self.list_pictures),
             web.post("/upload/image", self.upload_image),
             web.post("/upload/mask", self.upload_mask),
             web.get("/userdata", self.list_user_files),
@@ -74,6 +75,13 @@ class Storage:
             kind, body = _converted(path, query.get("channel", "rgba"), query.get("preview", ""))
             return web.Response(body=body, content_type=kind, headers=headers)
         return web.FileResponse(path, headers=headers)
+
+    async def list_pictures(self, request: web.Request) -> web.Response:
+        """Names of the pictures at the top of a folder, the newest first, as `picture.png [input]`."""
+        kind = request.match_info["kind"]
+        paths = [self.folders.locate(name, kind=kind) for name in self.folders.pictures(kind)]
+        paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        return web.json_response([f"{path.name} [{kind}]" for path in paths])
 
     def _picture(self, name: str, subfolder: str, kind: str) -> Path:
         """An existing file, or 404. `name` may end in its folder: `picture.png [input]`."""

@@ -325,6 +325,12 @@ def test_uploading(server: Server, folders: Folders) -> None:
             assert (await upload(client, other, subfolder="clips"))[1]["subfolder"] == "clips"
             info = await get_json(client, "/api/object_info/LoadImage")
             assert info["LoadImage"]["input"]["required"]["image"][0] == ["a (1).png", "a.png"]
+            assert sorted(await get_json(client, "/internal/files/input")) == [
+                "a (1).png [input]",
+                "a.png [input]",
+            ]
+            async with client.get("/internal/files/user") as response:
+                assert response.status == 400
             status, told = await upload(client, b"<script>", "a.png")
             assert status == 400 and told["error"].startswith("a.png is no readable picture")
             assert (await upload(client, picture(), "a.html"))[0] == 400
