@@ -30,8 +30,8 @@ class RunContext:
     """(node id, value, total)"""
     on_notice: Callable[[str, str], None]
     """(node id, one sentence for the user)"""
-    on_preview: Callable[[str, Any], None] | None = None
-    """(node id, pixels [h, w, 3] uint8); None when nobody watches, and previews are not even computed"""
+    on_preview: Callable[[str, Callable[[], Any]], None] | None = None
+    """(node id, what makes pixels [h, w, 3] uint8); None when nobody watches"""
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -67,7 +67,7 @@ def progress(value: float, total: float) -> None:
 def preview(make: Callable[[], Any]) -> None:
     """Show the work so far; `make` returns pixels [h, w, 3] uint8 and is called only if they are shown."""
     if (run := _current.get()) is not None and run.on_preview is not None:
-        run.on_preview(run.node_id, make())
+        run.on_preview(run.node_id, make)
 
 
 def notice(text: str) -> None:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 OnEvent = Callable[[str, dict[str, Any]], None]
 EXPECTED = (ValueError, TypeError, OSError, SaveError)
 """What nodes raise to tell the user something: one sentence, no traceback."""
+PAUSE = 0.1  # seconds at least between two steps that are told; a browser that is sent more falls behind
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,8 @@ class _Run:
     stop: threading.Event
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
     notices: dict[str, list[str]] = field(default_factory=dict)
+    telling: bool = True
+    next_step: float = 0.0
 
     def tell(self, kind: str, **data: Any) -> None:
         if kind.startswith("execution_"):
@@ -255,6 +258,7 @@ class _Run:
         )
 
     def start(self, number: str) -> None:
+        self.telling, self.next_step = True, 0.0
         self.tell("executing", node=number, display_node=number)
         self._state(number, 0, 1, "running")
 
@@ -263,16 +267,21 @@ class _Run:
             self._state(number, *(self.states[number][part] for part in ("value", "max")), state)
 
     def progress(self, number: str, value: float, total: float) -> None:
-        self.tell("progress", node=number, value=value, max=total)
-        self._state(number, value, total, "running")
+        """Tell of a step, its preview too, unless another was told just now; of the last one always."""
+        self.telling = value >= total or time.monotonic() >= self.next_step
+        if self.telling:
+            self.next_step = time.monotonic() + PAUSE
+            self.tell("progress", node=number, value=value, max=total)
+            self._state(number, value, total, "running")
 
     def notice(self, number: str, text: str) -> None:
         self.notices.setdefault(number, []).append(text)
         log.warning("node %s: %s", number, text)
         self.tell("notice", node_id=number, text=text)
 
-    def preview(self, number: str, pixels: Any) -> None:
-        self.tell("preview", node_id=number, pixels=pixels)
+    def preview(self, number: str, make: Callable[[], Any]) -> None:
+        if self.telling:
+            self.tell("preview", node_id=number, pixels=make())
 
     def _state(self, number: str, value: float, total: float, state: str) -> None:
         self.states[number] = {

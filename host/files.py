@@ -51,20 +51,22 @@ class Folders:
 
     def locate(self, filename: str, subfolder: str = "", kind: str = "output") -> Path:
         """The path of a file as the editor names it. Raises ValueError for one outside its folder."""
+        return contained(self._root(kind), subfolder, filename)
+
+    def _root(self, kind: str) -> Path:
         if kind not in KINDS:
             raise ValueError(f"the folder must be one of {', '.join(KINDS)}, got {kind!r}")
-        return contained(getattr(self, kind), subfolder, filename)
+        return getattr(self, kind)
 
     def annotated(self, name: str) -> Path:
         """The path of an input picture; `picture.png [output]` takes it from another folder."""
         found = _ANNOTATED.match(name)
         return self.locate(found[1], kind=found[2]) if found else self.locate(name, kind="input")
 
-    def pictures(self) -> list[str]:
-        """Names of the pictures at the top of the input folder."""
-        return sorted(
-            path.name for path in self.input.iterdir() if path.is_file() and path.suffix.lower() in PICTURES
-        )
+    def pictures(self, kind: str = "input") -> list[str]:
+        """Names of the pictures at the top of a folder."""
+        paths = self._root(kind).iterdir()
+        return sorted(path.name for path in paths if path.is_file() and path.suffix.lower() in PICTURES)
 
 
 def contained(root: Path, *parts: str) -> Path:

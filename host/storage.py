@@ -24,13 +24,15 @@ log = logging.getLogger(__name__)
 UPLOAD_LIMIT = 100 * 2**20  # bytes, of one request
 TYPES = {".json": "application/json", ".css": "text/css"}
 """What user files are sent as; all others as plain bytes, so that none can act as a page or a script."""
-UNWRITTEN = {"user.css": b"", "comfy.templates.json": b"[]"}
-"""User files that the editor asks for at every start, as they are before a user writes them."""
+UNWRITTEN = {"user.css": b"", "comfy.templates.json": b"[]", "workflows/.index.json": b"{}"}
+"""User files that the editor asks for unbidden, as they are before a user writes them."""
 DEFAULTS = {
     "Comfy.Notification.ShowVersionUpdates": False,  # asks no server for news of ComfyUI
     "Comfy.VueNodes.Enabled": True,  # shows pictures as large as their node
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # keeps the text when a whole graph is in view
     "Comfy.Minimap.Visible": False,  # covers a part of small graphs
+    "Comfy.Graph.CanvasInfo": False,  # counts frames in a corner
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",  # writes on every node that it is ours
 }
 """Settings that differ from the editor's own until the user changes them."""
 
@@ -45,6 +47,7 @@ class Storage:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/view", self.view),
+            web.get("/internal/files/{kind}", self.list_pictures),
             web.post("/upload/image", self.upload_image),
             web.post("/upload/mask", self.upload_mask),
             web.get("/userdata", self.list_user_files),
@@ -72,6 +75,13 @@ class Storage:
             kind, body = _converted(path, query.get("channel", "rgba"), query.get("preview", ""))
             return web.Response(body=body, content_type=kind, headers=headers)
         return web.FileResponse(path, headers=headers)
+
+    async def list_pictures(self, request: web.Request) -> web.Response:
+        """Names of the pictures at the top of a folder, the newest first, as `picture.png [input]`."""
+        kind = request.match_info["kind"]
+        paths = [self.folders.locate(name, kind=kind) for name in self.folders.pictures(kind)]
+        paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        return web.json_response([f"{path.name} [{kind}]" for path in paths])
 
     def _picture(self, name: str, subfolder: str, kind: str) -> Path:
         """An existing file, or 404. `name` may end in its folder: `picture.png [input]`."""
@@ -141,7 +151,7 @@ class Storage:
         query = request.query
         root = self._user_path(query.get("dir", ""))
         found = root.rglob("*") if query.get("recurse") == "true" else root.glob("*")
-        paths = sorted(path for path in found if path.is_file() and not path.name.endswith(".part"))
+        paths = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
         entries = [_entry(root, path) for path in paths]
         if query.get("full_info") == "true":
             return web.json_response(entries)

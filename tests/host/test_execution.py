@@ -130,6 +130,44 @@ def test_what_is_told_and_in_which_order(executor: Executor, prompts: Any) -> No
     assert events[1][1]["nodes"] == ["1", "2", "3", "4", "5"]
 
 
+def test_of_many_quick_steps_few_are_told_and_the_last_always(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Painter:
+        RETURN_TYPES = ()
+        FUNCTION = "run"
+        OUTPUT_NODE = True
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {}}
+
+        def run(self) -> tuple[()]:
+            for step in range(1, 51):
+                context.progress(step, 50)
+                context.preview(lambda step=step: step)
+            return ()
+
+    shown: list[int] = []
+    values: list[float] = []
+
+    def on_event(kind: str, data: dict[str, Any]) -> None:
+        if kind == "preview":
+            shown.append(data["pixels"])
+        if kind == "progress":
+            values.append(data["value"])
+
+    registry.classes["Painter"] = Painter
+    monkeypatch.setattr("rectiflux.host.execution.PAUSE", 1000.0)
+    run(
+        Executor(registry),
+        {"1": {"class_type": "Painter", "inputs": {}}},
+        on_event=on_event,
+        previews=True,
+    )
+    assert shown == values == [1, 50]
+
+
 def test_an_error_is_one_sentence_on_its_node(executor: Executor, prompts: Any) -> None:
     events: dict[str, dict[str, Any]] = {}
     result = run(executor, prompts.picture(7), on_event=events.__setitem__)

@@ -98,6 +98,7 @@ def test_what_the_editor_asks_for_at_its_start(server: Server) -> None:
                 ("/api/workflow_templates/rectiflux/text_to_image.jpg", "jpg"),
                 ("/assets/app-1234.js", "app"),
                 ("/api/userdata/user.css", ""),
+                ("/api/userdata/workflows%2F.index.json", "{}"),
                 ("/user.css", ""),
             ):
                 async with client.get(path) as response:
@@ -324,6 +325,12 @@ def test_uploading(server: Server, folders: Folders) -> None:
             assert (await upload(client, other, subfolder="clips"))[1]["subfolder"] == "clips"
             info = await get_json(client, "/api/object_info/LoadImage")
             assert info["LoadImage"]["input"]["required"]["image"][0] == ["a (1).png", "a.png"]
+            assert sorted(await get_json(client, "/internal/files/input")) == [
+                "a (1).png [input]",
+                "a.png [input]",
+            ]
+            async with client.get("/internal/files/user") as response:
+                assert response.status == 400
             status, told = await upload(client, b"<script>", "a.png")
             assert status == 400 and told["error"].startswith("a.png is no readable picture")
             assert (await upload(client, picture(), "a.html"))[0] == 400
@@ -431,6 +438,9 @@ def test_saved_workflows(server: Server, folders: Folders) -> None:
             (entry,) = await get_json(client, listing)
             assert entry["path"] == "my fox.json" and entry["size"] == 7 and entry["modified"] > 10**12
             assert await get_json(client, path) == {"a": 1}
+            async with client.post("/api/userdata/workflows%2F.index.json", data=b"{}") as response:
+                assert response.status == 200
+            assert await get_json(client, listing) == [entry], "the editor's own file is no workflow"
             moved = "/api/userdata/workflows%2Fb%2Fc.json"
             async with client.post(f"{path}/move/workflows%2Fb%2Fc.json?overwrite=false") as response:
                 assert (response.status, await response.json()) == (200, "workflows/b/c.json")

@@ -1,0 +1,37 @@
+"""`run.py serve` as a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 120  # seconds, far more than anything here takes
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """(address, process) of an editor that keeps everything in `folder`/data; it has ended afterwards."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "run.py", "serve", "--no-browser", "--port", "0", "--data", folder / "data"]
+    if Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():  # run.py would make that environment
+        command[1:3] = ["-c", "import sys, run; sys.exit(run.dispatch('serve', sys.argv[1:]))"]
+    with (folder / "log").open("wb") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
+        try:
+            yield _address(process, folder / "log"), process
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    return found[0]

@@ -1,0 +1,287 @@
+"""The editor in a real browser: Chromium opens what `run.py serve` serves, and presses its buttons.
+
+One server and one page for the file; every test but the first begins with the demo workflow opened anew.
+RECTIFLUX_SCREENSHOT=PATH saves how the editor looks after the first run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import ConsoleMessage, Locator, Page, Request, WebSocket, expect, sync_playwright
+
+from .command import PATIENCE, ROOT, serving
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+DEMO = json.loads((ROOT / "workflows" / "text_to_image.json").read_text())
+expect.set_options(timeout=PATIENCE * 1000)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH"),
+]
+
+
+def node_id(kind: str) -> str:
+    """The id of the demo's only node of a class."""
+    (found,) = (str(node["id"]) for node in DEMO["nodes"] if node["type"] == kind)
+    return found
+
+
+PROMPT, SEED, SCHEDULE = (node_id(f"Rectiflux{name}") for name in ("TextEncode", "Noise", "Schedule"))
+LATENT, SAMPLER, DECODE = (node_id(f"Rectiflux{name}") for name in ("EmptyLatent", "Sampler", "VAEDecode"))
+SAVE = node_id("SaveImage")
+
+
+def read(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        picture.load()
+        return picture
+
+
+class Editor:
+    """The page, what its socket received, and what must not happen in it."""
+
+    def __init__(self, page: Page, address: str, data: Path) -> None:
+        self.page = page
+        self.address = address
+        self.data = data
+        self.heard: list[dict[str, Any]] = []
+        self.previews: list[tuple[dict[str, Any], Image.Image]] = []
+        self.faults: list[str] = []
+        page.set_default_timeout(PATIENCE * 1000)
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.faults.append(f"page error: {error}"))
+        page.on("request", self._on_request)
+        page.on("websocket", self._on_socket)
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.faults.append(f"console: {message.text} ({message.location.get('url')})")
+
+    def _on_request(self, request: Request) -> None:
+        if not request.url.startswith((self.address, "data:", f"blob:{self.address}")):
+            self.faults.append(f"a request leaves this machine: {request.url}")
+
+    def _on_socket(self, socket: WebSocket) -> None:
+        socket.on("framereceived", self._on_frame)
+
+    def _on_frame(self, frame: str | bytes) -> None:
+        if isinstance(frame, str):
+            self.heard.append(json.loads(frame))
+        elif struct.unpack(">I", frame[:4])[0] == 4:
+            end = 8 + struct.unpack(">I", frame[4:8])[0]
+            self.previews.append((json.loads(frame[8:end]), Image.open(io.BytesIO(frame[end:]))))
+
+    def wait(self, happened: Callable[[], Any], what: str) -> Any:
+        """Let the browser go on until something is true; what that is."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := happened()):
+            assert time.monotonic() < deadline, f"waited in vain until {what}"
+            self.page.wait_for_timeout(20)
+        return found
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """The data of the messages of one kind since the last `press_run`."""
+        return [message["data"] for message in self.heard if message["type"] == kind]
+
+    def show_demo(self) -> None:
+        """The demo workflow as it is shipped, with a seed that stays."""
+        self.page.evaluate("graph => app.loadGraphData(graph)", DEMO)
+        self.set(SEED, control_after_generate="fixed")
+
+    def set(self, number: str, **values: Any) -> None:
+        """Give widgets values that the editor's own controls might not let through."""
+        script = "([id, values]) => app.graph.getNodeById(id).widgets.forEach(widget => {"
+        script += " if (widget.name in values) widget.value = values[widget.name] })"
+        self.page.evaluate(script, [int(number), values])
+
+    def expect_fault(self, pattern: str) -> None:
+        """Take the faults of a test: each must be of this kind."""
+        assert self.faults and all(re.search(pattern, fault) for fault in self.faults), self.faults
+        self.faults.clear()
+
+    def node(self, number: str) -> Locator:
+        return self.page.locator(f"[data-node-id='{number}']")
+
+    def press_run(self) -> None:
+        self.heard.clear()
+        self.previews.clear()
+        self.page.get_by_test_id("queue-button").click()
+
+    def run(self) -> list[str]:
+        """Press Run and wait for the end; the nodes that ran."""
+        self.press_run()
+        self.wait(
+            lambda: {"node": None} in [{"node": end["node"]} for end in self.told("executing")], "the end"
+        )
+        return [data["node"] for data in self.told("executing") if data["node"] is not None]
+
+    def picture(self) -> Image.Image:
+        """What the Save Image node shows, in its own size; waits until it is the one saved last."""
+        name = max(path.name for path in (self.data / "output").glob("*.png"))
+        shown = self.node(SAVE).locator(f"img[src*='{name}']")
+        expect(shown).to_be_visible()
+        script = """async image => {
+            await image.decode()
+            const [width, height] = [image.naturalWidth, image.naturalHeight]
+            const canvas = new OffscreenCanvas(width, height).getContext('2d')
+            canvas.drawImage(image, 0, 0)
+            return [width, height, [...canvas.getImageData(0, 0, width, height).data]] }"""
+        width, height, pixels = shown.evaluate(script)
+        return Image.frombytes("RGBA", (width, height), bytes(pixels)).convert("RGB")
+
+    def saved(self) -> list[Image.Image]:
+        """The finished pictures, in the order in which they were made."""
+        return [read(path) for path in sorted((self.data / "output").glob("*.png"))]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """(address, data folder) of an editor that was started from the command line."""
+    folder = tmp_path_factory.mktemp("editor")
+    with serving(folder) as (address, _):
+        yield address, folder / "data"
+
+
+@pytest.fixture(scope="module")
+def opened(served: tuple[str, Path]) -> Iterator[Editor]:
+    """A fresh browser profile at the bare address."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        editor = Editor(browser.new_page(viewport={"width": 1600, "height": 900}), *served)
+        editor.page.goto(editor.address)
+        editor.page.wait_for_function("window.app?.graph?.nodes.length > 1")
+        yield editor
+        browser.close()
+
+
+@pytest.fixture
+def editor(opened: Editor) -> Iterator[Editor]:
+    """The page with the demo; nothing may go wrong in it that the test has not taken from `faults`."""
+    opened.page.keyboard.press("Escape")
+    opened.show_demo()
+    yield opened
+    faults, opened.faults = opened.faults, []
+    assert faults == []
+
+
+def test_the_first_visit_shows_the_demo_and_run_paints_it(opened: Editor) -> None:
+    page = opened.page
+    shown = page.evaluate("app.graph.nodes.map(node => [String(node.id), node.type])")
+    assert sorted(shown) == sorted([str(node["id"]), node["type"]] for node in DEMO["nodes"])
+    titles = [opened.node(number).get_by_test_id("node-title").inner_text() for number in (PROMPT, SAMPLER)]
+    assert titles == ["FLUX Prompt", "FLUX Sampler"]
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+    ran = opened.run()
+    assert sorted(ran, key=int) == [str(number) for number in range(1, 13)]
+    states = [data["nodes"][SAMPLER] for data in opened.told("progress_state") if SAMPLER in data["nodes"]]
+    steps = [state["value"] for state in states if state["state"] == "running"]
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 20 and len(steps) > 2
+    where, preview = opened.previews[-1]
+    assert (where["node_id"], preview.format, preview.size) == (SAMPLER, "JPEG", (128, 128))
+    expect(opened.node(SAMPLER).locator("img")).to_be_visible()
+
+    (saved,) = opened.saved()
+    picture = opened.picture()
+    assert picture.size == (128, 128) and picture.tobytes() == saved.convert("RGB").tobytes()
+    assert json.loads(saved.info["workflow"])["nodes"] and json.loads(saved.info["prompt"])
+    assert opened.faults == []
+    if target := os.environ.get("RECTIFLUX_SCREENSHOT"):
+        expect(page.get_by_test_id("queue-notification-banner")).to_be_hidden()
+        page.screenshot(path=target)
+
+
+def test_a_rerun_runs_only_what_changed_and_what_lies_downstream(editor: Editor) -> None:
+    editor.run()
+    assert editor.run() == []
+    editor.node(PROMPT).locator("textarea").first.fill("a small blue star")
+    assert editor.run() == [PROMPT, SAMPLER, DECODE, SAVE]
+    assert editor.picture().tobytes() == editor.saved()[-1].convert("RGB").tobytes()
+
+
+def test_an_error_is_told_on_its_node(editor: Editor) -> None:
+    editor.set(SCHEDULE, steps=100000)
+    editor.press_run()
+    told = editor.page.get_by_test_id("error-overlay")
+    expect(told).to_contain_text("100000")
+    expect(told).to_contain_text("1000.")
+    expect(editor.node(SCHEDULE).locator(".ring-destructive")).to_be_visible()
+    editor.expect_fault(r"status of 400 .*/api/prompt|PromptExecutionError")
+    editor.set(SCHEDULE, steps=2)
+    editor.set(LATENT, width=100)
+    editor.run()
+    expect(told).to_contain_text("width and height must be positive multiples of 16, got 100x128")
+    expect(editor.node(LATENT).locator(".ring-destructive")).to_be_visible()
+    expect(editor.node(SCHEDULE).locator(".ring-destructive")).to_have_count(0)
+
+
+def test_a_saved_workflow_is_there_after_a_reload(editor: Editor) -> None:
+    editor.set(PROMPT, prompt="a purple cross")
+    editor.page.keyboard.press("Control+s")
+    dialog = editor.page.get_by_role("dialog")
+    dialog.get_by_role("textbox").fill("my cross")
+    dialog.get_by_role("button", name="Confirm").click()
+    expect(dialog).to_have_count(0)
+    path = editor.data / "user" / "workflows" / "my cross.json"
+    editor.wait(path.exists, "the workflow is saved")
+    assert "a purple cross" in path.read_text()
+    editor.page.goto(editor.address)
+    values = "app.graph.nodes.flatMap(node => (node.widgets ?? []).map(widget => widget.value))"
+    editor.page.wait_for_function(f"window.app?.graph && {values}.includes('a purple cross')")
+    expect(editor.page.get_by_test_id("workflow-tab").filter(has_text="my cross")).to_be_visible()
+    editor.page.get_by_role("button", name="Workflows").click()
+    expect(editor.page.get_by_role("treeitem").filter(has_text="my cross").first).to_be_visible()
+    editor.page.get_by_role("button", name="Workflows").click()
+
+
+def test_a_run_can_be_stopped(editor: Editor) -> None:
+    editor.set(LATENT, width=512, height=512)
+    editor.set(SCHEDULE, steps=1000)
+    editor.press_run()
+    editor.wait(lambda: editor.previews, "the first preview is there")
+    editor.page.get_by_role("button", name="Cancel current run").first.click()
+    editor.wait(lambda: editor.told("execution_interrupted"), "the run has stopped")
+    editor.show_demo()
+    assert SAVE in editor.run()
+
+
+def test_templates_and_jobs_list_ours(editor: Editor) -> None:
+    editor.page.get_by_role("button", name="Templates").click()
+    dialog = editor.page.get_by_role("dialog")
+    expect(dialog.get_by_test_id("template-workflow-text_to_image")).to_be_visible()
+    expect(dialog.get_by_text("rectiflux", exact=True)).to_be_visible()
+    editor.page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    editor.set(PROMPT, prompt="a small pink circle")
+    editor.run()
+    editor.page.get_by_test_id("queue-overlay-toggle").click()
+    name = max(path.name for path in (editor.data / "output").glob("*.png"))
+    expect(editor.page.get_by_test_id("job-assets-list").locator(f"img[src*='{name}']")).to_be_visible()
+    editor.page.get_by_test_id("queue-overlay-toggle").click()
+
+
+def test_a_nodes_help_is_our_page(editor: Editor) -> None:
+    editor.page.get_by_test_id(f"node-header-{SAMPLER}").click()
+    editor.page.get_by_test_id("info-button").click()
+    text = (ROOT / "web" / "docs" / "RectifluxSampler.md").read_text()
+    first = re.sub(r"[*`]", "", next(line for line in text.splitlines() if line and not line.startswith("#")))
+    expect(editor.page.locator("body")).to_contain_text(first[:40])
+    editor.expect_fault(r"404 .*/docs/RectifluxSampler/en.md")  # asked for before RectifluxSampler.md
