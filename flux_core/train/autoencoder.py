@@ -119,7 +119,8 @@ def train_decoder(
         if step % save_every == 0 or step == steps:
             quality = save_autoencoder(model, average, held_out, out, step)
             save_checkpoint(checkpoint, step, {"decoder": decoder}, average, optimizers, rng)
-        line.update(step, f"pixel error {error.item():.5f}, held-out pictures at {quality:.2f} dB")
+        known = "" if math.isnan(quality) else f", held-out pictures at {quality:.2f} dB"
+        line.update(step, f"pixel error {error.item():.5f}{known}")
 
 
 @torch.no_grad()
