@@ -66,8 +66,8 @@ class TextEncoders:
         """Conditioning with txt [B, txt_length, C] and pooled [B, P], float32, of B prompts.
 
         CLIP reads `clip_prompts` where given. A prompt that is too long is cut at its end, and a sentence
-        that says so, with the numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError when
-        the lists differ in length.
+        that says so, with the numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError
+        when the lists differ in length.
         """
         clip_prompts = prompts if clip_prompts is None else clip_prompts
         if len(clip_prompts) != len(prompts):
