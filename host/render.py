@@ -157,8 +157,13 @@ def main(argv: list[str]) -> int:
         log.removeHandler(handler)
         log.setLevel(logging.NOTSET)
         log.propagate = True
-    for image in result.images():
-        sys.stdout.write(f"{folders.locate(image['filename'], image['subfolder'])}\n")
+    try:
+        for image in result.images():
+            sys.stdout.write(f"{folders.locate(image['filename'], image['subfolder'])}\n")
+        sys.stdout.flush()
+    except (OSError, UnicodeError) as error:  # a closed pipe, a full disk, an alphabet that it cannot show
+        sys.stdout = None  # or Python would try, and fail, once more at its end
+        return _fail([f"the pictures are in {folders.output}, but their names cannot be printed: {error}"])
     if result.error is not None:
         return _fail([f"node {result.error.node_id} ({result.error.class_type}): {result.error.message}"])
     return 0

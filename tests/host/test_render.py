@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,25 @@ def test_off_a_terminal_the_bar_is_a_line_and_on_one_it_is_redrawn(command: Comm
     bar.finish_node()
     lines = [line.strip() for line in stream.text.split("\r") if line.strip()]
     assert lines[:2] == ["Sampler", "Sampler [###############...............] 1/2"]
+
+
+def test_names_that_cannot_be_printed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", closefd=False) as closed:
+        monkeypatch.setattr(render.sys, "stdout", closed)
+        path = command.place / "w.json"
+        path.write_text(json.dumps(text_to_image()))
+        options = ["--models", str(command.models), "--out", str(command.place / "out")]
+        assert render.main([str(path), *options]) == 1
+        with suppress(BrokenPipeError):
+            closed.close()
+    monkeypatch.undo()
+    says = (
+        f"the pictures are in {command.place / 'out'}, but their names cannot be printed: [Errno 32] Broken"
+    )
+    assert says in command.capsys.readouterr().err
+    assert [path.name for path in (command.place / "out").iterdir()] == ["picture_00001_.png"]
 
 
 # Bad input: what validation says
