@@ -2,10 +2,12 @@
 """The one command: makes .venv on first use, then starts what was asked for in it.
 
     python3 run.py [serve] [options]          the node editor on 127.0.0.1:8188
+                                              (--port N, --models DIR, --no-browser)
     python3 run.py render WORKFLOW [options]  the same workflow file without the editor: PNGs out
+                                              (--set NAME=VALUE, --out DIR, --models DIR)
     python3 run.py test [pytest arguments]    the tests
     python3 run.py train [options]            the miniature's training
-    python3 run.py COMMAND --help             the options of one command
+    python3 run.py COMMAND --help             all options of one command
 
 Standard library only: this file runs before anything is installed. It must also parse on Pythons that are far
 too old (3.6), because they can only be told so by a file that they can read: no annotation with `|` or
@@ -163,9 +165,15 @@ def explain_pip(code: int, errors: str) -> str:
         return (
             "pip cannot reach its package index; check the network or pip's proxy settings, then run again."
         )
+    version = "{}.{}".format(*sys.version_info[:2])
     if "No matching distribution found" in errors:
-        version = "{}.{}".format(*sys.version_info[:2])
         return f"{last[-1]}: no build for Python {version} on this machine; try another Python from 3.11 on."
+    if "ResolutionImpossible" in errors:  # so pip says it where constraints.txt names the version
+        what = errors.partition("Cannot install ")[2].partition(" because")[0] or "a package"
+        return (
+            f"pip's package index has no build of the tested {what} for Python {version} on this machine; "
+            "try another Python from 3.11 on, or check which index pip is set to."
+        )
     return f"pip ended with code {code}: {last[-1]}"
 
 
@@ -241,10 +249,23 @@ def load_pack() -> None:
 
 
 def dispatch(command: str, arguments: list) -> int:
-    """Run one command with the packages of .venv around us; its exit code."""
-    load_pack()
+    """Run one command with the packages of .venv around us; its exit code.
+
+    Raises SetupError when one of them is missing or does not load.
+    """
     name = {"serve": "host.server", "render": "host.render", "train": "flux_core.train.cli"}[command]
-    return importlib.import_module(PACKAGE + "." + name).main(arguments) or 0
+    try:
+        load_pack()
+        module = importlib.import_module(PACKAGE + "." + name)
+    except (ImportError, OSError) as error:  # OSError: a library that torch wants is not on this system
+        if (getattr(error, "name", None) or "").split(".")[0] == PACKAGE:
+            raise  # a mistake of our own
+        what = " ".join(str(error).split())
+        raise SetupError(
+            f"the packages in .venv do not load ({what}); delete the folder {VENV} and run the same command "
+            "again, which installs them anew."
+        ) from error
+    return module.main(arguments) or 0
 
 
 def split_command(argv: list) -> tuple:

@@ -66,10 +66,11 @@ class TextEncoders:
         """Conditioning with txt [B, txt_length, C] and pooled [B, P], float32, of B prompts.
 
         CLIP reads `clip_prompts` where given. A prompt that is too long is cut at its end, and a sentence
-        that says so, with the numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError when
-        the lists differ in length.
+        that says so, with the numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError
+        when the lists differ in length.
         """
-        clip_prompts = prompts if clip_prompts is None else clip_prompts
+        prompts = [_whole(prompt) for prompt in prompts]
+        clip_prompts = prompts if clip_prompts is None else [_whole(prompt) for prompt in clip_prompts]
         if len(clip_prompts) != len(prompts):
             raise ValueError(
                 f"T5 and CLIP need as many prompts as each other, got {len(prompts)} and {len(clip_prompts)}"
@@ -114,6 +115,11 @@ class TextEncoders:
     def encode_clip(self, ids: Tensor) -> Tensor:
         """CLIP's state at the first end mark [B, P], float32."""
         return self.clip(input_ids=ids.to(self.clip.device)).pooler_output.float()
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for half an emoji (a lone surrogate), which a tokenizer does not take."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _pad(rows: list[list[int]], length: int, filler: int) -> Tensor:

@@ -10,7 +10,7 @@
   stock.py       LoadImage, SaveImage, PreviewImage
   files.py       folders, contained paths, atomic writes
   workflow.py    workflow files in, prompts out; graph.py reads the editor's format
-  render.py      `python3 run.py render`
+  render.py      `python3 run.py render`; arguments.py is what its options share with the server's
 
 Everything beyond one person on one machine (other packs, list inputs, lazy nodes) is ComfyUI's.
 """

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from typing import IO, Any
 PACK = Path(__file__).resolve().parent.parent
 KINDS = ("input", "output", "temp")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
+PROBE = 64 * 1024  # bytes, the size of a small picture
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ANNOTATED = re.compile(r"^(.*?) \[(input|output|temp)\]$")
 
@@ -93,6 +95,11 @@ def explain(path: Path, error: OSError) -> str:
     return f"{path} cannot be written: {error.strerror or error}; choose another folder or change its rights"
 
 
+def check_writable(folder: Path) -> None:
+    """Raise SaveError when no picture can be saved in a folder: its disk is full, or it may only be read."""
+    _write_beside(folder / "picture.png", bytes(PROBE), lambda part: None)
+
+
 def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     """Replace `path` in one step: a reader, or a start after a power cut, sees the old file or the new one.
 
@@ -105,9 +112,9 @@ def write_numbered(folder: Path, stem: str, content: Callable[[IO[bytes]], Any])
     """Write a new PNG `<stem>_00001_.png`, with the first number after those in use. Raises SaveError."""
     make_folder(folder)
     pattern = re.compile(re.escape(stem) + r"_(\d{1,12})_?\.\w+", re.IGNORECASE)
-    used = [int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name))]
 
     def publish(part: Path) -> Path:
+        used = [int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name))]
         number = max(used, default=0)
         while True:
             number += 1
@@ -140,4 +147,5 @@ def _write_beside(
     except OSError as error:
         raise SaveError(explain(path, error)) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong before is what counts
+            part.unlink(missing_ok=True)

@@ -12,22 +12,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
+from .arguments import Parser
 from .execution import Executor, Result
-from .files import Folders, SaveError
+from .files import Folders, SaveError, check_writable
 from .registry import Registry
 from .validation import Checked, InvalidPrompt, validate
 from .workflow import WorkflowError, apply_settings, read_document, to_prompt
 
 BAR_WIDTH = 30
-
-
-class _Parser(argparse.ArgumentParser):
-    """Exit code 1 for wrong arguments, as for everything else that is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(1, f"render: {message} (see run.py render --help)\n")
 
 
 class ProgressBar:
@@ -86,8 +80,8 @@ def render(
 ) -> Result:
     """Run the workflow in a file; its pictures lie in `folders.output` and carry the values that made them.
 
-    `on_event` makes the executor's listener for what will run. Raises WorkflowError and InvalidPrompt before
-    anything runs; what a node raises is in the result.
+    `on_event` makes the executor's listener for what will run. Raises WorkflowError, InvalidPrompt, and
+    SaveError for a folder that takes no pictures, before anything runs; what a node raises is in the result.
     """
     registry = Registry.of_pack(folders)
     document = read_document(path)
@@ -99,6 +93,7 @@ def render(
         raise InvalidPrompt({"message": "the workflow cannot run as it is"}, checked.node_errors)
     if all(checked.prompt[number]["class_type"] == "PreviewImage" for number in checked.outputs):
         raise WorkflowError(f"{path} saves no picture, it only previews; add a Save Image node")
+    check_writable(folders.output)
     return Executor(registry).run(
         checked,
         on_event=on_event(registry, checked) if on_event else None,
@@ -115,7 +110,7 @@ def title_of(registry: Registry, checked: Checked, number: str) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="run.py render",
         description="Run a workflow file without the editor; prints the paths of the pictures that it saves.",
     )
@@ -130,14 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="set a widget, by its name or as NODE_ID.NAME; may be given several times",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where pictures go (default: data/output)")
-    parser.add_argument(
-        "--models",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="a folder with diffusion_models/, text_encoders/ and vae/ in it; may be given several times",
-    )
+    parser.add_models()
     parser.add_argument("--verbose", action="store_true", help="show the log, with tracebacks")
     return parser.parse_args(argv)
 
@@ -145,9 +133,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """The command; its exit code."""
     arguments = parse(argv)
-    log = logging.getLogger(__package__)
+    log = logging.getLogger(__package__.partition(".")[0])  # the whole pack's
     handler = logging.StreamHandler(sys.stderr) if arguments.verbose else logging.NullHandler()
     log.addHandler(handler)
+    log.setLevel(logging.DEBUG if arguments.verbose else logging.NOTSET)
     log.propagate = False  # errors are told below, in the command's own words
     bars: list[ProgressBar] = []
 
@@ -156,9 +145,6 @@ def main(argv: list[str]) -> int:
         return bars[0]
 
     try:
-        for folder in arguments.models:
-            if not folder.is_dir():
-                raise WorkflowError(f"--models {folder}: there is no such folder")
         folders = Folders.under(output=arguments.out, models=tuple(arguments.models))
         result = render(arguments.workflow, folders, arguments.set, listen)
     except InvalidPrompt as error:
@@ -169,9 +155,15 @@ def main(argv: list[str]) -> int:
         for bar in bars:
             bar.finish_node()
         log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
         log.propagate = True
-    for image in result.images():
-        sys.stdout.write(f"{folders.locate(image['filename'], image['subfolder'])}\n")
+    try:
+        for image in result.images():
+            sys.stdout.write(f"{folders.locate(image['filename'], image['subfolder'])}\n")
+        sys.stdout.flush()
+    except (OSError, UnicodeError) as error:  # a closed pipe, a full disk, an alphabet that it cannot show
+        sys.stdout = None  # or Python would try, and fail, once more at its end
+        return _fail([f"the pictures are in {folders.output}, but their names cannot be printed: {error}"])
     if result.error is not None:
         return _fail([f"node {result.error.node_id} ({result.error.class_type}): {result.error.message}"])
     return 0

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
+from .arguments import Parser, port_number
 from .execution import Executor
 from .files import PACK, Folders, SaveError
 from .guard import Handler, explain_errors, guard, is_loopback
@@ -326,9 +327,9 @@ def _device(name: str, kind: str, index: int, total: int, free: int) -> dict[str
 # `python3 run.py`
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The options of `python3 run.py [serve]`."""
-    parser.add_argument("--port", type=int, default=8188, help="port of the editor (8188)")
+    parser.add_argument("--port", type=port_number, default=8188, help="port of the editor (8188)")
     parser.add_argument(
         "--listen",
         default="127.0.0.1",
@@ -336,10 +337,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address to answer on (127.0.0.1: this machine only)",
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
-    parser.add_argument(
-        "--models", type=Path, action="append", default=[], metavar="DIR",
-        help="a folder with diffusion_models/, text_encoders/ and vae/; may be given more than once",
-    )  # fmt: skip
+    parser.add_models()
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures are saved (data/output)")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="pictures, uploads, workflows and settings (data)"
@@ -348,16 +346,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     """Serve the editor until Ctrl-C; the exit code."""
-    parser = argparse.ArgumentParser("run.py serve", description="The node editor in the browser.")
+    parser = Parser("run.py serve", description="The node editor in the browser.")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    missing = [str(folder) for folder in args.models if not folder.is_dir()]
-    if missing:
-        return _say(f"there is no folder {missing[0]}; --models takes a folder of models") or 1
-    if not 0 <= args.port < 65536:
-        return _say(f"--port takes a number from 0 to 65535, got {args.port}") or 1
     try:
-        folders = Folders.under(args.data, args.output, tuple(folder.absolute() for folder in args.models))
+        folders = Folders.under(args.data, args.output, tuple(args.models))
         return asyncio.run(_serve(Server(Registry.of_pack(folders), find_frontend()), args))
     except SaveError as error:
         return _say(str(error)) or 1

@@ -10,6 +10,7 @@ import hashlib
 import json
 import secrets
 import time
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from . import context, files
+
+LONGEST_NAME = 200  # bytes before a picture's number; file systems allow 255 in all
 
 
 def read_picture(path: Any) -> tuple[Tensor, Tensor]:
@@ -73,11 +76,12 @@ class LoadImage:
 
     @classmethod
     def VALIDATE_INPUTS(cls, image):
+        folders = context.folders()
         try:
-            found = context.folders().annotated(image).is_file()
+            found = folders.annotated(image).is_file()
         except ValueError:
             found = False
-        return found or f"there is no picture {image}; choose or upload one"
+        return found or f"there is no picture {image} in {folders.input}; choose or upload one"
 
     @classmethod
     def IS_CHANGED(cls, image):
@@ -98,6 +102,23 @@ def fill_in(prefix: str, width: int, height: int) -> str:
     return prefix
 
 
+def checked_prefix(prefix: str, kind: str = "output") -> str:
+    """The prefix with forward slashes. Raises ValueError for one that is no name in the folder `kind`."""
+    path = PurePosixPath(prefix.replace("\\", "/"))
+    if str(path) == ".":
+        raise ValueError("filename_prefix is empty; write how the pictures' names begin")
+    if len(path.name.encode()) > LONGEST_NAME:
+        got = len(path.name.encode())
+        raise ValueError(f"filename_prefix must have at most {LONGEST_NAME} bytes, got {got}; shorten it")
+    try:
+        context.folders().locate(str(path), kind=kind)
+    except ValueError as error:
+        raise ValueError(
+            f"filename_prefix must stay in the folder {kind}, got {prefix!r}; write a name or subfolder/name"
+        ) from error
+    return str(path)
+
+
 def save_pictures(
     images: Tensor, prefix: str, kind: str, compress_level: int, texts: dict[str, Any]
 ) -> list[dict[str, str]]:
@@ -108,21 +129,18 @@ def save_pictures(
     info = PngInfo()
     for name, value in texts.items():
         info.add_text(name, json.dumps(value))
-    path = PurePosixPath(fill_in(prefix, images.shape[2], images.shape[1]).replace("\\", "/"))
-    if str(path) == ".":
-        raise ValueError("filename_prefix is empty; write how the pictures' names begin")
+    path = checked_prefix(fill_in(prefix, images.shape[2], images.shape[1]), kind)
     saved = []
     for index, image in enumerate(images):
-        pixels = (image.detach().cpu().float().clamp(0, 1) * 255).numpy().astype(np.uint8)
+        pixels = (image.detach().cpu().float().nan_to_num().clamp(0, 1) * 255).numpy().astype(np.uint8)
         picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-        target = context.folders().locate(str(path).replace("%batch_num%", str(index)), kind=kind)
-        written = files.write_numbered(
-            target.parent,
-            target.name,
-            lambda file, picture=picture: picture.save(
-                file, "PNG", pnginfo=info, compress_level=compress_level
-            ),
-        )
+        target = context.folders().locate(path.replace("%batch_num%", str(index)), kind=kind)
+        save = partial(picture.save, format="PNG", pnginfo=info, compress_level=compress_level)
+        try:
+            written = files.write_numbered(target.parent, target.name, save)
+        except files.SaveError as error:
+            told = f" ({index} of {len(images)} pictures are saved)" if index else ""
+            raise files.SaveError(f"{error}{told}") from error
         subfolder = written.parent.relative_to(getattr(context.folders(), kind).resolve()).as_posix()
         saved.append(
             {"filename": written.name, "subfolder": "" if subfolder == "." else subfolder, "type": kind}
@@ -156,6 +174,14 @@ class SaveImage:
             },
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix):
+        try:
+            checked_prefix(fill_in(filename_prefix, 0, 0))
+        except ValueError as error:
+            return str(error)
+        return True
 
     def save_images(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None):
         texts = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})

@@ -9,13 +9,17 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+from ..flux_core.weights.files import PICKLES
 from . import context
+from .graph import WIDGET_TYPES
 from .registry import Registry
+
+LISTED = 20  # choices that a sentence names
 
 Prompt = dict[str, dict[str, Any]]
 Problem = dict[str, Any]
@@ -159,10 +163,11 @@ def _check_node(prompt: Prompt, number: str, registry: Registry) -> list[Problem
     for name, (kind, options, required) in registry.input_specs(node["class_type"]).items():
         if name not in node["inputs"]:
             if required:
-                message = "a required input is not connected"
-                problems.append(
-                    problem("required_input_missing", message, f"{name} is missing", input_name=name)
-                )
+                message = "a required input is missing"
+                details = f"{name} has no value; set it"
+                if not isinstance(kind, (list, tuple)) and kind not in WIDGET_TYPES:
+                    details = f"{name} is not connected; connect a wire of type {kind}"
+                problems.append(problem("required_input_missing", message, details, input_name=name))
             continue
         value = node["inputs"][name]
         if isinstance(value, list):
@@ -197,7 +202,8 @@ def _check_link(prompt: Prompt, name: str, link: list[Any], kind: Any, registry:
     wanted = "COMBO" if isinstance(kind, (list, tuple)) else kind
     if "*" in (types[slot], wanted) or set(types[slot].split(",")) <= set(wanted.split(",")):
         return []
-    details = f"{name} takes {wanted}, but output {slot} of node {source} gives {types[slot]}"
+    gives = f"output {slot} of node {source} gives {types[slot]}"
+    details = f"{name} takes {wanted}, but {gives}; connect another"
     extra = {"input_name": name, "received_type": types[slot], "linked_node": link}
     return [problem("return_type_mismatch", "the wire is of another type", details, **extra)]
 
@@ -217,9 +223,8 @@ def _check_value(
     if exempt:
         return []
     if isinstance(kind, (list, tuple)) and value not in kind:
-        choices = ", ".join(map(str, kind[:20])) or "nothing: its folder holds no such file"
-        details = f"{name}: {value!r} is not in its list, which has {choices}"
-        extra["input_config"] = [list(kind[:20]), options]
+        details = f"{name}: {no_such_choice(value, kind)}"
+        extra["input_config"] = [list(kind[:LISTED]), options]
         return [problem("value_not_in_list", "the value is not in the list", details, **extra)]
     if kind in ("INT", "FLOAT") and value < options.get("min", -math.inf):
         details = f"{name} must be at least {options['min']}, got {value}"
@@ -228,6 +233,16 @@ def _check_value(
         details = f"{name} must be at most {options['max']}, got {value}"
         return [problem("value_bigger_than_max", "the value is too big", details, **extra)]
     return []
+
+
+def no_such_choice(value: Any, choices: Sequence[Any]) -> str:
+    """Half a sentence on a value that a combo does not offer."""
+    listed = ", ".join(map(str, choices[:LISTED])) or "nothing: its folder holds no such file"
+    more = f" and {len(choices) - LISTED} more" if len(choices) > LISTED else ""
+    hint = ""
+    if str(value).lower().endswith(PICKLES):
+        hint = "; it is a pickle, which could run code: convert it to safetensors"
+    return f"{value!r} is not in its list, which has {listed}{more}{hint}"
 
 
 def _typed(value: Any, kind: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from .graph import Graph, Info, Placed, WorkflowError, reading, widget_positions, widget_specs, widget_value
+from .validation import no_such_choice
 
 __all__ = ["Document", "WorkflowError", "apply_settings", "read_document", "to_prompt"]
 
@@ -204,8 +205,9 @@ def read_value(text: str, kind: Any, options: dict[str, Any], name: str) -> Any:
         for choice in choices:
             if str(choice) == text:
                 return choice
-        listed = ", ".join(map(str, choices[:20])) or "nothing to choose from here"
-        raise WorkflowError(f"--set {name}: {text!r} is not in its list: {listed}")
+        if options.get("image_upload"):  # may also name a picture elsewhere; the node itself looks
+            return text
+        raise WorkflowError(f"--set {name}: {no_such_choice(text, choices)}")
     if kind == "BOOLEAN":
         if text.lower() not in (*TRUE, *FALSE):
             raise WorkflowError(f"--set {name}: takes true or false, got {text!r}")

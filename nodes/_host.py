@@ -192,7 +192,8 @@ def sample(
         latent.get("noise_mask"),
     )
     # as ComfyUI hands on a path that stops early, so that samplers chain
-    return to_vae_space(result / (1 - float(sigmas[-1]))).float().cpu()
+    samples = to_vae_space(result / (1 - float(sigmas[-1]))).float().cpu()
+    return _wires.checked_finite(samples, "the sampled values", "choose bf16 or fp32 as weight_dtype")
 
 
 def _reporter(factors: preview.Factors | None) -> Any:
@@ -212,7 +213,8 @@ def decode(vae: Any, samples: Tensor) -> Tensor:
     if (host := comfy()) is not None:
         return host.decode(vae, samples)
     _expect(vae, AutoEncoder, "VAE", "Load FLUX VAE")
-    return _wires.from_core_image(vae.decode(samples.to(vae.device)))
+    image = vae.decode(samples.to(vae.device))
+    return _wires.from_core_image(_wires.checked_finite(image, "the colours", "load another VAE"))
 
 
 @torch.no_grad()

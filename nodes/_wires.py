@@ -46,6 +46,13 @@ def token_count(latent: Latent) -> int:
     return (h // 2) * (w // 2)
 
 
+def checked_finite(tensor: Tensor, what: str, remedy: str) -> Tensor:
+    """The tensor itself. Raises ValueError, `what` its plural name, when there is no number in some place."""
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{what} are no finite numbers: the weights are damaged or too large; {remedy}")
+    return tensor
+
+
 def with_samples(latent: Latent, samples: Tensor) -> Latent:
     """A copy of the latent that carries other samples; masks and batch indices stay."""
     return {**latent, "samples": samples}

@@ -261,6 +261,33 @@ def test_no_build_of_a_package_for_this_python(ready: Start) -> None:
     assert ready("render").startswith("render []")
 
 
+@pytest.mark.slow
+def test_no_build_of_a_constrained_package(start: Start) -> None:
+    """pip then speaks of conflicting dependencies. The first start, so that .venv is left unfinished, too."""
+    shutil.rmtree(start.index)
+    start.index.mkdir()
+    start("render", code=1)
+    assert start.last_error().startswith(
+        "run.py: the installation into .venv failed: pip's package index has no build of the tested torch"
+    )
+
+
+def test_packages_that_do_not_load(ready: Start) -> None:
+    probe = next(ready.root.glob(".venv/**/site-packages/probe.py"))
+    before = probe.read_text()
+    for broken, says in (
+        ("import nowhere", "No module named 'nowhere'"),
+        ("raise OSError('libtorch.so:\\n not here')", "libtorch.so: not here"),
+    ):
+        probe.write_text(broken)
+        ready("render", code=1)
+        assert ready.last_error() == (
+            f"run.py: the packages in .venv do not load ({says}); delete the folder {ready.root / '.venv'} "
+            "and run the same command again, which installs them anew."
+        )
+    probe.write_text(before)
+
+
 def test_pips_other_failures(run: ModuleType) -> None:
     disk = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
     assert run.explain_pip(1, disk).startswith("the disk is full: the packages need 2 GB")

@@ -50,7 +50,7 @@ def test_two_texts(encoders: TextEncoders) -> None:
         encoders.encode(["a"], ["a", "red"])
 
 
-@pytest.mark.parametrize("prompt", ["", "   ", "\n", "щука 狐 🦊 a", "\x00"])
+@pytest.mark.parametrize("prompt", ["", "   ", "\n", "щука 狐 🦊 a", "\x00", "a \ud83e", "\udcff\udd8a a"])
 def test_odd_prompts_are_prompts(encoders: TextEncoders, prompt: str) -> None:
     text = encoders.encode([prompt])
     assert torch.isfinite(text.txt).all()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import IO
 
@@ -78,6 +80,27 @@ def test_nothing_half_written_ever_has_the_final_name(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["b.json", "sum_00001_.png"]
 
 
+def test_a_process_killed_during_a_save_leaves_no_picture(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from rectiflux.host.files import write_numbered
+def content(file):
+    file.write(b"half a picture")
+    file.flush()
+    print("half", flush=True)
+    time.sleep(60)
+write_numbered(__import__("pathlib").Path(sys.argv[1]), "sum", content)
+"""
+    start = Path(__file__).parents[1] / "conftest.py"  # makes the pack importable as rectiflux
+    run = f"import runpy; runpy.run_path({str(start)!r}); exec({code!r})"
+    command = [sys.executable, "-c", run, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"half\n"
+        process.kill()
+    assert [name for name in os.listdir(tmp_path) if not name.endswith(".part")] == []
+    assert files.write_numbered(tmp_path, "sum", lambda file: file.write(b"whole")).name == "sum_00001_.png"
+
+
 def test_numbers_go_on_after_the_highest(tmp_path: Path) -> None:
     for name in ("sum_00004_.png", "sum_00002_.png", "summer_00009_.png", "sum_x.png"):
         (tmp_path / name).touch()
@@ -92,6 +115,22 @@ def test_a_number_that_another_program_takes_is_stepped_over(tmp_path: Path) -> 
 
     assert files.write_numbered(tmp_path, "sum", content).name == "sum_00002_.png"
     assert (tmp_path / "sum_00001_.png").read_bytes() == b"theirs"
+
+
+def test_a_folder_that_takes_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.check_writable(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(SaveError, match=f"^the disk is full, picture.png was not saved to {tmp_path}; free"):
+        files.check_writable(tmp_path)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveError, match="file/a.json cannot be written: .*; choose another folder or change"):
+        files.write(tmp_path / "file" / "a.json", b"")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

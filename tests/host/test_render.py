@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rectiflux.host import files, render
+from safetensors.torch import load_file, save_file
 
 from ..nodes.tiny import NAMES, write_models
 from .editor_graph import Graph, node_of, text_to_image
@@ -120,7 +123,11 @@ def test_empty_and_non_latin_prompts_are_prompts(command: Command, prompt: str) 
 
 def test_a_long_prompt_is_cut_and_the_numbers_are_told(command: Command) -> None:
     assert len(command(text_to_image(), "--set", "prompt=" + "red " * 100)) == 1
-    assert "note: " in command.notes and "101" in command.notes and "16" in command.notes
+    assert command.notes.splitlines()[:2] == [
+        "note: the prompt is too long for T5: 101 tokens, of which it reads the first 16",
+        "note: the prompt is too long for CLIP: 102 tokens, of which it reads the first 16",
+    ]
+    assert command.notes.count("too long") == 2, "each is said once"
 
 
 def test_off_a_terminal_the_bar_is_a_line_and_on_one_it_is_redrawn(command: Command) -> None:
@@ -147,6 +154,25 @@ def test_off_a_terminal_the_bar_is_a_line_and_on_one_it_is_redrawn(command: Comm
     assert lines[:2] == ["Sampler", "Sampler [###############...............] 1/2"]
 
 
+def test_names_that_cannot_be_printed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", closefd=False) as closed:
+        monkeypatch.setattr(render.sys, "stdout", closed)
+        path = command.place / "w.json"
+        path.write_text(json.dumps(text_to_image()))
+        options = ["--models", str(command.models), "--out", str(command.place / "out")]
+        assert render.main([str(path), *options]) == 1
+        with suppress(BrokenPipeError):
+            closed.close()
+    monkeypatch.undo()
+    says = (
+        f"the pictures are in {command.place / 'out'}, but their names cannot be printed: [Errno 32] Broken"
+    )
+    assert says in command.capsys.readouterr().err
+    assert [path.name for path in (command.place / "out").iterdir()] == ["picture_00001_.png"]
+
+
 # Bad input: what validation says
 
 
@@ -168,13 +194,20 @@ def changed(number: int, values: list[Any] | None = None, **more: Any) -> Graph:
         (changed(10, [1e9]), "node 10 (RectifluxSampler): cfg_scale must be at most"),
         (changed(10, ["big"]), "node 10 (RectifluxSampler): cfg_scale must be a number, got 'big'"),
         (changed(9, ["rk9"]), "node 9 (RectifluxSolver): solver: 'rk9' is not in its list, which has"),
-        (changed(1, ["model.ckpt", "auto"]), "model_name: 'model.ckpt' is not in its list"),
+        (changed(1, ["m.safetensors", "auto"]), "model_name: 'm.safetensors' is not in its list, which has"),
+        (changed(1, ["m.ckpt", "auto"]), "; it is a pickle, which could run code: convert it to safetensors"),
+        (changed(12, ["../fox"]), "filename_prefix must stay in the folder output, got '../fox'; write a"),
+        (changed(12, [""]), "filename_prefix is empty; write how the pictures' names begin"),
+        (changed(12, ["x" * 300]), "filename_prefix must have at most 200 bytes, got 300; shorten it"),
         (
             changed(12, type="Frobnicate"),
             "nodes that are not installed here: node 12 (Frobnicate); remove or",
         ),
         (changed(12, mode=2), "the workflow saves and shows nothing; add a Save Image or Preview Image node"),
-        (changed(7, mode=2), "node 10 (RectifluxSampler): noise is missing"),
+        (
+            changed(7, mode=2),
+            "node 10 (RectifluxSampler): noise is not connected; connect a wire of type NOISE",
+        ),
         (changed(12, [], type="PreviewImage"), "saves no picture, it only previews; add a Save Image node"),
     ],
 )
@@ -229,11 +262,7 @@ def test_workflow_files_cut_short(command: Command, content: bytes, says: str) -
 def test_no_such_workflow_and_no_such_folder(command: Command) -> None:
     path = command.place / "nowhere.json"
     assert command.refuses(path) == f"there is no file {path}"
-    missing = command.place / "none"
-    assert (
-        command.refuses(text_to_image(), "--models", str(missing))
-        == f"--models {missing}: there is no such folder"
-    )
+    assert command.refuses(command.place / "out").startswith(f"{command.place / 'out'} is a folder; name a")
 
 
 def test_unknown_and_ambiguous_settings(command: Command) -> None:
@@ -247,11 +276,15 @@ def test_unknown_and_ambiguous_settings(command: Command) -> None:
 
 
 def test_wrong_arguments(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["w.json", "--frob"]):
+    for arguments, says in (
+        ([], "the following arguments are required: workflow"),
+        (["w.json", "--frob"], "unrecognized arguments: --frob"),
+        (["w.json", "--models", "nowhere"], "argument --models: there is no folder nowhere"),
+    ):
         with pytest.raises(SystemExit) as ended:
             render.main(arguments)
         assert ended.value.code == 1
-        assert capsys.readouterr().err.startswith("render: ")
+        assert capsys.readouterr().err == f"render: {says} (see run.py render --help)\n"
 
 
 @pytest.mark.parametrize("kind", ["diffusion_models", "vae", "t5"])
@@ -277,12 +310,37 @@ def test_a_pickle_under_a_safe_name(command: Command, tmp_path: Path) -> None:
     assert path.name in command.refuses(text_to_image())
 
 
-def test_a_full_disk(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize(("saves", "file"), [(0, "picture"), (1, "fox")])
+def test_a_full_disk(command: Command, monkeypatch: pytest.MonkeyPatch, saves: int, file: str) -> None:
+    """Found before anything runs when it is full then, or else by Save Image."""
+    left = [None] * saves
 
-    monkeypatch.setattr(files.os, "fsync", full)
-    assert "the disk is full" in command.refuses(text_to_image())
+    def fsync(descriptor: int) -> None:
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left.pop()
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    sentence = command.refuses(text_to_image(), "--set", "filename_prefix=fox")
+    says = f"the disk is full, {file}.png was not saved to {command.place / 'out'}; free some space and run"
+    assert sentence == ("node 12 (SaveImage): " if saves else "") + f"{says} again"
+    assert ("FLUX Sampler" in command.notes) == bool(saves)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("diffusion_models", "node 10 (RectifluxSampler): the sampled values are no finite numbers"),
+        ("vae", "node 11 (RectifluxVAEDecode): the colours are no finite numbers"),
+    ],
+)
+def test_weights_that_are_no_numbers(command: Command, tmp_path: Path, kind: str, says: str) -> None:
+    command.models = write_models(tmp_path / "own")
+    path = command.models / kind / NAMES[kind]
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
+    sentence = command.refuses(text_to_image())
+    remedy = "load another VAE" if kind == "vae" else "choose bf16 or fp32 as weight_dtype"
+    assert sentence == f"{says}: the weights are damaged or too large; {remedy}"
 
 
 def test_an_output_folder_that_cannot_be(command: Command, tmp_path: Path) -> None:

@@ -498,10 +498,17 @@ def test_a_taken_port_and_wrong_options_are_one_sentence(
     assert code == 1
     sentence = f"port {port} is taken; close what runs there, or choose another with --port\n"
     assert capsys.readouterr().err == sentence
-    assert main(["--port", "70000"]) == 1
-    assert capsys.readouterr().err == "--port takes a number from 0 to 65535, got 70000\n"
-    assert main(["--models", str(tmp_path / "none")]) == 1
-    assert "there is no folder" in capsys.readouterr().err
+    none = str(tmp_path / "none")
+    for arguments, says in (
+        (["--port", "70000"], "argument --port: takes a number from 0 to 65535, got '70000'"),
+        (["--port", "many"], "argument --port: takes a number from 0 to 65535, got 'many'"),
+        (["--models", none], f"argument --models: there is no folder {none}"),
+        (["--frob"], "unrecognized arguments: --frob"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == f"serve: {says} (see run.py serve --help)\n"
     (tmp_path / "file").touch()
     assert main(["--data", str(tmp_path / "file")]) == 1
     assert "cannot be written" in capsys.readouterr().err

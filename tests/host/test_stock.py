@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rectiflux.host import context
+from rectiflux.host import context, files
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
 from rectiflux.host.stock import LoadImage, PreviewImage, SaveImage, fill_in, read_picture
@@ -129,10 +130,36 @@ def test_saving_a_batch(folders: Folders) -> None:
     assert colours == [(0, 0, 0), (127, 127, 127), (255, 255, 255)]
 
 
+def test_a_disk_that_fills_up_amid_a_batch(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = iter([None, None, OSError(errno.ENOSPC, "no space")])
+
+    def fsync(descriptor: int) -> None:
+        if (error := next(saves)) is not None:
+            raise error
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with context.using(folders), pytest.raises(files.SaveError) as refused:
+        SaveImage().save_images(torch.zeros(4, 4, 4, 3), "fox")
+    assert str(refused.value) == (
+        f"the disk is full, fox.png was not saved to {folders.output}; "
+        "free some space and run again (2 of 4 pictures are saved)"
+    )
+    assert len(list(folders.output.iterdir())) == 2
+
+
+def test_what_is_no_number_is_saved_as_black(folders: Folders) -> None:
+    with context.using(folders):
+        (saved,) = SaveImage().save_images(torch.full((1, 4, 4, 3), torch.nan), "fox")["ui"]["images"]
+    with Image.open(folders.output / saved["filename"]) as picture:
+        assert picture.getpixel((0, 0)) == (0, 0, 0)
+
+
 def test_a_prefix_stays_in_the_output_folder(folders: Folders) -> None:
     with context.using(folders):
         for prefix in ("../fox", "/tmp/fox", "..\\fox"):
-            with pytest.raises(ValueError, match="is no name of a file in the folder output"):
+            with pytest.raises(
+                ValueError, match="must stay in the folder output, got .*; write a name or subfolder/name"
+            ):
                 SaveImage().save_images(torch.zeros(1, 4, 4, 3), prefix)
         with pytest.raises(
             ValueError, match="^filename_prefix is empty; write how the pictures' names begin$"

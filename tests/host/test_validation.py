@@ -59,7 +59,12 @@ def test_a_widget_out_of_bounds(
 def test_a_missing_required_input(prompts: Any, registry: Registry) -> None:
     prompt = prompts.picture()
     del prompt["3"]["inputs"]["a"]
-    assert refused(prompt, registry, "3", "required_input_missing") == "a is missing"
+    assert refused(prompt, registry, "3", "required_input_missing") == (
+        "a is not connected; connect a wire of type NUMBER"
+    )
+    prompt = prompts.picture()
+    del prompt["1"]["inputs"]["scale"]
+    assert refused(prompt, registry, "1", "required_input_missing") == "scale has no value; set it"
 
 
 def test_a_missing_optional_input_is_no_error(prompts: Any, registry: Registry) -> None:
@@ -74,7 +79,11 @@ def test_a_missing_optional_input_is_no_error(prompts: Any, registry: Registry) 
         (["99", 0], "bad_linked_input", "a is wired to node 99, which does not exist; connect it again"),
         (["1", 1], "bad_linked_input", "a is wired to output 1 of node 1, which has 1; connect it again"),
         (["1"], "bad_linked_input", "a is no wire of [node, output], got ['1']"),
-        (["3", 1], "return_type_mismatch", "images takes IMAGE, but output 1 of node 3 gives TEXT"),
+        (
+            ["3", 1],
+            "return_type_mismatch",
+            "images takes IMAGE, but output 1 of node 3 gives TEXT; connect another",
+        ),
         (5, "invalid_input_type", "a must be a wire of type NUMBER, got 5"),
     ],
 )
@@ -166,4 +175,4 @@ def test_a_node_checks_its_own_values(registry: Registry, folders: Folders) -> N
     assert validate(prompt("made.png [output]"), registry).outputs == ["5"]
     for name in ("made.png", "../user/secret.png", "../user/secret.png [output]"):
         details = refused(prompt(name), registry, "1", "custom_validation_failed")
-        assert details == f"there is no picture {name}; choose or upload one"
+        assert details == f"there is no picture {name} in {folders.input}; choose or upload one"

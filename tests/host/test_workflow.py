@@ -426,6 +426,12 @@ def test_settings_of_an_api_prompt_and_of_a_picture() -> None:
     assert both.prompt["1"]["inputs"]["seed"] == both.graph["nodes"][0]["widgets_values"][0] == 1
 
 
+def test_a_picture_from_elsewhere_may_be_set() -> None:
+    """LoadImage's list has what lies in its folder; its own check knows the rest."""
+    inputs, _ = settle(graph([node(1, "Load", ["x.png", "image"])], []), "image=made.png [output]")
+    assert inputs["1"]["image"] == "made.png [output]"
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
@@ -441,7 +447,7 @@ def test_settings_of_an_api_prompt_and_of_a_picture() -> None:
         ("scale=big", "--set scale: takes a number, got 'big'"),
         ("scale=nan", "--set scale: takes a finite number, got 'nan'"),
         ("flag=maybe", "--set flag: takes true or false, got 'maybe'"),
-        ("mode=div", "--set mode: 'div' is not in its list: add, mul"),
+        ("mode=div", "--set mode: 'div' is not in its list, which has add, mul"),
     ],
 )
 def test_settings_that_cannot_be(setting: str, says: str) -> None:

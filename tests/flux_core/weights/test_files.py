@@ -121,6 +121,16 @@ def test_missing_bytes_are_counted(file: Path) -> None:
         read_state_dict(file)
 
 
+def hostile(header: bytes, body: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def entry(start: int, end: int) -> bytes:
+    """A file of 16 bytes and one tensor that claims to lie somewhere."""
+    tensor = {"dtype": "F32", "shape": [4], "data_offsets": [start, end]}
+    return hostile(json.dumps({"a": tensor}).encode(), bytes(16))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -143,8 +153,17 @@ def test_missing_bytes_are_counted(file: Path) -> None:
             b'\x0a\x00\x00\x00\x00\x00\x00\x00{"a": [1]}',
             "the header of x.safetensors is cut short or damaged",
         ),
+        (hostile(b'{"a": ' + b"[" * 50_000), "the header of x.safetensors is cut short or damaged"),
+        ((2**63).to_bytes(8, "little") + b"{}", "x.safetensors is not a safetensors file"),
+        ((90_000_000).to_bytes(8, "little") + b"{}", "the header of x.safetensors is cut short or damaged"),
+        (entry(0, 10**12), r"x.safetensors is cut short: \d+ of 1,000,000,000,\d+ bytes are there"),
+        (entry(-16, 0), "x.safetensors is damaged: its header does not describe its"),
+        (entry(8, 16), "x.safetensors is damaged: its header does not describe its"),
     ],
-    ids=["empty", "short", "garbage", "pickle", "gguf", "html", "lfs", "json", "list", "entries"],
+    ids=[
+        *("empty", "short", "garbage", "pickle", "gguf", "html", "lfs", "json", "list", "entries"),
+        *("nested", "huge header", "large header", "outside", "before", "gap"),
+    ],
 )
 def test_other_formats(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.safetensors"
