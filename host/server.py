@@ -29,11 +29,12 @@ from .files import PACK, Folders, SaveError
 from .guard import Handler, explain_errors, guard, is_loopback
 from .jobs import ACTIVE, Job, Jobs
 from .registry import PACK_NAME, Registry
-from .sockets import FEATURES, Sockets, notice_frame, preview_frame
+from .sockets import FEATURES, Console, Sockets, notice_frame, preview_frame
 from .storage import UPLOAD_LIMIT, Storage
 from .validation import InvalidPrompt, validate
 
 log = logging.getLogger(__name__)
+PACK_LOG = logging.getLogger(__name__.partition(".")[0])
 
 DEMO = "text_to_image"
 LANGUAGES = ("en", "ar", "es", "fa", "fr", "ja", "ko", "pt-BR", "ru", "tr", "zh", "zh-TW")
@@ -61,6 +62,7 @@ class Server:
         self.pack = pack
         self.storage = Storage(registry.folders)
         self.sockets = Sockets()
+        self.console = Console(self.sockets.tell)
         self.jobs = Jobs(Executor(registry), self._on_event, self._on_change)
 
     def app(self, loopback: bool = True) -> web.Application:
@@ -99,16 +101,20 @@ class Server:
             web.get("/workflow_templates", self.templates),
             web.get(f"/workflow_templates/{PACK_NAME}/{{name}}", self.template),
             web.get("/templates/{name}", answer([])),
+            web.get("/internal/logs/raw", self.logs),
+            web.patch("/internal/logs/subscribe", answer(None)),  # all editors are told
             web.get("/{file:user.css}", self.storage.read_user_file),
             web.get("/system_stats", self.system_stats),
             *(web.get(path, answer(value)) for path, value in FIXED.items()),
         ]
 
     async def _start(self, app: web.Application) -> None:
+        PACK_LOG.addHandler(self.console)
         self.jobs.start()
 
     async def _stop(self, app: web.Application) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.jobs.close)
+        PACK_LOG.removeHandler(self.console)
 
     # The page and its socket
 
@@ -260,6 +266,10 @@ class Server:
         if path.suffix not in (".json", ".jpg") or not path.is_file():
             raise web.HTTPNotFound
         return web.FileResponse(path)
+
+    async def logs(self, request: web.Request) -> web.Response:
+        size = {"cols": 80, "rows": 24}  # of a terminal that is none
+        return web.json_response({"entries": list(self.console.entries), "size": size})
 
     async def system_stats(self, request: web.Request) -> web.Response:
         total, free = _memory()
