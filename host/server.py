@@ -361,18 +361,19 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("run.py serve", description="The node editor in the browser.")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    missing = [str(folder) for folder in args.models if not folder.is_dir()]
-    if missing:
-        return _say(f"there is no folder {missing[0]}; --models takes a folder of models") or 1
-    if not 0 <= args.port < 65536:
-        return _say(f"--port takes a number from 0 to 65535, got {args.port}") or 1
     try:
+        if missing := [folder for folder in args.models if not folder.is_dir()]:
+            raise SaveError(f"there is no folder {missing[0]}; --models takes a folder of models")
+        if not 0 <= args.port < 65536:
+            raise SaveError(f"--port takes a number from 0 to 65535, got {args.port}")
         folders = Folders.under(args.data, args.output, tuple(folder.absolute() for folder in args.models))
-        return asyncio.run(_serve(Server(Registry.of_pack(folders), find_frontend()), args))
+        asyncio.run(_serve(Server(Registry.of_pack(folders), find_frontend()), args))
     except SaveError as error:
-        return _say(str(error)) or 1
+        _say(str(error))
+        return 1
     except KeyboardInterrupt:
-        return 0
+        pass
+    return 0
 
 
 def find_frontend() -> Path:
@@ -383,25 +384,23 @@ def find_frontend() -> Path:
     return Path(found.origin).parent / "static"
 
 
-async def _serve(server: Server, args: argparse.Namespace) -> int:
+async def _serve(server: Server, args: argparse.Namespace) -> None:
+    """Answer until a signal comes. Raises SaveError when the address cannot be had."""
     runner = web.AppRunner(server.app(is_loopback(args.listen)), access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, args.listen, args.port)
-        await site.start()
+        await web.TCPSite(runner, args.listen, args.port).start()
     except OSError as error:
         await runner.cleanup()
+        reason = f"cannot answer on {args.listen}: {error.strerror or error}; choose another --listen"
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            return (
-                _say(f"port {args.port} is taken; close what runs there, or choose another with --port") or 1
-            )
-        return (
-            _say(f"cannot answer on {args.listen}: {error.strerror or error}; choose another --listen") or 1
-        )
+            reason = f"port {args.port} is taken; close what runs there, or choose another with --port"
+        raise SaveError(reason) from error
     port = runner.addresses[0][1]
     for old in server.registry.folders.temp.glob("preview_*.png"):
         old.unlink(missing_ok=True)
-    address = f"http://{'127.0.0.1' if args.listen in ('0.0.0.0', '::') else args.listen}:{port}/"
+    name = "127.0.0.1" if args.listen in ("0.0.0.0", "::") else args.listen
+    address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
     _say(f"Rectiflux is at {address}  (Ctrl-C ends it)")
     if not is_loopback(args.listen):
         _say(
@@ -421,7 +420,6 @@ async def _serve(server: Server, args: argparse.Namespace) -> int:
         await stop.wait()
     finally:
         await runner.cleanup()
-    return 0
 
 
 def _say(message: str) -> None:
