@@ -66,7 +66,7 @@ class TextEncoders:
         """Conditioning with txt [B, txt_length, C] and pooled [B, P], float32, of B prompts.
 
         CLIP reads `clip_prompts` where given. A prompt that is too long is cut at its end, and a sentence
-        that says so, with the numbers of tokens, goes to the log and to `on_notice`. Raises ValueError when
+        that says so, with the numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError when
         the lists differ in length.
         """
         clip_prompts = prompts if clip_prompts is None else clip_prompts
@@ -81,9 +81,7 @@ class TextEncoders:
                         f"the prompt is too long for {count.encoder}: {count.needed} tokens, "
                         f"of which it reads the first {count.limit}"
                     )
-                    log.warning(notice)
-                    if on_notice is not None:
-                        on_notice(notice)
+                    (on_notice or log.warning)(notice)
         with torch.no_grad():
             return Conditioning(
                 self.encode_t5(self.t5_ids(prompts)), self.encode_clip(self.clip_ids(clip_prompts))
@@ -135,16 +133,17 @@ def t5_of_size(state_dict: Mapping[str, Tensor]) -> T5EncoderModel:
     needed = ("shared.weight", f"{mlp}.wi_0.weight", f"{attention}.relative_attention_bias.weight")
     if any(name not in state_dict for name in needed):
         raise ValueError("not a T5 v1.1 encoder: it has no encoder.block.0 with a gated MLP; choose t5xxl")
-    vocabulary, width = state_dict["shared.weight"].shape
-    buckets, heads = state_dict[f"{attention}.relative_attention_bias.weight"].shape
+    shared = state_dict["shared.weight"].shape
+    bias = state_dict[f"{attention}.relative_attention_bias.weight"].shape
+    heads = bias[1]
     config = T5Config(
-        vocab_size=vocabulary,
-        d_model=width,
+        vocab_size=shared[0],
+        d_model=shared[1],
         num_layers=_count(state_dict, "encoder.block."),
         num_heads=heads,
         d_kv=state_dict[f"{attention}.q.weight"].shape[0] // heads,
         d_ff=state_dict[f"{mlp}.wi_0.weight"].shape[0],
-        relative_attention_num_buckets=buckets,
+        relative_attention_num_buckets=bias[0],
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
@@ -164,7 +163,7 @@ def clip_of_size(state_dict: Mapping[str, Tensor], eos_token_id: int | None = No
     embedding, mlp = "embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"
     if any(name not in state_dict for name in (embedding, mlp, "embeddings.position_embedding.weight")):
         raise ValueError("not a CLIP text encoder: it has no embeddings and layers of one; choose clip_l")
-    vocabulary, width = state_dict[embedding].shape
+    vocabulary, width = state_dict[embedding].shape[0], state_dict[embedding].shape[1]
     length = state_dict["embeddings.position_embedding.weight"].shape[0]
     config = CLIPTextConfig(
         vocab_size=vocabulary,

@@ -85,7 +85,8 @@ class FluxSpec:
             raise ValueError(
                 f"not a FLUX.1 transformer: it has no {missing[0]}; choose a FLUX.1 diffusion model"
             )
-        hidden, in_channels = state_dict["img_in.weight"].shape
+        img_in = state_dict["img_in.weight"].shape
+        hidden = img_in[0]
         head_dim = state_dict["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
         return cls(
             hidden_size=hidden,
@@ -94,7 +95,7 @@ class FluxSpec:
             depth_single=_count(state_dict, "single_blocks."),
             context_in=state_dict["txt_in.weight"].shape[1],
             vec_in=state_dict["vector_in.in_layer.weight"].shape[1],
-            in_channels=in_channels,
+            in_channels=img_in[1],
             out_channels=state_dict["final_layer.linear.weight"].shape[0],
             mlp_ratio=state_dict["double_blocks.0.img_mlp.0.weight"].shape[0] / hidden,
             guidance_embed="guidance_in.in_layer.weight" in state_dict,

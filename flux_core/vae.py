@@ -62,15 +62,21 @@ class AutoEncoderSpec:
                 raise ValueError(
                     f"not a FLUX.1 autoencoder: it has no {name}; choose FLUX.1's ae.safetensors"
                 )
-        ch, in_channels = state_dict["encoder.conv_in.weight"].shape[:2]
+        conv_in = state_dict["encoder.conv_in.weight"].shape
+        ch = conv_in[0]
         levels = _count(state_dict, "encoder.down.")
         widths = [state_dict[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        if not widths or any(width < ch or width % ch for width in widths):
+            raise ValueError(
+                f"the widths of an autoencoder's levels must be multiples of {ch}, got {widths}; "
+                "choose FLUX.1's ae.safetensors"
+            )
         return cls(
             ch=ch,
             ch_mult=tuple(width // ch for width in widths),
             num_res_blocks=_count(state_dict, "encoder.down.0.block."),
             z_channels=state_dict["decoder.conv_in.weight"].shape[1],
-            in_channels=in_channels,
+            in_channels=conv_in[1],
         )
 
 

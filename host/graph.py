@@ -11,6 +11,7 @@ makes up.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,15 +127,24 @@ def widget_value(placed: Placed, name: str) -> Any:
     return options.get("default", choices[0] if choices else None)
 
 
-def read_scope(graph: dict[str, Any], where: str = "the workflow") -> Scope:
-    """The top level of a saved graph. Raises WorkflowError when its nodes or links have no readable form."""
+@contextmanager
+def reading(where: str = "the workflow") -> Iterator[None]:
+    """A block that walks a document; WorkflowError where it has not the form that the editor writes."""
     try:
-        nodes = {str(node["id"]): node for node in graph["nodes"] if node["type"] is not None}
-        links = dict(_read_link(link) for link in graph.get("links") or [])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        yield
+    except WorkflowError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise WorkflowError(
             f"{where} is damaged: a node or link in it has no readable form; save it again in the editor"
         ) from error
+
+
+def read_scope(graph: dict[str, Any], where: str = "the workflow") -> Scope:
+    """The top level of a saved graph. Raises WorkflowError when its nodes or links have no readable form."""
+    with reading(where):
+        nodes = {str(node["id"]): node for node in graph["nodes"] if node["type"] is not None}
+        links = dict(_read_link(link) for link in graph.get("links") or [])
     return Scope("", nodes, links)
 
 
@@ -276,7 +286,7 @@ class Graph:
             source = self.source(placed.scope, placed.node, slot)
             if source is not None:
                 name = (slot.get("widget") or {}).get("name") or slot.get("name")
-                found[name] = source
+                found[str(name)] = source
         return found
 
     def prompt(self) -> dict[str, dict[str, Any]]:

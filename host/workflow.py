@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from .graph import Graph, Info, Placed, WorkflowError, widget_positions, widget_specs, widget_value
+from .graph import Graph, Info, Placed, WorkflowError, reading, widget_positions, widget_specs, widget_value
 
 __all__ = ["Document", "WorkflowError", "apply_settings", "read_document", "to_prompt"]
 
@@ -119,7 +119,8 @@ def to_prompt(document: Document, info: Info) -> Prompt:
         return copy.deepcopy(document.prompt)
     if document.graph is None:
         raise WorkflowError("the document holds no workflow")
-    return Graph(document.graph, info).prompt()
+    with reading():
+        return Graph(document.graph, info).prompt()
 
 
 def apply_settings(document: Document, settings: list[str], info: Info) -> Document:
@@ -134,8 +135,9 @@ def apply_settings(document: Document, settings: list[str], info: Info) -> Docum
         graph, reader, placed = document.graph, None, {}
     else:
         graph = copy.deepcopy(document.graph)
-        reader = Graph(graph, info)
-        placed = {node.id: node for node in reader.placed()}
+        with reading():
+            reader = Graph(graph, info)
+            placed = {node.id: node for node in reader.placed()}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
@@ -148,7 +150,8 @@ def apply_settings(document: Document, settings: list[str], info: Info) -> Docum
                 raise WorkflowError(
                     f"--set {name}: node {number} is in a subgraph used twice; set it in the editor"
                 )
-            _store(reader, placed[number], widget, value)
+            with reading():
+                _store(reader, placed[number], widget, value)
     return Document(graph, prompt)
 
 
@@ -189,7 +192,8 @@ def _find(prompt: Prompt, name: str, info: Info) -> tuple[str, str]:
 
 def _title(prompt: Prompt, number: str, info: Info) -> str:
     node = prompt[number]
-    title = (node.get("_meta") or {}).get("title")
+    meta = node.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
     return str(title or info.get(node["class_type"], {}).get("display_name") or node["class_type"])
 
 
@@ -230,7 +234,9 @@ def _store(reader: Graph, placed: Placed, widget: str, value: Any) -> None:
     node = placed.node
     if isinstance(node.get("widgets_values_named"), dict):
         node["widgets_values_named"][widget] = value
-    values = node.setdefault("widgets_values", [])
+    if node.get("widgets_values") is None:
+        node["widgets_values"] = []
+    values = node["widgets_values"]
     if isinstance(values, dict):
         values[widget] = value
         return

@@ -1,8 +1,8 @@
 """ComfyUI's side of _host.py: true MODEL, CLIP and VAE objects around our networks.
 
 Everything of ComfyUI is imported inside the functions, at the time of the call: ComfyUI replaces some of its
-classes while it starts. What is relied on, as of ComfyUI 0.33: comfy/model_base.py Flux, comfy/samplers.py
-CFGGuider and KSAMPLER, comfy/sd.py CLIP and VAE, comfy/ops.py.
+classes while it starts. What is relied on, as of ComfyUI 0.33: comfy/supported_models.py Flux and its kin,
+comfy/samplers.py CFGGuider and KSAMPLER, comfy/sd.py CLIP and VAE, comfy/ops.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..flux_core import preview
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.solver import Solver, Step, integrate
+from ..flux_core.spec import FluxSpec
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata, read_state_dict
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import CLIP, T5, expect
@@ -47,33 +48,20 @@ def model_path(folder: str, name: str) -> Path | None:
 
 def load_model(path: Path, dtype: torch.dtype | None) -> Any:
     """A ModelPatcher over comfy.model_base.Flux that holds our network."""
-    import comfy.model_base
     import comfy.model_management as management
     import comfy.model_patcher
     import comfy.ops
-    import comfy.supported_models
     from comfy.patcher_extension import CallbacksMP
 
     device = management.get_torch_device()
     network = load_transformer(path, dtype)
-    if dtype is None and (chosen := _dtype_for(network, device)) != network.dtype:
+    config = _config_for(network.spec)
+    known = config.supported_inference_dtypes
+    if dtype is None and (chosen := _dtype_for(network, known, device)) != network.dtype:
         network = network.to(chosen)
     _use_comfy_layers(network, comfy.ops.disable_weight_init)
-    spec, parts = network.spec, ComfyNetwork.patch_size**2
-    config = comfy.supported_models.Flux(
-        {
-            "image_model": "flux",
-            "guidance_embed": spec.guidance_embed,
-            "in_channels": spec.in_channels // parts,
-            "out_channels": spec.out_channels // parts,
-            "depth": spec.depth,
-            "depth_single_blocks": spec.depth_single,
-            "hidden_size": spec.hidden_size,
-            "disable_unet_model_creation": True,
-        }
-    )
     config.set_inference_dtype(network.dtype, None)
-    model = comfy.model_base.Flux(config)
+    model = config.get_model({})
     model.diffusion_model = ComfyNetwork(network)
     if (factors := preview.from_metadata(read_metadata(path))) is not None:
         model.latent_format.latent_rgb_factors = factors.weight.tolist()
@@ -85,14 +73,32 @@ def load_model(path: Path, dtype: torch.dtype | None) -> Any:
     return patcher
 
 
-def _dtype_for(network: nn.Module, device: torch.device) -> torch.dtype:
+def _config_for(spec: FluxSpec) -> Any:
+    """ComfyUI's description of such a network: by it stock samplers shift [dev]'s sigmas, not [schnell]'s."""
+    import comfy.supported_models as supported
+
+    parts = ComfyNetwork.patch_size**2
+    config = {
+        "image_model": "flux",
+        "guidance_embed": spec.guidance_embed,
+        "in_channels": spec.in_channels // parts,
+        "out_channels": spec.out_channels // parts,
+        "depth": spec.depth,
+        "depth_single_blocks": spec.depth_single,
+        "hidden_size": spec.hidden_size,
+        "disable_unet_model_creation": True,
+    }
+    known = (supported.FluxInpaint, supported.Flux, supported.FluxSchnell)
+    return next(kind for kind in known if kind.matches(config))(config)
+
+
+def _dtype_for(network: nn.Module, known: list[torch.dtype], device: torch.device) -> torch.dtype:
     """What ComfyUI would compute a network of this size in; fp32 on a CPU."""
     import comfy.model_management as management
 
     if management.is_device_cpu(device):
         return torch.float32
     size = sum(parameter.numel() for parameter in network.parameters())
-    known = [torch.bfloat16, torch.float16, torch.float32]
     dtype = management.unet_dtype(device, size, known, network.dtype)
     return management.unet_manual_cast(dtype, device, known) or dtype
 

@@ -8,11 +8,11 @@ against those that scenes.py paints with, place and size from the silhouette.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import cast
+from functools import cache
 
 import numpy as np
-from scipy import ndimage
 
+from .regions import erode, fill_holes, pieces
 from .scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, OFFSET, PLACES, SHAPES, SIZES, Scene, mask
 
 FIT = 0.88
@@ -89,21 +89,18 @@ def _ground(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat = np.concatenate([(border / light[:, None, None]).reshape(-1, 3), corners])
     ground = np.median(flat, axis=0)
     lit = ground * light[:, None, None]
-    brightness = np.clip((image * lit).sum(-1) / (lit * lit).sum(-1), 0.62, 1.05)
+    brightness = np.clip((image * lit).sum(-1) / np.maximum((lit * lit).sum(-1), 1.0), 0.62, 1.05)
     return ground, np.linalg.norm(image - brightness[..., None] * lit, axis=-1)
 
 
 def _pieces(marked: np.ndarray) -> list[np.ndarray]:
     """Connected pieces, the largest first, without specks and holes."""
-    labels, count = cast("tuple[np.ndarray, int]", ndimage.label(marked))
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    order = [i for i in np.argsort(-sizes) if sizes[i] > 0.004 * marked.size]
-    return [cast("np.ndarray", ndimage.binary_fill_holes(labels == i + 1)) for i in order]
+    return [fill_holes(piece) for piece in pieces(marked, 0.004 * marked.size)]
 
 
 def _body(image: np.ndarray, silhouette: np.ndarray) -> np.ndarray:
     """Median colour of the object's inside."""
-    inside = cast("np.ndarray", ndimage.binary_erosion(silhouette, iterations=2))
+    inside = erode(silhouette, 2)
     return np.median(image[inside if inside.any() else silhouette], axis=0)
 
 
@@ -134,6 +131,7 @@ def _outline(silhouette: np.ndarray) -> tuple[str, float, tuple[float, float], f
     return found
 
 
+@cache
 def _unit(shape: str) -> tuple[float, float, float]:
     """Area and centroid of a shape's outline at radius 1."""
     cover = mask(shape, (160.0, 160.0), 100.0, 320, 320)

@@ -51,7 +51,7 @@ def save_checkpoint(
     optimizers: Iterable[torch.optim.Optimizer],
     rng: random.Random,
 ) -> None:
-    """Write what `load_checkpoint` restores: modules, optimizers, average, the states of `rng` and of torch's."""
+    """Write what `load_checkpoint` restores: modules, optimizers, average, the states of both generators."""
     tensors: dict[str, Tensor] = {"random/torch": torch.get_rng_state()}
     for key, module in modules.items():
         tensors |= {f"{key}/{name}": value for name, value in module.state_dict().items()}
@@ -143,8 +143,8 @@ def refuse_nan(loss: Tensor, step: int) -> None:
     """Raise ValueError when the loss is no number, before such weights are saved over good ones."""
     if not math.isfinite(loss.item()):
         raise ValueError(
-            f"the loss of step {step} is {loss.item()}: the training ran away; run the stage again with a lower "
-            "learning rate, it resumes from its last checkpoint"
+            f"the loss of step {step} is {loss.item()}: the training ran away; run the stage again with a "
+            "lower learning rate, it resumes from its last checkpoint"
         )
 
 

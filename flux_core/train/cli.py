@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import random
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,9 +33,13 @@ from .evaluate import evaluate
 from .flow import Recipe, train_flow, write_latents
 from .text import train_text
 
-log = logging.getLogger(__name__)
-
 STAGES = ("text", "latents", "flow", "decoder", "evaluate", "export")
+NEEDS = {
+    "flow": ("text", "latents"),
+    "decoder": ("latents",),
+    "evaluate": ("text", "flow", "decoder"),
+    "export": ("text", "flow", "decoder"),
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -83,11 +87,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the transformer's loss (needs a C++ compiler)"
     )
+    parser.add_argument(
+        "--bf16", action="store_true", help="bfloat16 matrix products (quicker where the processor has them)"
+    )
     parser.add_argument("--count", type=int, default=200, help="captions that evaluate draws")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages asked for, in order; 0 when all ended well, 2 for a stage that does not exist."""
+    """Run the stages asked for, in order; 0 when all ended well, 1 with a sentence when one could not run."""
     parser = argparse.ArgumentParser(
         prog="run.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,9 +105,27 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"there is no stage {unknown[0]!r}; choose among {', '.join(STAGES)}")
     for stage in STAGES:
         if stage in (args.stages or STAGES):
-            log.info("stage %s", stage)
-            RUN[stage](Folder(args.dir), args)
+            sys.stderr.write(f"stage {stage}\n")
+            try:
+                check_needs(stage, Folder(args.dir))
+                RUN[stage](Folder(args.dir), args)
+            except (OSError, ValueError) as error:
+                sys.stderr.write(f"the stage {stage} could not run: {error}\n")
+                return 1
     return 0
+
+
+def check_needs(stage: str, folder: Folder) -> None:
+    """Raise ValueError when an earlier stage, whose files this one reads, was not run."""
+    made = {
+        "text": text_files(folder.text)[0],
+        "latents": folder.latents,
+        "flow": folder.flow,
+        "decoder": folder.autoencoder,
+    }
+    for earlier in NEEDS.get(stage, ()):
+        if not made[earlier].exists():
+            raise ValueError(f"{made[earlier]} does not exist; run the stage {earlier} first")
 
 
 def run_text(folder: Folder, args: argparse.Namespace) -> None:
@@ -124,6 +149,7 @@ def run_flow(folder: Folder, args: argparse.Namespace) -> None:
         seed=args.seed,
         recipe=recipe,
         compiled=args.compile,
+        bf16=args.bf16,
     )
 
 
@@ -143,7 +169,7 @@ def run_evaluate(folder: Folder, args: argparse.Namespace) -> None:
     rows = [np.concatenate(pictures[i : i + 8], axis=1) for i in range(0, min(len(pictures), 64) // 8 * 8, 8)]
     if rows:
         Image.fromarray(np.concatenate(rows)).save(folder.path / "scores.png")
-    log.info("%s", "  ".join(f"{name} {share:.3f}" for name, share in scores.items()))
+    sys.stdout.write("  ".join(f"{name} {share:.3f}" for name, share in scores.items()) + "\n")
 
 
 def run_export(folder: Folder, args: argparse.Namespace) -> None:

@@ -149,14 +149,16 @@ def initialise(model: FluxTransformer) -> None:
             nn.init.zeros_(parameter)
 
 
-def make_optimizers(model: FluxTransformer, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for all else (modulations, embeddings, norms, biases)."""
+def make_optimizers(
+    model: FluxTransformer, lr: float, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Muon (in `dtype`) for the blocks' matrices, AdamW for modulations, embeddings, norms and biases."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and "_blocks." in name and "mod" not in name
         (matrices if inner else rest).append(parameter)
     return [
-        Muon(matrices, lr, weight_decay=0.01),
+        Muon(matrices, lr, weight_decay=0.01, dtype=dtype),
         torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
@@ -178,17 +180,19 @@ def train_flow(
     spec: FluxSpec = MINI,
     save_every: int = 500,
     compiled: bool = True,
+    bf16: bool = False,
 ) -> None:
     """Train for `steps` and write `out` (averaged weights). Resumes from `out`.checkpoint after a kill.
 
-    The schedule's length is `steps`; giving a larger number on resuming lengthens the plateau.
+    The schedule's length is `steps`; giving a larger number on resuming lengthens the plateau, a smaller one
+    begins the descent. `bf16` computes matrix products in bfloat16; weights and their average stay float32.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     data = LatentSet(latents)
     model = FluxTransformer(spec)
     initialise(model)
-    optimizers = make_optimizers(model, recipe.lr)
+    optimizers = make_optimizers(model, recipe.lr, torch.bfloat16 if bf16 else torch.float32)
     average = Average(model, recipe.average)
     checkpoint = out.with_name(out.name + ".checkpoint")
     step = 0
@@ -199,13 +203,9 @@ def train_flow(
     while step < steps:
         set_rate(optimizers, recipe.lr * rate(step, steps, recipe))
         images, captions = data.batch(recipe.batch, rng, recipe.empty_share)
-        loss = loss_of(
-            model,
-            images,
-            torch.randn_like(images),
-            draw_sigmas(recipe.batch, recipe),
-            encoders.encode(captions),
-        )
+        text = encoders.encode(captions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(model, images, torch.randn_like(images), draw_sigmas(recipe.batch, recipe), text)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

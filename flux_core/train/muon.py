@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024).
 
 Newton-Schulz iteration and its quintic coefficients: Keller Jordan's description of Muon; the step's size is
-matched to AdamW's as in Liu et al. 2025, arXiv:2502.16982, section 2.2. The product runs in float32, because
-the CPUs this trains on have no fast bfloat16.
+matched to AdamW's as in Liu et al. 2025, arXiv:2502.16982, section 2.2. The iteration may run in bfloat16,
+where the processor is quick at it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,14 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum for matrices and convolution kernels; give everything else to AdamW."""
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @overload
@@ -53,8 +59,9 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append((parameter, parameter.grad))
             for pairs in by_shape.values():
                 updates = torch.stack([self._momentum(p, g, group["momentum"]).flatten(1) for p, g in pairs])
+                orthogonal = orthogonalise(updates.to(self.dtype)).to(updates.dtype)
                 size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
-                for (parameter, _), update in zip(pairs, orthogonalise(updates).unbind(), strict=True):
+                for (parameter, _), update in zip(pairs, orthogonal.unbind(), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
                         update.view(parameter.shape), alpha=size
                     )

@@ -84,7 +84,7 @@ def _what_is_wrong(path: Path) -> str:
     try:
         entries = json.loads(header)
         needed = 8 + length + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return f"the header of {path.name} is cut short or damaged ({size:,} bytes); download it again"
     if size < needed:
         return f"{path.name} is cut short: {size:,} of {needed:,} bytes are there; download it again"

@@ -66,7 +66,9 @@ def expect(state_dict: Mapping[str, Tensor], kind: Kind, file: str) -> None:
     found = kind_of(state_dict)
     if found == kind.name:
         return
-    remedy = f"choose {kind.name} here"
     if found in (DIFFUSERS_TRANSFORMER.name, DIFFUSERS_VAE.name):
-        remedy = "choose the single file that Black Forest Labs publish"
-    raise ValueError(f"{file} is {found}, not {kind.name}; {remedy}")
+        raise ValueError(
+            f"{file} is {found}, which are not read here; "
+            "choose the single file that Black Forest Labs publish"
+        )
+    raise ValueError(f"{file} is {found}, not {kind.name}; choose {kind.name} here")

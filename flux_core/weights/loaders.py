@@ -8,6 +8,8 @@ held twice.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +20,7 @@ from ..spec import FluxSpec
 from ..transformer import FluxTransformer
 from ..vae import AutoEncoder, AutoEncoderSpec
 from .files import read_state_dict
-from .kinds import AUTOENCODER, TRANSFORMER, expect
+from .kinds import AUTOENCODER, TRANSFORMER, Kind, expect
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def load_transformer(
     state_dict = read_state_dict(path)
     file = Path(path).name
     expect(state_dict, TRANSFORMER, file)
-    with torch.device("meta"):
+    with sizes_of(file, TRANSFORMER, state_dict), torch.device("meta"):
         model = FluxTransformer(FluxSpec.from_state_dict(state_dict))
     return fill(model, state_dict, file, dtype, device)
 
@@ -56,15 +58,38 @@ def load_autoencoder(
     state_dict = read_state_dict(path, VAE_PREFIXES)
     file = Path(path).name
     expect(state_dict, AUTOENCODER, file)
-    spec = AutoEncoderSpec.from_state_dict(state_dict)
+    with sizes_of(file, AUTOENCODER, state_dict):
+        spec = AutoEncoderSpec.from_state_dict(state_dict)
     if spec.z_channels != LATENT_CHANNELS:
         raise ValueError(
             f"{file} is a VAE with {spec.z_channels} latent channels, FLUX.1's has {LATENT_CHANNELS}; "
             "choose FLUX.1's ae.safetensors"
         )
-    with torch.device("meta"):
+    with sizes_of(file, AUTOENCODER, state_dict), torch.device("meta"):
         model = AutoEncoder(spec)
     return fill(model, state_dict, file, dtype, device)
+
+
+@contextmanager
+def sizes_of(file: str, kind: Kind, state_dict: dict[str, Tensor]) -> Iterator[None]:
+    """A block that reads a model's sizes off its tensors; ValueError names `file` where they make no model.
+
+    The shapes in a damaged or hostile file may be anything, so whatever fails on them is the file's fault.
+    """
+    empty = next((name for name, tensor in state_dict.items() if not tensor.numel()), None)
+    if empty is not None:
+        got = [*state_dict[empty].shape]
+        raise ValueError(f"{file} is damaged: {empty} holds no numbers, it is {got}; choose another file")
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error.args[0]}; it is incomplete, download it again") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    except (IndexError, ArithmeticError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} is damaged: the shapes of its tensors do not make {kind.name}; download it again"
+        ) from error
 
 
 def fill(

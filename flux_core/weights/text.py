@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from ..conditioning import T5_LENGTH, TextEncoders, clip_of_size, t5_of_size
 from .files import read_metadata, read_state_dict
 from .kinds import CLIP, T5, expect
-from .loaders import fill
+from .loaders import fill, sizes_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, T5EncoderModel
@@ -39,7 +39,9 @@ def load_text_encoders(
     """
     t5, txt_length = _load_t5(t5_path, dtype, device)
     clip = _load_clip(clip_path, dtype, device)
-    return TextEncoders(t5, read_tokenizer(t5_path), clip, read_tokenizer(clip_path), txt_length)
+    t5_tokenizer = read_tokenizer(t5_path, t5.config.vocab_size)
+    clip_tokenizer = read_tokenizer(clip_path, clip.config.vocab_size)
+    return TextEncoders(t5, t5_tokenizer, clip, clip_tokenizer, txt_length)
 
 
 def _load_t5(
@@ -52,7 +54,9 @@ def _load_t5(
     for name, other in (EMBEDDINGS, EMBEDDINGS[::-1]):
         if other in tensors:
             tensors.setdefault(name, tensors[other])
-    model = fill(t5_of_size(tensors), tensors, Path(path).name, dtype, device)
+    with sizes_of(Path(path).name, T5, tensors):
+        model = t5_of_size(tensors)
+    model = fill(model, tensors, Path(path).name, dtype, device)
     model.tie_weights()
     return model, _number(path, "txt_length") or T5_LENGTH
 
@@ -64,12 +68,17 @@ def _load_clip(path: str | Path, dtype: torch.dtype | None, device: torch.device
     tensors = {name.removeprefix("text_model."): t for name, t in tensors.items()}
     for unused in ("embeddings.position_ids", "text_projection.weight", "logit_scale"):
         tensors.pop(unused, None)
-    model = clip_of_size(tensors, _number(path, "eos_token_id"))
+    eos_token_id = _number(path, "eos_token_id")
+    with sizes_of(Path(path).name, CLIP, tensors):
+        model = clip_of_size(tensors, eos_token_id)
     return fill(model, tensors, Path(path).name, dtype, device)
 
 
-def read_tokenizer(model_path: str | Path) -> Tokenizer:
-    """The tokenizer that stands beside a text encoder's file. Raises FileNotFoundError or ValueError."""
+def read_tokenizer(model_path: str | Path, vocabulary: int) -> Tokenizer:
+    """The tokenizer that stands beside the file of a text encoder that knows `vocabulary` tokens.
+
+    Raises FileNotFoundError for a missing one, ValueError for one that is broken or another encoder's.
+    """
     path = Path(model_path).with_suffix(".tokenizer.json")
     if not path.exists():
         raise FileNotFoundError(
@@ -77,9 +86,16 @@ def read_tokenizer(model_path: str | Path) -> Tokenizer:
             "there under that name"
         )
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
         raise ValueError(f"{path.name} is not a tokenizer file ({error}); download it again") from error
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if tokens > vocabulary:
+        raise ValueError(
+            f"{path.name} makes {tokens:,} different tokens, {Path(model_path).name} knows {vocabulary:,}; "
+            "put the tokenizer.json that belongs to this encoder there"
+        )
+    return tokenizer
 
 
 def _number(path: str | Path, key: str) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ from rectiflux.host.files import Folders
 from torch import Tensor
 
 from ..nodes import graphs
-from ..nodes.tiny import NAMES, write_models
+from ..nodes.tiny import NAMES, SPEC, write_models, write_transformer
 from .server import ComfyServer
+
+DEV = "tiny-dev.safetensors"
+"""A second tiny transformer, with [dev]'s guidance input; the other has none, as [schnell]."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI's base directory, the tiny models in its models/."""
     base = tmp_path_factory.mktemp("comfyui")
     write_models(base / "models")
+    write_transformer(base / "models" / "diffusion_models" / DEV, replace(SPEC, guidance_embed=True))
     return base
 
 

@@ -88,9 +88,12 @@ class ComfyServer:
     def console(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def get(self, path: str) -> Any:
+    def fetch(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return json.load(answer)
+            return answer.read()
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.fetch(path))
 
     def post(self, path: str, body: Any) -> Any:
         data = json.dumps(body).encode()
@@ -101,11 +104,18 @@ class ComfyServer:
         except urllib.error.HTTPError as error:
             raise PromptFailed(json.load(error)) from error
 
-    def interrupt(self) -> None:
-        request = urllib.request.Request(
-            f"{self.url}/api/interrupt", b"{}", {"Content-Type": "application/json"}
-        )
+    def tell(self, path: str, body: Any) -> None:
+        """Post what is answered with nothing."""
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         urllib.request.urlopen(request, timeout=30).close()
+
+    def interrupt(self) -> None:
+        self.tell("/api/interrupt", {})
+
+    def free(self) -> None:
+        """Have it unload all models and forget all results before the next prompt."""
+        self.tell("/api/free", {"unload_models": True, "free_memory": True})
 
     def run(self, prompt: dict[str, Any], client_id: str = "test") -> dict[str, Any]:
         """The outputs by node of one prompt. Raises PromptFailed."""
@@ -123,9 +133,5 @@ class ComfyServer:
     def pictures(self, prompt: dict[str, Any], node: str) -> np.ndarray:
         """Pictures [B, H, W, 3], uint8, that a SaveImage or PreviewImage node shows after a run."""
         shown = self.run(prompt)[node]["images"]
-        files = [f"{self.url}/api/view?{urllib.parse.urlencode(image)}" for image in shown]
-        pictures = []
-        for file in files:
-            with urllib.request.urlopen(file, timeout=30) as answer:
-                pictures.append(np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB")))
-        return np.stack(pictures)
+        files = [self.fetch(f"/api/view?{urllib.parse.urlencode(image)}") for image in shown]
+        return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])

@@ -1,4 +1,4 @@
-"""The pack in genuine ComfyUI: every node is there, and a prompt gives the embedded host's picture."""
+"""A prompt gives the same picture in genuine ComfyUI and in the embedded host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
 from rectiflux.host.workflow import read_document, to_prompt
-from rectiflux.nodes import NODES
 
 from ..nodes import graphs
 from .conftest import to_pixels
@@ -20,28 +19,6 @@ from .server import PACK, ComfyServer
 def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
     assert a.shape == b.shape
     return int(np.abs(a.astype(int) - b.astype(int)).max())
-
-
-def test_every_node_appears(comfy: ComfyServer) -> None:
-    info = comfy.get("/api/object_info")
-    for node in NODES:
-        assert info[node.NODE_ID]["display_name"] == node.TITLE
-        assert info[node.NODE_ID]["category"] == node.CATEGORY
-        assert info[node.NODE_ID]["description"] == node.DESCRIPTION
-    failed = [line for line in comfy.console().splitlines() if "IMPORT FAILED" in line]
-    assert not any("rectiflux" in line for line in failed)
-
-
-def test_the_models_that_come_with_the_pack_are_listed_after_the_artists_own(comfy: ComfyServer) -> None:
-    inputs = comfy.get("/api/object_info/RectifluxModelLoader")["RectifluxModelLoader"]["input"]
-    names = inputs["required"]["model_name"][0]
-    shipped = sorted(path.name for path in (PACK / "models" / "diffusion_models").glob("*.safetensors"))
-    assert names == ["tiny.safetensors", *shipped]
-
-
-def test_the_workflow_is_offered_as_a_template(comfy: ComfyServer) -> None:
-    assert comfy.get("/api/workflow_templates")["rectiflux"] == ["text_to_image"]
-    assert comfy.get("/api/workflow_templates/rectiflux/text_to_image.json")["nodes"]
 
 
 @pytest.mark.parametrize(
@@ -101,4 +78,7 @@ def test_the_shipped_workflow_gives_the_same_picture(comfy: ComfyServer, embedde
     prompt = to_prompt(read_document(PACK / "workflows" / "text_to_image.json"), info)
     save = next(key for key, node in prompt.items() if node["class_type"] == "SaveImage")
     expected = to_pixels(graphs.run(prompt, prompt[save]["inputs"]["images"][0])[0])
+    assert expected.shape == (1, 128, 128, 3) and expected.std() > 20
+    assert largest_difference(comfy.pictures(prompt, save), expected) <= 1
+    comfy.free()  # unload everything, forget all results: it comes out the same again
     assert largest_difference(comfy.pictures(prompt, save), expected) <= 1

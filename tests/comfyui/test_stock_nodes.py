@@ -1,99 +1,90 @@
-"""Our MODEL, CLIP, VAE, NOISE, SIGMAS and SAMPLER with ComfyUI's own nodes, and its own with ours."""
+"""Our MODEL, CLIP, VAE, NOISE, SIGMAS and SAMPLER with ComfyUI's own nodes."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec
 from safetensors.torch import save_file
 
 from ..nodes import graphs
-from ..nodes.tiny import NAMES, SPEC
+from ..nodes.tiny import random_weights
+from .pictures import FLOWS, STEPS, custom_advanced, k_sampler, our_graph, picture, psnr
 from .server import ComfyServer
-
-STEPS = 8
-SHIFT = {"steps": STEPS, "shift": "fixed", "mu": 1.15}  # what stock samplers use with FLUX at every size
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures, in dB; infinite for equal ones."""
-    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
-def picture(comfy: ComfyServer, prompt: graphs.Prompt, images: str = "decode") -> np.ndarray:
-    save = graphs.node("SaveImage", images=[images, 0], filename_prefix="stock")
-    return comfy.pictures(prompt | {"save": save}, "save")
 
 
 @pytest.fixture(scope="module")
 def ours(comfy: ComfyServer, files: graphs.Prompt) -> np.ndarray:
     """Our own nodes' picture, at the sigmas of stock samplers."""
-    return picture(comfy, graphs.text_to_image(files, **SHIFT))
+    return picture(comfy, our_graph(files))
 
 
-def test_stock_ksampler_and_vae_decode(comfy: ComfyServer, files: graphs.Prompt, ours: np.ndarray) -> None:
+@pytest.mark.parametrize("kind", FLOWS)
+def test_stock_ksampler_and_vae_decode(comfy: ComfyServer, files: graphs.Prompt, kind: str) -> None:
     """The `simple` scheduler takes its sigmas from a table, 2.4e-4 off ours at most."""
-    prompt = graphs.text_to_image(files, **SHIFT)
-    prompt["sample"] = graphs.node(
-        "KSampler",
-        model=["model", 0],
-        seed=7,
-        steps=STEPS,
-        cfg=3.0,
-        sampler_name="euler",
-        scheduler="simple",
-        positive=["positive", 0],
-        negative=["negative", 0],
-        latent_image=["latent", 0],
-        denoise=1.0,
-    )
-    prompt["decode"] = graphs.node("VAEDecode", samples=["sample", 0], vae=["vae", 0])
-    assert psnr(picture(comfy, prompt), ours) >= 40
+    ours = our_graph(files, kind)
+    stock = k_sampler(ours)
+    stock["decode"] = graphs.node("VAEDecode", samples=["sample", 0], vae=["vae", 0])
+    assert psnr(picture(comfy, stock), picture(comfy, ours)) >= 40
 
 
-def custom_advanced(prompt: graphs.Prompt, model: list[Any]) -> graphs.Prompt:
-    """The prompt with SamplerCustomAdvanced in place of our sampler: our NOISE, SAMPLER and SIGMAS go in."""
-    guider = graphs.node(
-        "CFGGuider", model=model, positive=["positive", 0], negative=["negative", 0], cfg=3.0
+def test_the_shipped_miniature_in_stock_nodes(comfy: ComfyServer) -> None:
+    """It has no guidance input, hence no shift in KSampler."""
+    parts = {"model": "", "clip": "-clip", "t5": "-t5", "vae": "-vae"}
+    names = {part: f"rectiflux-mini{end}.safetensors" for part, end in parts.items()}
+    ours = graphs.text_to_image(
+        graphs.loaders(**names), prompt="a red circle", width=128, height=128, steps=12, shift="none"
     )
-    sample = graphs.node(
-        "SamplerCustomAdvanced",
-        noise=["noise", 0],
-        guider=["guider", 0],
-        sampler=["solver", 0],
-        sigmas=["schedule", 0],
-        latent_image=["latent", 0],
-    )
-    return prompt | {"guider": guider, "sample": sample}
+    stock = k_sampler(ours, steps=12)
+    stock["decode"] = graphs.node("VAEDecode", samples=["sample", 0], vae=["vae", 0])
+    stock["positive"] = graphs.node("CLIPTextEncode", clip=["clip", 0], text="a red circle")
+    assert psnr(picture(comfy, stock), picture(comfy, ours)) >= 40
 
 
 def test_stock_custom_sampler(comfy: ComfyServer, files: graphs.Prompt, ours: np.ndarray) -> None:
     """The same sigmas to the last bit, hence the same picture."""
-    prompt = custom_advanced(graphs.text_to_image(files, **SHIFT), ["model", 0])
-    assert np.array_equal(picture(comfy, prompt), ours)
+    assert np.array_equal(picture(comfy, custom_advanced(our_graph(files))), ours)
 
 
 def test_stock_sampler_in_our_node(comfy: ComfyServer, files: graphs.Prompt, ours: np.ndarray) -> None:
-    prompt = graphs.text_to_image(files, **SHIFT)
+    prompt = our_graph(files)
     prompt["solver"] = graphs.node("KSamplerSelect", sampler_name="euler")
     assert psnr(picture(comfy, prompt), ours) >= 60
 
 
-def test_model_of_a_stock_loader(comfy: ComfyServer, files: graphs.Prompt, ours: np.ndarray) -> None:
-    """ComfyUI's own FLUX network on the same file; it is another implementation of the same mathematics."""
-    prompt = graphs.text_to_image(files, **SHIFT)
-    name = NAMES["diffusion_models"]
-    prompt["model"] = graphs.node("UNETLoader", unet_name=name, weight_dtype="default")
-    assert psnr(picture(comfy, prompt), ours) >= 40
+def test_stock_noise_latent_and_guidance_in_our_sampler(comfy: ComfyServer, files: graphs.Prompt) -> None:
+    ours = our_graph(files)
+    ours["positive"]["inputs"]["guidance"] = 8.0
+    stock = our_graph(files)
+    stock["noise"] = graphs.node("RandomNoise", noise_seed=7)
+    stock["latent"] = graphs.node("EmptySD3LatentImage", width=64, height=48, batch_size=1)
+    stock["other"] = graphs.node("FluxGuidance", conditioning=["positive", 0], guidance=8.0)
+    stock["sample"]["inputs"]["positive"] = ["other", 0]
+    with_guidance = picture(comfy, stock)
+    assert np.array_equal(with_guidance, picture(comfy, ours))
+    assert psnr(with_guidance, picture(comfy, our_graph(files))) < 40  # and it counts
+
+
+def test_stock_schedule_by_size_is_ours(comfy: ComfyServer, files: graphs.Prompt) -> None:
+    """ModelSamplingFlux with FLUX.1's two shifts, and the `simple` scheduler of what comes out."""
+    ours = our_graph(files, shift="by size", width=160, height=96)
+    stock = dict(ours)
+    stock["shifted"] = graphs.node(
+        "ModelSamplingFlux", model=["model", 0], max_shift=1.15, base_shift=0.5, width=160, height=96
+    )
+    stock["schedule"] = graphs.node(
+        "BasicScheduler", model=["shifted", 0], scheduler="simple", steps=STEPS, denoise=1.0
+    )
+    assert psnr(picture(comfy, stock), picture(comfy, ours)) >= 60
 
 
 def test_stock_prompt_nodes(comfy: ComfyServer, files: graphs.Prompt, ours: np.ndarray) -> None:
-    prompt = graphs.text_to_image(files, **SHIFT)
+    prompt = our_graph(files)
     text = prompt["positive"]["inputs"]["prompt"]
     prompt["positive"] = graphs.node("CLIPTextEncode", clip=["clip", 0], text=text)
     prompt["negative"] = graphs.node(
@@ -102,11 +93,11 @@ def test_stock_prompt_nodes(comfy: ComfyServer, files: graphs.Prompt, ours: np.n
     assert np.array_equal(picture(comfy, prompt), ours)
 
 
-def test_stock_vae_nodes(comfy: ComfyServer, files: graphs.Prompt) -> None:
+def test_stock_vae_nodes(comfy: ComfyServer, files: graphs.Prompt, colours: str) -> None:
     """Encoded by ours and by ComfyUI's node, decoded by ComfyUI's, whole and in tiles."""
     tiles = {"tile_size": 256, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
     prompt = files | {
-        "picture": graphs.node("EmptyImage", width=512, height=256, batch_size=1, color=0x3366CC),
+        "picture": graphs.node("LoadImage", image=colours),
         "ours": graphs.node("RectifluxVAEEncode", image=["picture", 0], vae=["vae", 0]),
         "stock": graphs.node("VAEEncode", pixels=["picture", 0], vae=["vae", 0]),
         "a": graphs.node("VAEDecode", samples=["ours", 0], vae=["vae", 0]),
@@ -118,80 +109,45 @@ def test_stock_vae_nodes(comfy: ComfyServer, files: graphs.Prompt) -> None:
     assert picture(comfy, prompt, "c").shape == (1, 256, 512, 3)
 
 
-def lora(keys: dict[str, tuple[int, int]], down: str, up: str, seed: int) -> dict[str, torch.Tensor]:
-    """A random LoRA of rank 4 on layers named by `keys`, each (outputs, inputs)."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for key, (outputs, inputs) in keys.items():
-        tensors[f"{key}.{down}.weight"] = 0.2 * torch.randn(4, inputs, generator=generator)
-        tensors[f"{key}.{up}.weight"] = 0.2 * torch.randn(outputs, 4, generator=generator)
-    return tensors
+@pytest.fixture(scope="module")
+def colours(base: Path) -> str:
+    """A picture 512 wide and 256 high in the input folder; its name."""
+    rising = np.linspace(0, 255, 512, dtype=np.uint8)
+    pixels = np.stack(np.broadcast_arrays(rising, rising[::-2, None], rising[::-1]), axis=-1)
+    Image.fromarray(pixels).save(base / "input" / "colours.png")
+    return "colours.png"
 
 
-HIDDEN = SPEC.hidden_size
-LORAS = {
-    "kohya": lora(
-        {
-            "lora_unet_double_blocks_0_img_attn_qkv": (3 * HIDDEN, HIDDEN),
-            "lora_unet_single_blocks_1_linear1": (7 * HIDDEN, HIDDEN),
-            "lora_unet_double_blocks_1_txt_mod_lin": (6 * HIDDEN, HIDDEN),
-        },
-        "lora_down", "lora_up", 1,
-    ),
-    "bfl": lora(
-        {
-            "diffusion_model.double_blocks.0.img_attn.qkv": (3 * HIDDEN, HIDDEN),
-            "diffusion_model.single_blocks.1.linear2": (HIDDEN, 5 * HIDDEN),
-        },
-        "lora_A", "lora_B", 2,
-    ),
-    "diffusers": lora(
-        {
-            "transformer.transformer_blocks.0.attn.to_q": (HIDDEN, HIDDEN),
-            "transformer.single_transformer_blocks.1.proj_mlp": (4 * HIDDEN, HIDDEN),
-        },
-        "lora_A", "lora_B", 3,
-    ),
-}  # fmt: skip
+@pytest.fixture
+def full_size_vae(base: Path) -> Iterator[str]:
+    """FLUX.1's own autoencoder with random weights: ComfyUI's loader takes no other size. Gone afterwards."""
+    with torch.device("meta"):
+        network = AutoEncoder(AutoEncoderSpec())
+    weights = {name: tensor.bfloat16() for name, tensor in random_weights(network, 5, 0.02).items()}
+    path = base / "models" / "vae" / "full-size.safetensors"
+    save_file(weights, path)
+    yield path.name
+    path.unlink()
 
 
-@pytest.mark.parametrize("kind", LORAS)
-def test_stock_lora_loader(
-    comfy: ComfyServer, base: Path, files: graphs.Prompt, ours: np.ndarray, kind: str
-) -> None:
-    """Every key is found, the picture changes, and strength 0 gives the old one back afterwards."""
-    save_file(LORAS[kind], base / "models" / "loras" / f"{kind}.safetensors")
-    before = comfy.console()
-    prompt = graphs.text_to_image(files, **SHIFT)
-    prompt["lora"] = graphs.node(
-        "LoraLoaderModelOnly", model=["model", 0], lora_name=f"{kind}.safetensors", strength_model=1.0
+@pytest.mark.slow
+def test_stock_vae_and_ours_from_one_file(comfy: ComfyServer, base: Path, full_size_vae: str) -> None:
+    """Encoded and decoded by either loader's VAE, through either's nodes."""
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize((96, 64)).save(
+        base / "input" / "patches.png"
     )
-    prompt["sample"]["inputs"]["model"] = ["lora", 0]
-    assert psnr(picture(comfy, prompt), ours) < 40
-    said = comfy.console()[len(before) :].lower()
-    assert "not loaded" not in said and "error" not in said
-    prompt["lora"]["inputs"]["strength_model"] = 0.0
-    assert np.array_equal(picture(comfy, prompt), ours)
-
-
-def test_stock_lora_loader_on_the_text_encoders(
-    comfy: ComfyServer, base: Path, files: graphs.Prompt, ours: np.ndarray
-) -> None:
-    keys = {
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (64, 64),
-        "lora_te2_encoder_block_0_layer_0_SelfAttention_q": (32, 32),
+    prompt = {
+        "picture": graphs.node("LoadImage", image="patches.png"),
+        "theirs": graphs.node("VAELoader", vae_name=full_size_vae),
+        "ours": graphs.node("RectifluxVAELoader", vae_name=full_size_vae),
+        "encoded": graphs.node("VAEEncode", pixels=["picture", 0], vae=["theirs", 0]),
+        "decoded": graphs.node("VAEDecode", samples=["encoded", 0], vae=["theirs", 0]),
+        "a": graphs.node("VAEEncode", pixels=["picture", 0], vae=["ours", 0]),
+        "our_vae": graphs.node("VAEDecode", samples=["a", 0], vae=["ours", 0]),
+        "b": graphs.node("RectifluxVAEEncode", image=["picture", 0], vae=["theirs", 0]),
+        "our_nodes": graphs.node("RectifluxVAEDecode", samples=["b", 0], vae=["theirs", 0]),
     }
-    save_file(lora(keys, "lora_down", "lora_up", 4), base / "models" / "loras" / "text.safetensors")
-    before = comfy.console()
-    prompt = graphs.text_to_image(files, **SHIFT)
-    prompt["lora"] = graphs.node(
-        "LoraLoader",
-        model=["model", 0],
-        clip=["clip", 0],
-        lora_name="text.safetensors",
-        strength_model=1.0,
-        strength_clip=1.0,
-    )
-    prompt["positive"]["inputs"]["clip"] = ["lora", 1]
-    assert not np.array_equal(picture(comfy, prompt), ours)
-    assert "not loaded" not in comfy.console()[len(before) :].lower()
+    expected = picture(comfy, prompt, "decoded")
+    assert psnr(picture(comfy, prompt, "our_vae"), expected) >= 60
+    assert np.array_equal(picture(comfy, prompt, "our_nodes"), expected)

@@ -66,6 +66,8 @@ def test_truncation_is_said_with_its_numbers(
         "the prompt is too long for T5: 10 tokens, of which it reads the first 9",
         "the prompt is too long for CLIP: 11 tokens, of which it reads the first 7",
     ]
+    assert not caplog.records, "said once"
+    encoders.encode(["a red fox on a blue square of green"])
     assert [record.getMessage() for record in caplog.records] == notices
     assert torch.equal(long.txt, encoders.encode(["a red fox on a blue square of"]).txt)
     assert torch.equal(long.pooled, encoders.encode(["a red fox on a"]).pooled)

@@ -252,6 +252,42 @@ def test_a_damaged_graph(broken: dict[str, Any]) -> None:
     assert refusal(broken).startswith("the workflow is damaged")
 
 
+@pytest.mark.parametrize(
+    ("path", "junk"),
+    [
+        (("nodes", 1, "inputs"), 7),
+        (("nodes", 1, "inputs", 0), "a"),
+        (("nodes", 1, "inputs", 0, "link"), []),
+        (("nodes", 1, "inputs", 1, "name"), {}),
+        (("nodes", 1, "inputs", 1, "widget"), 3),
+        (("nodes", 1, "properties"), [1]),
+        (("nodes", 2, "widgets_values"), True),
+        (("definitions",), [1]),
+        (("definitions", "subgraphs"), {"a": 1}),
+        (("definitions", "subgraphs", 0, "id"), None),
+        (("definitions", "subgraphs", 0, "inputs", 0), None),
+        (("definitions", "subgraphs", 0, "nodes", 0, "inputs", 0, "name"), [0]),
+        (("definitions", "subgraphs", 0, "links", 0, "origin_slot"), "x"),
+    ],
+)
+@pytest.mark.parametrize("settings", [[], ["seed=9"], ["5:3.text=new"]])
+def test_a_graph_with_junk_in_it_is_read_or_refused(path: Any, junk: Any, settings: list[str]) -> None:
+    document = found = subgraph(["outer"])
+    for key in path[:-1]:
+        found = found[key]
+    found[path[-1]] = junk
+    try:
+        apply_settings(Document(document, None), settings, INFO)
+    except WorkflowError as refused:
+        assert "is damaged" in str(refused) or "not installed here" in str(refused) or settings
+
+
+def test_a_title_of_another_form_is_passed_over() -> None:
+    prompt = {"1": {**API["1"], "_meta": ["x"]}, "2": {**API["1"], "_meta": {"title": "Mine"}}}
+    with pytest.raises(WorkflowError, match=r"say which: 1.seed \(A Number\), 2.seed \(Mine\)"):
+        apply_settings(Document(None, prompt), ["seed=1"], INFO)
+
+
 # Reading files
 
 

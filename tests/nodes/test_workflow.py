@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rectiflux
+from PIL import Image
+from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
 from rectiflux.host.workflow import read_document, to_prompt
+
+from . import graphs
 
 WORKFLOWS = Path(rectiflux.__file__).parent / "workflows"
 PATHS = sorted(WORKFLOWS.glob("*.json"))
@@ -82,3 +87,17 @@ def test_the_demo_is_what_it_is_said_to_be(tmp_path: Path) -> None:
     for name in ("prompt", "seed", "negative_prompt", "steps", "width"):  # --set NAME=... must be unambiguous
         assert sum(name == other for other, _ in inputs) == 1
     assert ("filename_prefix", "rectiflux") in inputs
+
+
+@each
+def test_the_thumbnail_is_what_the_workflow_paints(path: Path, tmp_path: Path) -> None:
+    """Four times as large, as JPEG; to be saved anew when the miniature or the workflow changes."""
+    folders = Folders.under(tmp_path)
+    prompt = to_prompt(read_document(path), Registry.of_pack(folders).object_info())
+    (save,) = (node for node in prompt.values() if node["class_type"] == "SaveImage")
+    with context.using(folders):
+        painted = graphs.run(prompt, save["inputs"]["images"][0])[0][0].numpy()
+    with Image.open(path.with_suffix(".jpg")) as thumbnail:
+        assert thumbnail.size == (512, 512)
+        shown = np.asarray(thumbnail.resize((128, 128), Image.Resampling.BOX)) / 255
+    assert np.mean((shown - painted) ** 2) < 10**-3  # 30 dB

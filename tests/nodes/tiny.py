@@ -55,13 +55,20 @@ def write_tokenizer(path: Path, start: str | None, end: str, filler: str | None)
     return vocabulary[end]
 
 
+def write_transformer(path: Path, spec: FluxSpec, metadata: dict[str, str] | None = None) -> None:
+    """A transformer with random weights at `path`."""
+    with torch.device("meta"):
+        transformer = FluxTransformer(spec)
+    save_file(random_weights(transformer, 1), path, metadata)
+
+
 def write_models(root: Path, spec: FluxSpec = SPEC, metadata: dict[str, str] | None = None) -> Path:
     """The four files and two tokenizers below `root`, in ComfyUI's folders; returns `root`."""
     for folder in ("diffusion_models", "vae", "text_encoders"):
         (root / folder).mkdir(parents=True, exist_ok=True)
+    write_transformer(root / "diffusion_models" / NAMES["diffusion_models"], spec, metadata)
     with torch.device("meta"):
-        transformer, autoencoder = FluxTransformer(spec), AutoEncoder(VAE_SPEC)
-    save_file(random_weights(transformer, 1), root / "diffusion_models" / NAMES["diffusion_models"], metadata)
+        autoencoder = AutoEncoder(VAE_SPEC)
     save_file(random_weights(autoencoder, 2), root / "vae" / NAMES["vae"])
     texts = root / "text_encoders"
     write_tokenizer(texts / "tiny-t5.tokenizer.json", None, "</s>", "<pad>")

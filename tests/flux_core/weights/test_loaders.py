@@ -226,6 +226,59 @@ def test_tokenizers_and_metadata(tmp_path: Path) -> None:
         load_text_encoders(clip_path, t5_path)
 
 
+def test_a_tokenizer_of_another_encoder(tmp_path: Path) -> None:
+    clip_path, t5_path = save_text_encoders(tmp_path)
+    tokenizer = tmp_path / "clip.tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"fox": 12', '"fox": 4711'))
+    with pytest.raises(ValueError) as refused:
+        load_text_encoders(clip_path, t5_path)
+    assert str(refused.value) == (
+        "clip.tokenizer.json makes 4,712 different tokens, clip.safetensors knows 13; "
+        "put the tokenizer.json that belongs to this encoder there"
+    )
+
+
+SHAPES = [torch.tensor(1.0), torch.zeros(0), torch.zeros(0, 5), torch.zeros(7), torch.zeros(2, 3, 4)]
+
+
+SIZED = {
+    "flux": ["img_in.weight", "txt_in.weight", "double_blocks.0.img_attn.norm.query_norm.scale"],
+    "vae": ["encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down.1.block.0.conv1.weight"],
+    "clip": ["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"],
+    "t5": ["shared.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"],
+}
+"""Tensors whose shapes tell a model's sizes."""
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda tensor: str([*tensor.shape]))
+def test_shapes_of_no_model_are_the_files_fault(tmp_path: Path, shape: Tensor) -> None:
+    """One sentence with the file's name, and what to do."""
+    clip_path, t5_path = save_text_encoders(tmp_path)
+    clip, t5 = loaders_module.read_state_dict(clip_path), loaders_module.read_state_dict(t5_path)
+    cases = {
+        "flux": (flux_transformer().state_dict(), load_transformer, {}),
+        "vae": (autoencoder().state_dict(), load_autoencoder, {}),
+        "clip": (clip, lambda path: load_text_encoders(path, t5_path), {"eos_token_id": "1"}),
+        "t5": (t5, lambda path: load_text_encoders(clip_path, path), {}),
+    }
+    for model, (tensors, load, metadata) in cases.items():
+        for name in SIZED[model]:
+            path = tmp_path / "x.safetensors"
+            save_file({**tensors, name: shape}, path, metadata)
+            with pytest.raises(ValueError, match="^x.safetensors[: ].*(; |heads must have)"):
+                load(path)
+
+
+def test_a_size_that_is_not_there(tmp_path: Path) -> None:
+    tensors = dict(autoencoder().state_dict())
+    del tensors["encoder.down.1.block.0.conv1.weight"]
+    says = (
+        "^model.safetensors lacks encoder.down.1.block.0.conv1.weight; it is incomplete, download it again$"
+    )
+    with pytest.raises(ValueError, match=says):
+        load_autoencoder(saved(tmp_path, tensors))
+
+
 def test_without_metadata_the_length_is_flux_dev(tmp_path: Path) -> None:
     clip_path, t5_path = save_text_encoders(tmp_path)
     save_file(loaders_module.read_state_dict(t5_path), tmp_path / "new.safetensors")

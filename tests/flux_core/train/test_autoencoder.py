@@ -1,0 +1,69 @@
+"""The decoder's training: pictures and tensors, PSNR, resuming, and that it learns to draw."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rectiflux.flux_core import load_autoencoder, read_state_dict
+from rectiflux.flux_core.train import autoencoder
+from rectiflux.flux_core.train.autoencoder import draw_batch, new_autoencoder, psnr, to_pictures, to_tensor
+from rectiflux.flux_core.weights import read_metadata
+
+
+def test_pictures_and_images_turn_into_each_other() -> None:
+    pictures = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, axis=3)
+    images = to_tensor(pictures)
+    assert images.shape == (1, 3, 8, 32) and images.min() == -1 and images.max() == 1
+    assert np.array_equal(to_pictures(images), pictures)
+    assert to_pictures(torch.tensor([[[[-9.0]], [[0.0]], [[9.0]]]])).tolist() == [[[[0, 128, 255]]]]
+
+
+def test_psnr_is_its_formula() -> None:
+    """An error of 0.02 in a range of 2 is 10 log10(2^2 / 0.02^2) = 40 dB."""
+    target = torch.zeros(1, 3, 4, 4)
+    assert psnr(target + 0.02, target) == pytest.approx(40.0, abs=1e-3)
+
+
+def train(out: Path, steps: int, save_every: int = 2) -> dict[str, torch.Tensor]:
+    model = new_autoencoder()
+    autoencoder.train_decoder(model, out, steps, batch=1, pictures=6, save_every=save_every)
+    return {name: value.clone() for name, value in read_state_dict(out).items()}
+
+
+@pytest.mark.slow
+def test_a_killed_training_resumes_as_if_unbroken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed in step 3 of 4, after the checkpoint of step 2."""
+    unbroken = train(tmp_path / "a.safetensors", 4)
+    check = autoencoder.refuse_nan
+
+    def killed(loss: torch.Tensor, step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        check(loss, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(autoencoder, "refuse_nan", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "b.safetensors", 4)
+    resumed = train(tmp_path / "b.safetensors", 4)
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+@pytest.mark.slow
+def test_it_learns_to_draw(tmp_path: Path) -> None:
+    """Held-out pictures gain 3 dB within 25 steps, and the written encoder stays as it was."""
+    first = train(tmp_path / "a.safetensors", 2)
+    before = float(read_metadata(tmp_path / "a.safetensors")["held_out_psnr_db"])
+    last = train(tmp_path / "b.safetensors", 25, save_every=25)
+    after = float(read_metadata(tmp_path / "b.safetensors")["held_out_psnr_db"])
+    assert after > before + 3
+    kept = [name for name in first if name.startswith("encoder.")]
+    assert kept and all(torch.equal(first[name], last[name]) for name in kept)
+    images = draw_batch(2, random.Random(1))
+    with torch.no_grad():
+        model = load_autoencoder(tmp_path / "b.safetensors", dtype=torch.float32)
+        assert psnr(model.decode(model.encode(images)), images) > before

@@ -1,0 +1,87 @@
+"""The written encoder is FLUX.1's architecture and yet exactly a linear code, the best of nested patches."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from einops import rearrange
+from rectiflux.flux_core.train.autoencoder import MINI_VAE, draw_batch, new_autoencoder
+from rectiflux.flux_core.train.pca import encode_fast, linear_code, principal, space_to_depth, write_encoder
+from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec, to_model_space
+
+
+@pytest.fixture(scope="module")
+def model() -> AutoEncoder:
+    return new_autoencoder(seed=0)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return draw_batch(6, random.Random(77))
+
+
+@torch.no_grad()
+def test_the_encoder_is_its_linear_code(model: AutoEncoder, images: torch.Tensor) -> None:
+    """Also on noise, which is far outside the pictures that the code was taken from."""
+    code = linear_code(model)
+    for batch in (images, torch.rand_like(images[:2]) * 2 - 1):
+        exact = model.encode(batch)
+        assert (encode_fast(batch, code) - exact).abs().max() < 5e-3 * exact.std()
+
+
+@torch.no_grad()
+def test_latents_suit_the_transformer(model: AutoEncoder) -> None:
+    """Mean 0 and variance 1 in model space over the world, as FLUX.1's are over photographs."""
+    latents = to_model_space(encode_fast(draw_batch(150, random.Random(5)), linear_code(model)))
+    assert latents.square().mean().item() == pytest.approx(1.0, abs=0.1)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.25
+
+
+@torch.no_grad()
+def test_the_code_keeps_what_principal_components_can(model: AutoEncoder, images: torch.Tensor) -> None:
+    """The error of the best linear reconstruction from 16 numbers, within 15 % of the optimum."""
+    patches = rearrange(images, "b c (h y) (w x) -> b (c y x) h w", y=8, x=8)
+    directions, _, mean = principal(patches, 16)
+    rows = rearrange(patches, "b c h w -> (b h w) c").double() - mean
+    best = (rows - rows @ directions.T @ directions).square().mean()
+    latents = rearrange(model.encode(images), "b z h w -> (b h w) z").double()
+    known = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+    left = (rows - known @ torch.linalg.lstsq(known, rows).solution).square().mean()
+    assert best <= left * (1 + 1e-9)
+    assert left < 1.15 * best + 1e-4
+
+
+def test_space_to_depth_orders_channel_row_column() -> None:
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert space_to_depth(x)[0, :, 0, 0].tolist() == [0, 1, 4, 5]
+
+
+def test_principal_finds_known_directions() -> None:
+    """Two axes of spread 3 and 1 about (5, -2, 0), turned by nothing."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20_000, 3, generator=generator) * torch.tensor([3.0, 1.0, 0.1])
+    x = (rows + torch.tensor([5.0, -2.0, 0.0])).T[None, :, :, None]
+    directions, spreads, mean = principal(x, 2)
+    assert spreads.tolist() == pytest.approx([3.0, 1.0], rel=0.02)
+    assert mean.tolist() == pytest.approx([5.0, -2.0, 0.0], abs=0.1)
+    assert directions.abs().diagonal().min() > 0.999
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AutoEncoderSpec(ch=16, ch_mult=(1, 1, 4), num_res_blocks=1),
+        AutoEncoderSpec(ch=16, ch_mult=(1, 1, 4, 8), num_res_blocks=2),
+        AutoEncoderSpec(ch=8, ch_mult=(1, 1, 4, 8), num_res_blocks=1),
+    ],
+    ids=["3 levels", "2 blocks", "narrow"],
+)
+def test_sizes_that_cannot_hold_the_code_are_refused(spec: AutoEncoderSpec) -> None:
+    with pytest.raises(ValueError, match="the linear encoder needs 4 levels of 1 block"):
+        write_encoder(AutoEncoder(spec), torch.zeros(1, 3, 16, 16))
+
+
+def test_the_miniatures_sizes() -> None:
+    assert AutoEncoder(MINI_VAE).factor == 8
