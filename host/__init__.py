@@ -1,6 +1,8 @@
 """The embedded node editor: serves comfyui-frontend-package and runs graphs, for one person.
 
   server.py      the web server: `python3 run.py`
+  guard.py       whom it refuses, and what a page may do
+  sockets.py     the editors' WebSockets: messages, previews, the Console
   storage.py     its routes that read and write files: pictures, uploads, saved workflows, settings
   jobs.py        the queue, its worker thread, and the history
   validation.py  a prompt checked before anything runs

@@ -30,11 +30,12 @@ from .files import PACK, Folders, SaveError
 from .guard import Handler, explain_errors, guard, is_loopback
 from .jobs import ACTIVE, Job, Jobs
 from .registry import PACK_NAME, Registry
-from .sockets import FEATURES, Sockets, notice_frame, preview_frame
+from .sockets import FEATURES, Console, Sockets, notice_frame, preview_frame
 from .storage import UPLOAD_LIMIT, Storage
 from .validation import InvalidPrompt, validate
 
 log = logging.getLogger(__name__)
+PACK_LOG = logging.getLogger(__name__.partition(".")[0])
 
 DEMO = "text_to_image"
 LANGUAGES = ("en", "ar", "es", "fa", "fr", "ja", "ko", "pt-BR", "ru", "tr", "zh", "zh-TW")
@@ -62,6 +63,7 @@ class Server:
         self.pack = pack
         self.storage = Storage(registry.folders)
         self.sockets = Sockets()
+        self.console = Console(self.sockets.tell)
         self.jobs = Jobs(Executor(registry), self._on_event, self._on_change)
 
     def app(self, loopback: bool = True) -> web.Application:
@@ -100,16 +102,20 @@ class Server:
             web.get("/workflow_templates", self.templates),
             web.get(f"/workflow_templates/{PACK_NAME}/{{name}}", self.template),
             web.get("/templates/{name}", answer([])),
+            web.get("/internal/logs/raw", self.logs),
+            web.patch("/internal/logs/subscribe", answer(None)),  # all editors are told
             web.get("/{file:user.css}", self.storage.read_user_file),
             web.get("/system_stats", self.system_stats),
             *(web.get(path, answer(value)) for path, value in FIXED.items()),
         ]
 
     async def _start(self, app: web.Application) -> None:
+        PACK_LOG.addHandler(self.console)
         self.jobs.start()
 
     async def _stop(self, app: web.Application) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.jobs.close)
+        PACK_LOG.removeHandler(self.console)
 
     # The page and its socket
 
@@ -262,6 +268,10 @@ class Server:
             raise web.HTTPNotFound
         return web.FileResponse(path)
 
+    async def logs(self, request: web.Request) -> web.Response:
+        size = {"cols": 80, "rows": 24}  # of a terminal that is none
+        return web.json_response({"entries": list(self.console.entries), "size": size})
+
     async def system_stats(self, request: web.Request) -> web.Response:
         total, free = _memory()
         system = {
@@ -351,11 +361,13 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         folders = Folders.under(args.data, args.output, tuple(args.models))
-        return asyncio.run(_serve(Server(Registry.of_pack(folders), find_frontend()), args))
+        asyncio.run(_serve(Server(Registry.of_pack(folders), find_frontend()), args))
     except SaveError as error:
-        return _say(str(error)) or 1
+        _say(str(error))
+        return 1
     except KeyboardInterrupt:
-        return 0
+        pass
+    return 0
 
 
 def find_frontend() -> Path:
@@ -366,25 +378,23 @@ def find_frontend() -> Path:
     return Path(found.origin).parent / "static"
 
 
-async def _serve(server: Server, args: argparse.Namespace) -> int:
+async def _serve(server: Server, args: argparse.Namespace) -> None:
+    """Answer until a signal comes. Raises SaveError when the address cannot be had."""
     runner = web.AppRunner(server.app(is_loopback(args.listen)), access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, args.listen, args.port)
-        await site.start()
+        await web.TCPSite(runner, args.listen, args.port).start()
     except OSError as error:
         await runner.cleanup()
+        reason = f"cannot answer on {args.listen}: {error.strerror or error}; choose another --listen"
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            return (
-                _say(f"port {args.port} is taken; close what runs there, or choose another with --port") or 1
-            )
-        return (
-            _say(f"cannot answer on {args.listen}: {error.strerror or error}; choose another --listen") or 1
-        )
+            reason = f"port {args.port} is taken; close what runs there, or choose another with --port"
+        raise SaveError(reason) from error
     port = runner.addresses[0][1]
     for old in server.registry.folders.temp.glob("preview_*.png"):
         old.unlink(missing_ok=True)
-    address = f"http://{'127.0.0.1' if args.listen in ('0.0.0.0', '::') else args.listen}:{port}/"
+    name = "127.0.0.1" if args.listen in ("0.0.0.0", "::") else args.listen
+    address = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
     _say(f"Rectiflux is at {address}  (Ctrl-C ends it)")
     if not is_loopback(args.listen):
         _say(
@@ -404,7 +414,6 @@ async def _serve(server: Server, args: argparse.Namespace) -> int:
         await stop.wait()
     finally:
         await runner.cleanup()
-    return 0
 
 
 def _say(message: str) -> None:

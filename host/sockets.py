@@ -1,11 +1,13 @@
-"""The editors' WebSockets: who is there, and the messages that are more than JSON."""
+"""The editors' WebSockets: who is there, what their Console shows, and messages that are more than JSON."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import struct
 import uuid
+from collections import deque
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -75,6 +77,21 @@ class Sockets:
 
     async def close(self, app: web.Application) -> None:
         self._put(None, None)
+
+
+class Console(logging.StreamHandler):
+    """The log on stderr, and its last lines in the editor's Console panel."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self.entries: deque[dict[str, str]] = deque(maxlen=300)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        text = self.format(record).replace("\n", "\r\n")
+        self.entries.append({"t": str(record.created), "m": f"{text}\r\n"})
+        self._tell({"type": "logs", "data": {"entries": [self.entries[-1]]}})
 
 
 def preview_frame(data: dict[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import torch
 from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
+from rectiflux.host.server import Server
 
 
 class Number:
@@ -116,3 +117,27 @@ class Prompts:
 @pytest.fixture
 def prompts() -> Prompts:
     return Prompts()
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Path:
+    """A pack's folder with a script, a help page and an example workflow."""
+    files = {
+        "web/js/a.js": "export {}",
+        "web/docs/Add.md": "# Adds",
+        "workflows/text_to_image.json": "{}",
+        "workflows/text_to_image.jpg": "jpg",
+        "secret.json": "{}",
+    }
+    for name, text in files.items():
+        (tmp_path / "pack" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pack" / name).write_text(text)
+    return tmp_path / "pack"
+
+
+@pytest.fixture
+def server(registry: Registry, pack: Path, tmp_path: Path) -> Server:
+    (tmp_path / "frontend" / "assets").mkdir(parents=True)
+    (tmp_path / "frontend" / "index.html").write_text("<title>the editor</title>")
+    (tmp_path / "frontend" / "assets" / "app-1234.js").write_text("app")
+    return Server(registry, tmp_path / "frontend", pack)

@@ -225,6 +225,10 @@ def test_an_error_is_told_on_its_node(editor: Editor) -> None:
     expect(told).to_contain_text("1000.")
     expect(editor.node(SCHEDULE).locator(".ring-destructive")).to_be_visible()
     editor.expect_fault(r"status of 400 .*/api/prompt|PromptExecutionError")
+    console = editor.page.get_by_role("button", name="Toggle Bottom Panel").first
+    console.click()
+    expect(editor.page.locator(".xterm-rows")).to_contain_text("steps must be at most 1000, got 100000")
+    console.click()
     editor.set(SCHEDULE, steps=2)
     editor.set(LATENT, width=100)
     editor.run()

@@ -151,7 +151,7 @@ def told(stop: bool = False) -> tuple[context.RunContext, list[Any]]:
         "9",
         lambda node, value, total: heard.append(("progress", value, total)),
         lambda node, text: heard.append(("notice", text)),
-        lambda node, pixels: heard.append(("preview", tuple(pixels.shape), pixels.dtype)),
+        lambda node, make: heard.append(("preview", tuple(make().shape), make().dtype)),
     )
     if stop:
         run.stop.set()
