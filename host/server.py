@@ -309,7 +309,10 @@ def answer(value: Any) -> Handler:
 
 async def _table(request: web.Request) -> dict[str, Any]:
     """A request's JSON object, empty without a body. Raises ValueError for other JSON."""
-    body = json.loads(await request.text() or "{}")
+    try:
+        body = json.loads(await request.text() or "{}")
+    except ValueError as error:
+        raise ValueError(f"the request is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise ValueError("the request must be a JSON object")
     return body

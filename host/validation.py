@@ -1,7 +1,8 @@
 """A prompt checked before anything runs, every error on the node and input that it belongs to.
 
 Error types and their extra_info are ComfyUI's (execution.py, 0.33), because the editor knows them; the
-sentences are our own. Where ComfyUI converts silently (3.7 to 3, "false" to True) the value is refused here.
+sentences are our own. Where ComfyUI converts silently (3.7 to 3, "false" to True) the value is refused here,
+and whole numbers must be on their widget's steps.
 """
 
 from __future__ import annotations
@@ -232,17 +233,21 @@ def _check_value(
     if kind in ("INT", "FLOAT") and value > options.get("max", math.inf):
         details = f"{name} must be at most {options['max']}, got {value}"
         return [problem("value_bigger_than_max", "the value is too big", details, **extra)]
+    step, start = options.get("step", 1), options.get("min", 0)
+    if kind == "INT" and (beyond := (value - start) % step):  # ComfyUI leaves this to the node
+        rule = f"in steps of {step} from {start}" if start % step else f"a multiple of {step}"
+        details = f"{name} must be {rule}, got {value}; {value - beyond} is near"
+        return [problem("custom_validation_failed", "the value is between two steps", details, **extra)]
     return []
 
 
 def no_such_choice(value: Any, choices: Sequence[Any]) -> str:
     """Half a sentence on a value that a combo does not offer."""
+    if str(value).lower().endswith(PICKLES):
+        return f"{value!r} is a pickle, which could run code; convert it to safetensors"
     listed = ", ".join(map(str, choices[:LISTED])) or "nothing: its folder holds no such file"
     more = f" and {len(choices) - LISTED} more" if len(choices) > LISTED else ""
-    hint = ""
-    if str(value).lower().endswith(PICKLES):
-        hint = "; it is a pickle, which could run code: convert it to safetensors"
-    return f"{value!r} is not in its list, which has {listed}{more}{hint}"
+    return f"{value!r} is not in its list, which has {listed}{more}"
 
 
 def _typed(value: Any, kind: Any) -> Any:

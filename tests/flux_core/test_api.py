@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rectiflux import flux_core
+from rectiflux.flux_core import weights
 
 ROOT = Path(flux_core.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -16,12 +19,21 @@ STAGES = ("conditioning", "schedule", "solver", "transformer", "vae")
 OUTSIDE = {"torch", "einops", "safetensors", "tokenizers", "transformers", "numpy", "PIL"}
 
 
-def test_all_is_the_public_interface() -> None:
-    """Every public name that the package defines is in __all__, sorted, and the other way round."""
-    modules = {file.stem for file in ROOT.iterdir()}
-    public = {name for name in vars(flux_core) if not name.startswith("_") and name not in modules}
-    assert public == set(flux_core.__all__)
-    assert len(flux_core.__all__) == len(public)
+@pytest.mark.parametrize("package", [flux_core, weights], ids=lambda package: package.__name__)
+def test_all_is_the_public_interface(package: ModuleType) -> None:
+    """Every public name that the package defines is in __all__, and the other way round."""
+    modules = {file.stem for file in Path(package.__file__ or "").parent.iterdir()}
+    public = {name for name in vars(package) if not name.startswith("_") and name not in modules}
+    assert public == set(package.__all__)
+    assert len(package.__all__) == len(public)
+
+
+@pytest.mark.parametrize("name", flux_core.__all__)
+def test_what_is_public_says_what_it_is(name: str) -> None:
+    """Functions and classes by a docstring; constants and aliases have one below them in the file."""
+    value = getattr(flux_core, name)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert value.__doc__ and not value.__doc__.startswith(f"{name}("), f"{name} has no docstring"
 
 
 def imports(file: Path) -> set[str]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
-from rectiflux.host.validation import InvalidPrompt, order, validate
+from rectiflux.host.validation import InvalidPrompt, _check_value, order, validate
 
 
 def refused(prompt: Any, registry: Registry, node: str, kind: str) -> str:
@@ -54,6 +54,20 @@ def test_a_widget_out_of_bounds(
     prompt = prompts.picture()
     prompt["1"]["inputs"][widget] = value
     assert refused(prompt, registry, "1", kind) == sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "value", "says"),
+    [
+        ({"min": 16, "max": 64, "step": 16}, 40, ["side must be a multiple of 16, got 40; 32 is near"]),
+        ({"min": 5, "step": 10}, 26, ["side must be in steps of 10 from 5, got 26; 25 is near"]),
+        ({"min": 5, "step": 10}, 25, []),
+        ({"step": 2}, -4, []),
+    ],
+)
+def test_a_whole_number_between_two_steps(options: dict[str, Any], value: int, says: list[str]) -> None:
+    found = _check_value({"side": value}, "side", "INT", options, exempt=False)
+    assert [problem["details"] for problem in found] == says
 
 
 def test_a_missing_required_input(prompts: Any, registry: Registry) -> None:
