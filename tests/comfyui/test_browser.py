@@ -86,13 +86,13 @@ def test_the_template_opens_runs_and_shows_its_picture(
     assert faults == []
 
 
-def test_a_nodes_help_page_opens(page: Page) -> None:
-    """ComfyUI asks for a translation first, which is no fault of ours."""
+def test_a_nodes_help_page_opens(page: Page, faults: list[str]) -> None:
     select = "app.canvas.selectNode(app.graph._nodes.find(node => node.type === 'RectifluxSampler'))"
     button = "document.querySelector('[data-testid=info-button]')"
     page.wait_for_function(f"() => {{ {select}; return {button} }}", polling=500)
     page.get_by_test_id("info-button").click()
     expect(page.get_by_text("Follows the model from noise to a picture.")).to_be_visible()
+    assert faults == []
 
 
 def test_what_a_node_refuses_is_told_in_its_words(page: Page) -> None:

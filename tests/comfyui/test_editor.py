@@ -48,5 +48,5 @@ def test_the_workflow_is_offered_as_a_template_with_its_picture(comfy: ComfyServ
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.NODE_ID)
 def test_a_help_page_is_served_for_every_node(comfy: ComfyServer, node: type) -> None:
-    page = comfy.fetch(f"/extensions/rectiflux/docs/{node.NODE_ID}.md").decode()
+    page = comfy.fetch(f"/extensions/rectiflux/docs/{node.NODE_ID}/en.md").decode()
     assert page.startswith(f"# {node.TITLE}\n")

@@ -124,7 +124,7 @@ def pack(tmp_path: Path) -> Path:
     """A pack's folder with a script, a help page and an example workflow."""
     files = {
         "web/js/a.js": "export {}",
-        "web/docs/Add.md": "# Adds",
+        "web/docs/Add/en.md": "# Adds",
         "workflows/text_to_image.json": "{}",
         "workflows/text_to_image.jpg": "jpg",
         "secret.json": "{}",

@@ -46,7 +46,7 @@ def node_id(kind: str) -> str:
 
 PROMPT, SEED, SCHEDULE = (node_id(f"Rectiflux{name}") for name in ("TextEncode", "Noise", "Schedule"))
 LATENT, SAMPLER, DECODE = (node_id(f"Rectiflux{name}") for name in ("EmptyLatent", "Sampler", "VAEDecode"))
-SAVE = node_id("SaveImage")
+SAVE, ENCODERS = node_id("SaveImage"), node_id("RectifluxTextEncoderLoader")
 
 
 def read(path: Path) -> Image.Image:
@@ -230,10 +230,10 @@ def test_an_error_is_told_on_its_node(editor: Editor) -> None:
     expect(editor.page.locator(".xterm-rows")).to_contain_text("steps must be at most 1000, got 100000")
     console.click()
     editor.set(SCHEDULE, steps=2)
-    editor.set(LATENT, width=100)
+    editor.set(ENCODERS, clip_name="rectiflux-mini-t5.safetensors")
     editor.run()
-    expect(told).to_contain_text("width and height must be positive multiples of 16, got 100x128")
-    expect(editor.node(LATENT).locator(".ring-destructive")).to_be_visible()
+    expect(told).to_contain_text("rectiflux-mini-t5.safetensors is a T5 text encoder, not a CLIP")
+    expect(editor.node(ENCODERS).locator(".ring-destructive")).to_be_visible()
     expect(editor.node(SCHEDULE).locator(".ring-destructive")).to_have_count(0)
 
 
@@ -285,7 +285,6 @@ def test_templates_and_jobs_list_ours(editor: Editor) -> None:
 def test_a_nodes_help_is_our_page(editor: Editor) -> None:
     editor.page.get_by_test_id(f"node-header-{SAMPLER}").click()
     editor.page.get_by_test_id("info-button").click()
-    text = (ROOT / "web" / "docs" / "RectifluxSampler.md").read_text()
+    text = (ROOT / "web" / "docs" / "RectifluxSampler" / "en.md").read_text()
     first = re.sub(r"[*`]", "", next(line for line in text.splitlines() if line and not line.startswith("#")))
     expect(editor.page.locator("body")).to_contain_text(first[:40])
-    editor.expect_fault(r"404 .*/docs/RectifluxSampler/en.md")  # asked for before RectifluxSampler.md

@@ -46,7 +46,7 @@ def test_what_the_editor_asks_for_at_its_start(server: Server) -> None:
                 await get_json(client, f"/api/{path}")
             for path, text in (
                 ("/extensions/rectiflux/js/a.js", "export {}"),
-                ("/extensions/rectiflux/docs/Add.md", "# Adds"),
+                ("/extensions/rectiflux/docs/Add/en.md", "# Adds"),
                 ("/api/workflow_templates/rectiflux/text_to_image.json", "{}"),
                 ("/api/workflow_templates/rectiflux/text_to_image.jpg", "jpg"),
                 ("/assets/app-1234.js", "app"),

@@ -94,7 +94,7 @@ def test_every_input_is_explained_and_every_default_is_allowed(node: type, embed
 
 @each_node
 def test_help_page_names_every_widget(node: type) -> None:
-    page = (ROOT.parent / "web" / "docs" / f"{node.NODE_ID}.md").read_text(encoding="utf-8")
+    page = (ROOT.parent / "web" / "docs" / node.NODE_ID / "en.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {node.TITLE}\n")
     for name, spec in inputs(node).items():
         if is_widget(spec[0]) and name not in ("vae_name", "negative_prompt", "seed", "solver"):
@@ -102,7 +102,7 @@ def test_help_page_names_every_widget(node: type) -> None:
 
 
 def test_no_help_page_without_a_node() -> None:
-    pages = {path.stem for path in (ROOT.parent / "web" / "docs").glob("*.md")}
+    pages = {path.parent.name for path in (ROOT.parent / "web" / "docs").rglob("*.md")}
     assert pages == set(SHIPPED_IDS)
 
 
