@@ -160,7 +160,7 @@ def t5_of_size(state_dict: Mapping[str, Tensor]) -> T5EncoderModel:
 def clip_of_size(state_dict: Mapping[str, Tensor], eos_token_id: int | None = None) -> CLIPTextModel:
     """CLIP text model without numbers (on the meta device), its sizes read off the shapes of a state dict.
 
-    Names are those of `transformers`' text model, without a prefix. A head has 64 dims, as in every CLIP. The
+    Names are those of `transformers`' text model, without its prefix `text_model.`. A head has 64 dims, as in every CLIP. The
     end mark is the last word of the vocabulary, as in CLIP's own, unless `eos_token_id` says otherwise.
     Raises ValueError when the state dict is no CLIP text model.
     """
@@ -186,7 +186,8 @@ def clip_of_size(state_dict: Mapping[str, Tensor], eos_token_id: int | None = No
     with torch.device("meta"):
         model = CLIPTextModel(config)
     # No file holds this buffer.
-    model.embeddings.register_buffer("position_ids", torch.arange(length)[None], persistent=False)
+    inner = getattr(model, "text_model", model)  # transformers 4 wraps it, 5 does not
+    inner.embeddings.register_buffer("position_ids", torch.arange(length)[None], persistent=False)
     return model
 
 

@@ -71,6 +71,8 @@ def _load_clip(path: str | Path, dtype: torch.dtype | None, device: torch.device
     eos_token_id = _number(path, "eos_token_id")
     with sizes_of(Path(path).name, CLIP, tensors):
         model = clip_of_size(tensors, eos_token_id)
+    if hasattr(model, "text_model"):  # transformers before 5
+        tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
     return fill(model, tensors, Path(path).name, dtype, device)
 
 

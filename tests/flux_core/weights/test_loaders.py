@@ -284,3 +284,28 @@ def test_without_metadata_the_length_is_flux_dev(tmp_path: Path) -> None:
     save_file(loaders_module.read_state_dict(t5_path), tmp_path / "new.safetensors")
     (tmp_path / "new.safetensors").replace(t5_path)
     assert load_text_encoders(clip_path, t5_path).txt_length == 512
+
+
+def test_clip_as_transformers_4_wraps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the text model is an attribute of CLIPTextModel, and its parameters have that prefix."""
+    import transformers
+
+    class Wrapped(nn.Module):
+        def __init__(self, config: transformers.CLIPTextConfig) -> None:
+            super().__init__()
+            self.config, self.text_model = config, unwrapped(config)
+
+        @property
+        def device(self) -> torch.device:
+            return self.text_model.device
+
+        def forward(self, **inputs: Tensor) -> object:
+            return self.text_model(**inputs)
+
+    unwrapped = transformers.CLIPTextModel
+    files = save_text_encoders(tmp_path)
+    expected = load_text_encoders(*files).encode(["a circle"]).pooled
+    monkeypatch.setattr(transformers, "CLIPTextModel", Wrapped)
+    encoders = load_text_encoders(*files)
+    assert isinstance(encoders.clip, Wrapped)
+    assert torch.equal(encoders.encode(["a circle"]).pooled, expected)
