@@ -160,8 +160,9 @@ def t5_of_size(state_dict: Mapping[str, Tensor]) -> T5EncoderModel:
 def clip_of_size(state_dict: Mapping[str, Tensor], eos_token_id: int | None = None) -> CLIPTextModel:
     """CLIP text model without numbers (on the meta device), its sizes read off the shapes of a state dict.
 
-    Names are those of `transformers`' text model, without its prefix `text_model.`. A head has 64 dims, as in every CLIP. The
-    end mark is the last word of the vocabulary, as in CLIP's own, unless `eos_token_id` says otherwise.
+    Names are those of `transformers`' text model, without its prefix `text_model.`. A head has 64 dims, as
+    in every CLIP. The end mark is the last word of the vocabulary, as in CLIP's own, unless `eos_token_id`
+    says otherwise.
     Raises ValueError when the state dict is no CLIP text model.
     """
     from transformers import CLIPTextConfig, CLIPTextModel  # here, because this import takes seconds
