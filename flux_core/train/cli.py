@@ -160,16 +160,24 @@ def run_decoder(folder: Folder, args: argparse.Namespace) -> None:
 
 
 def run_evaluate(folder: Folder, args: argparse.Namespace) -> None:
-    """Scores on standard output and in scores.json, and the first 64 pictures in scores.png."""
+    """Scores on standard output and in scores.json, and the first 64 pictures in scores.png.
+
+    Of captions that tell everything ("full") and of those that tell shape and colour alone ("short").
+    """
     transformer = load_transformer(folder.flow, dtype=torch.float32)
     encoders = load_text_encoders(*text_files(folder.text), dtype=torch.float32)
     autoencoder = load_autoencoder(folder.autoencoder, dtype=torch.float32)
-    scores, pictures = evaluate(transformer, encoders, autoencoder.decode, args.count)
+    models = transformer, encoders, autoencoder.decode
+    full, pictures = evaluate(*models, args.count)
+    short, _ = evaluate(*models, args.count, keep=0.0)
+    scores = {"full": full, "short": short}
     (folder.path / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     rows = [np.concatenate(pictures[i : i + 8], axis=1) for i in range(0, min(len(pictures), 64) // 8 * 8, 8)]
     if rows:
         Image.fromarray(np.concatenate(rows)).save(folder.path / "scores.png")
-    sys.stdout.write("  ".join(f"{name} {share:.3f}" for name, share in scores.items()) + "\n")
+    for kind, shares in scores.items():
+        told = "  ".join(f"{name} {share:.3f}" for name, share in shares.items())
+        sys.stdout.write(f"{kind}: {told}\n")
 
 
 def run_export(folder: Folder, args: argparse.Namespace) -> None:

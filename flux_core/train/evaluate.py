@@ -65,13 +65,17 @@ def evaluate(
     steps: int = 20,
     cfg_scale: float = 3.0,
     seed: int = 1_000_000,
+    keep: float = 1.0,
 ) -> tuple[dict[str, float], list[np.ndarray]]:
-    """(shares of pictures right, the pictures) of `count` captions that tell everything.
+    """(shares of pictures right, the pictures) of `count` random captions.
 
-    The shares are by attribute, and "strict" for all attributes at once (checker.score).
+    They tell shape and colour, and each other attribute with probability `keep`. The shares are by attribute,
+    and "strict" for all attributes at once (checker.score).
     """
     rng = random.Random(seed)
     scenes = [Scene.random(rng) for _ in range(count)]
+    if keep < 1.0:
+        scenes = [scene.told(rng, keep) for scene in scenes]
     captions = [caption(scene, rng) for scene in scenes]
     pictures = draw_captions(
         transformer, encoders, decode, captions, steps=steps, cfg_scale=cfg_scale, seed=seed

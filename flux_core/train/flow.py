@@ -110,14 +110,19 @@ class LatentSet:
         self.attributes: list[list[int]] = tensors["attributes"].tolist()
 
     def batch(self, size: int, rng: random.Random, empty_share: float) -> tuple[Tensor, list[str]]:
-        """(latents [size, 16, h, w] float32, captions), at random; some captions empty, for guidance."""
+        """(latents [size, 16, h, w] float32, captions), at random.
+
+        A caption tells shape and colour and, of the rest, anything from nothing to all: people write short
+        prompts. Some captions are empty, for guidance.
+        """
         picks = [rng.randrange(len(self.attributes)) for _ in range(size)]
         captions = []
         for pick in picks:
             words = {
                 k: values[i] for (k, values), i in zip(ATTRIBUTES.items(), self.attributes[pick], strict=True)
             }
-            captions.append("" if rng.random() < empty_share else caption(Scene(**words).told(rng), rng))
+            told = Scene(**words).told(rng, keep=rng.random())
+            captions.append("" if rng.random() < empty_share else caption(told, rng))
         return self.latents[picks].float(), captions
 
 

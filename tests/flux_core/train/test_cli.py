@@ -50,7 +50,8 @@ def test_all_stages_in_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     load_text_encoders(text / "rectiflux-mini-clip.safetensors", text / "rectiflux-mini-t5.safetensors")
     load_autoencoder(models / "vae" / "rectiflux-mini-vae.safetensors")
     scores = json.loads((tmp_path / "work" / "scores.json").read_text(encoding="utf-8"))
-    assert scores.keys() == {"strict", *ATTRIBUTES}
+    assert scores["full"].keys() == {"strict", *ATTRIBUTES}
+    assert scores["short"].keys() == {"strict", "shape", "colour"}
     with Image.open(tmp_path / "work" / "scores.png") as sheet:
         assert sheet.size == (8 * 128, 128)
     assert "strict" in capsys.readouterr().out
