@@ -14,7 +14,7 @@ import torch
 from rectiflux.flux_core import load_autoencoder, load_text_encoders, load_transformer
 from rectiflux.flux_core.train.checker import score
 from rectiflux.flux_core.train.evaluate import draw_captions, evaluate
-from rectiflux.flux_core.train.scenes import Scene
+from rectiflux.flux_core.train.scenes import COLOURS, SHAPES, Scene
 from rectiflux.flux_core.weights import read_metadata
 
 ROOT = Path(rectiflux.__file__).parent
@@ -66,7 +66,7 @@ def test_it_paints_what_is_asked(miniature: Miniature) -> None:
     scores, _ = evaluate(*miniature, 40, seed=7)
     assert scores["strict"] >= 0.8, scores
     card = re.search(r"strict[^|]*\| *\*{0,2}([0-9.]+) %", CARD)
-    assert card is not None and abs(float(card[1]) / 100 - scores["strict"]) < 0.15  # 40 captions: 2 sigma
+    assert card is not None and abs(float(card[1]) / 100 - scores["strict"]) < 0.1  # 40 captions: 3 sigma
 
 
 PHRASES = [
@@ -82,11 +82,22 @@ PHRASES = [
 
 
 @pytest.mark.slow
-def test_prompts_as_people_write_them(miniature: Miniature) -> None:
-    """Upper case, other orders, things left open. Those that leave the place open are a known weakness."""
+def test_other_orders_upper_case_and_some_things_left_open(miniature: Miniature) -> None:
+    """All of these say where the object is; prompts that do not are the next test's."""
     torch.manual_seed(0)
     pictures = draw_captions(*miniature, [phrase for phrase, _ in PHRASES], seed=3)
     assert score(pictures, [scene for _, scene in PHRASES])["strict"] >= 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    reason="22 of 42 are right: the training has not yet learned to choose a place", strict=True
+)
+def test_short_prompts(miniature: Miniature) -> None:
+    """What people write first: every colour with every shape, no more. The goal is that of full ones."""
+    scenes = [Scene(shape, colour) for colour in COLOURS for shape in SHAPES]
+    captions = [f"a {scene.colour} {scene.shape}" for scene in scenes]
+    assert score(draw_captions(*miniature, captions, seed=2), scenes)["strict"] >= 0.8
 
 
 @pytest.mark.slow
