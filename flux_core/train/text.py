@@ -1,15 +1,15 @@
 """Training the miniature's text encoders, a T5 and a CLIP text model of FLUX.1's kinds, on its captions.
 
-Both learn, before any picture is drawn, to say what a caption says: from T5's tokens and from CLIP's pooled
-state a linear map must name each attribute of the scene, or that the caption leaves it open. The transformer
-is then trained on their finished outputs, and so does not have to discover language through noise.
+Both learn, before any picture is drawn, to say what a caption says: from the mean of T5's tokens and from
+CLIP's pooled state a linear map must name what stands where (`LABELS`: "a star right of a circle" has the circle
+on the left), or that the caption leaves it open. The transformer is then trained on their finished outputs, and
+so does not have to discover language through noise.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,18 +20,20 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ..conditioning import TextEncoders
 from .checkpoint import ProgressLine, write_safetensors, write_text
-from .scenes import ATTRIBUTES, Scene, caption
+from .caption import caption
+from .world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Item, Scene, random_scene, told
 
-TXT_LENGTH = 20
-CLIP_LENGTH = 32
-WIDTH = 128
+TXT_LENGTH = 32
+CLIP_LENGTH = 40
+WIDTH = 192
+LAYERS = 3
 PAD, END, START = "<pad>", "</s>", "<s>"
 
 
 def make_tokenizer(seed: int = 0) -> Tokenizer:
     """Byte-level BPE over lower-cased text: the world's words are one token each, other text is bytes."""
     rng = random.Random(seed)
-    words = [caption(Scene.random(rng).told(rng), rng) for _ in range(5000)]
+    words = [random_caption(rng)[1] for _ in range(20_000)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]
@@ -39,7 +41,7 @@ def make_tokenizer(seed: int = 0) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=1024,
         special_tokens=[PAD, END, START],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -65,10 +67,10 @@ def make_encoders(seed: int = 0) -> TextEncoders:
         T5Config(
             vocab_size=vocabulary,
             d_model=WIDTH,
-            num_layers=2,
-            num_heads=4,
+            num_layers=LAYERS,
+            num_heads=WIDTH // 32,
             d_kv=32,
-            d_ff=256,
+            d_ff=2 * WIDTH,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
         )
@@ -77,9 +79,9 @@ def make_encoders(seed: int = 0) -> TextEncoders:
         CLIPTextConfig(
             vocab_size=vocabulary,
             hidden_size=WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=LAYERS,
             num_attention_heads=WIDTH // 64,
-            intermediate_size=256,
+            intermediate_size=2 * WIDTH,
             max_position_embeddings=CLIP_LENGTH,
             hidden_act="quick_gelu",
             bos_token_id=tokenizer.token_to_id(START),
@@ -92,17 +94,61 @@ def make_encoders(seed: int = 0) -> TextEncoders:
     )
 
 
+OBJECT: dict[str, tuple[str, ...]] = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": ("small", "large"),
+}
+LABELS: dict[str, tuple[str, ...]] = {
+    "kind": ("single", "pair", "2", "3", "4"),
+    **{f"first {name}": values for name, values in OBJECT.items()},
+    **{f"second {name}": values for name, values in OBJECT.items()},
+    "axis": ("across", "up and down"),
+    "place": tuple(PLACES),
+    "background": tuple(BACKGROUNDS),
+    "shadow": ("none",),
+    "without": tuple(COLOURS),
+}
+"""What a caption says, one of these or nothing; of two objects the first is the left or the upper one."""
+
+
+def reading(scene: Scene) -> dict[str, str | None]:
+    """The labels of a told scene; None where it says nothing."""
+    items = scene.items
+    if scene.relation in ("right", "below"):
+        items = items[::-1]
+    first = items[0] if items else Item()
+    second = items[1] if scene.kind == "pair" else Item()
+    axis = {"left": "across", "right": "across", "above": "up and down", "below": "up and down"}
+    return {
+        "kind": {"empty": None, "count": str(len(items))}.get(scene.kind, scene.kind),
+        **{f"first {name}": getattr(first, name) for name in OBJECT},
+        **{f"second {name}": getattr(second, name) for name in OBJECT},
+        "axis": axis[scene.relation] if scene.relation else None,
+        "place": scene.place,
+        "background": scene.background,
+        "shadow": None if scene.shadow else "none",
+        "without": scene.without,
+    }
+
+
+def random_caption(rng: random.Random) -> tuple[Scene, str]:
+    """A told scene and its caption; one in twenty is empty, so that the empty prompt has a meaning too."""
+    if rng.random() < 0.05:
+        return Scene(), ""
+    scene = told(random_scene(rng), rng)
+    return scene, caption(scene, rng)
+
+
 class Reader(nn.Module):
-    """Linear heads that name every attribute; class 0 means that nothing was said about it."""
+    """Linear heads that name every label; class 0 means that nothing was said about it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(WIDTH, 1 + len(values)) for name, values in ATTRIBUTES.items()}
-        )
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + len(v)) for name, v in LABELS.items()})
 
     def loss(self, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """Cross-entropy summed over attributes, and the share of states [B, WIDTH] with all of them right."""
+        """Cross-entropy summed over labels, and the share of states [B, WIDTH] with all of them right."""
         right = torch.ones(len(states), dtype=torch.bool)
         total = states.new_zeros(())
         for name, head in self.heads.items():
@@ -113,19 +159,14 @@ class Reader(nn.Module):
 
 
 def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
-    """Class of each attribute of each scene; 0 for None."""
-    table = {
-        name: {None: 0, **{value: i + 1 for i, value in enumerate(values)}}
-        for name, values in ATTRIBUTES.items()
-    }
-    return {name: torch.tensor([table[name][asdict(scene)[name]] for scene in scenes]) for name in ATTRIBUTES}
+    """Class of each label of each told scene; 0 where it says nothing."""
+    read = [reading(scene) for scene in scenes]
+    table = {name: {None: 0, **{v: i + 1 for i, v in enumerate(values)}} for name, values in LABELS.items()}
+    return {name: torch.tensor([table[name][one[name]] for one in read]) for name in LABELS}
 
 
 def train_text(folder: Path, steps: int, *, seed: int = 0, batch: int = 64, lr: float = 1e-3) -> TextEncoders:
-    """Train both encoders for `steps` and write them, with their tokenizers, to `folder`; returns them.
-
-    One caption in twelve is empty, so that the empty prompt has a meaning of its own.
-    """
+    """Train both encoders for `steps` and write them, with their tokenizers, to `folder`; returns them."""
     encoders = make_encoders(seed)
     rng = random.Random(seed + 1)
     t5_reader, clip_reader = Reader(), Reader()
@@ -137,12 +178,11 @@ def train_text(folder: Path, steps: int, *, seed: int = 0, batch: int = 64, lr: 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     line = ProgressLine(steps)
     for step in range(steps):
-        scenes = [Scene() if rng.random() < 1 / 12 else Scene.random(rng).told(rng) for _ in range(batch)]
-        texts = [caption(scene, rng) if scene.shape else "" for scene in scenes]
-        labels = labels_of(scenes)
-        tokens = encoders.encode_t5(encoders.t5_ids(texts))
+        scenes, texts = zip(*(random_caption(rng) for _ in range(batch)), strict=True)
+        labels = labels_of(list(scenes))
+        tokens = encoders.encode_t5(encoders.t5_ids(list(texts)))
         t5_loss, t5_right = t5_reader.loss(tokens.mean(dim=1), labels)
-        clip_loss, clip_right = clip_reader.loss(encoders.encode_clip(encoders.clip_ids(texts)), labels)
+        clip_loss, clip_right = clip_reader.loss(encoders.encode_clip(encoders.clip_ids(list(texts))), labels)
         optimizer.zero_grad()
         (t5_loss + clip_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
