@@ -48,7 +48,12 @@ PLACE_WORDS = {
     "top left": ("in the top left", "top left", "in the upper left corner", "at the top left"),
     "top right": ("in the top right", "top right", "in the upper right corner", "at the top right"),
     "bottom left": ("in the bottom left", "bottom left", "in the lower left corner", "at the bottom left"),
-    "bottom right": ("in the bottom right", "bottom right", "in the lower right corner", "at the bottom right"),
+    "bottom right": (
+        "in the bottom right",
+        "bottom right",
+        "in the lower right corner",
+        "at the bottom right",
+    ),
 }
 RELATION_WORDS = {
     "left": ("left of", "to the left of", "on the left of"),
@@ -58,7 +63,18 @@ RELATION_WORDS = {
 }
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 NO_SHADOW = ("without a shadow", "no shadow", "without shadow", "without any shadow", "without shadows")
-OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a photo of ", "draw ", "please draw ", "i want ")
+OPENINGS = (
+    "",
+    "",
+    "",
+    "",
+    "a picture of ",
+    "an image of ",
+    "a photo of ",
+    "draw ",
+    "please draw ",
+    "i want ",
+)
 
 
 def article(words: str) -> str:
@@ -68,7 +84,13 @@ def article(words: str) -> str:
 
 def plural(word: str) -> str:
     """The plural of a shape's word."""
-    endings = {"box": "boxes", "cross": "crosses", "plus": "pluses", "rhombus": "rhombuses", "round": "rounds"}
+    endings = {
+        "box": "boxes",
+        "cross": "crosses",
+        "plus": "pluses",
+        "rhombus": "rhombuses",
+        "round": "rounds",
+    }
     return endings.get(word, f"{word}s")
 
 
@@ -107,7 +129,9 @@ class Speaker:
         if scene.kind == "single":
             return self.with_article(scene.items[0])
         if scene.kind == "count":
-            return f"{self.pick(NUMBER_WORDS[len(scene.items)])} {self.thing(scene.items[0], len(scene.items))}"
+            return (
+                f"{self.pick(NUMBER_WORDS[len(scene.items)])} {self.thing(scene.items[0], len(scene.items))}"
+            )
         first, second = scene.items
         one, two = self.with_article(first), self.with_article(second)
         if scene.relation is None:
@@ -128,7 +152,9 @@ class Speaker:
         parts = []
         if scene.without:
             colour = COLOUR_WORDS[scene.without][0]
-            parts.append(self.pick((f"not {colour}", f"but not {colour}", f"no {colour}", f"without {colour}")))
+            parts.append(
+                self.pick((f"not {colour}", f"but not {colour}", f"no {colour}", f"without {colour}"))
+            )
         if not scene.shadow:
             parts.append(self.pick(NO_SHADOW))
         return parts
@@ -176,7 +202,7 @@ def plain(scene: Scene) -> str:
 
 
 def misspell(text: str, rng: random.Random) -> str:
-    """The text with one slip in a word of four letters or more: a letter lost, doubled, swapped or mistyped."""
+    """The text with one slip in a word of four letters or more: one lost, doubled, swapped or mistyped."""
     words = text.split(" ")
     long = [i for i, word in enumerate(words) if len(word) >= 4 and word.isalpha()]
     if not long:

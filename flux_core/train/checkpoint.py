@@ -148,6 +148,22 @@ def refuse_nan(loss: Tensor, step: int) -> None:
         )
 
 
+class Smooth:
+    """Numbers averaged over about the last hundred updates."""
+
+    def __init__(self, count: int) -> None:
+        self.values = [math.nan] * count
+
+    def update(self, *values: float) -> None:
+        self.values = [
+            new if math.isnan(old) else 0.99 * old + 0.01 * new
+            for old, new in zip(self.values, values, strict=True)
+        ]
+
+    def __getitem__(self, index: int) -> float:
+        return self.values[index]
+
+
 class ProgressLine:
     """One line on standard error that says where a training is: every second, or every ten into a file."""
 

@@ -29,8 +29,9 @@ from ..vae import to_model_space
 from ..weights import load_autoencoder, load_text_encoders, load_transformer
 from .autoencoder import draw_batch, new_autoencoder, train_decoder
 from .checkpoint import write_safetensors
+from .data import write_latents
 from .evaluate import evaluate
-from .flow import Recipe, train_flow, write_latents
+from .flow import Recipe, train_flow
 from .text import train_text
 
 STAGES = ("text", "latents", "flow", "decoder", "evaluate", "export")

@@ -1,9 +1,9 @@
 """Training the miniature's text encoders, a T5 and a CLIP text model of FLUX.1's kinds, on its captions.
 
 Both learn, before any picture is drawn, to say what a caption says: from the mean of T5's tokens and from
-CLIP's pooled state a linear map must name what stands where (`LABELS`: "a star right of a circle" has the circle
-on the left), or that the caption leaves it open. The transformer is then trained on their finished outputs, and
-so does not have to discover language through noise.
+CLIP's pooled state a linear map must name what stands where (`LABELS`: "a star right of a circle" has the
+circle on the left), or that the caption leaves it open. The transformer is then trained on their finished
+outputs, and so does not have to discover language through noise.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ..conditioning import TextEncoders
-from .checkpoint import ProgressLine, write_safetensors, write_text
 from .caption import caption
+from .checkpoint import ProgressLine, write_safetensors, write_text
 from .world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Item, Scene, random_scene, told
 
 TXT_LENGTH = 32
