@@ -174,8 +174,13 @@ def train_text(folder: Path, steps: int, *, seed: int = 0, batch: int = 64, lr: 
         model.train().requires_grad_(True)
     trained = (encoders.t5, encoders.clip, t5_reader, clip_reader)
     parameters = [parameter for module in trained for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    slow = [p for module in (encoders.clip, clip_reader) for p in module.parameters()]
+    quick = [
+        p for module in (encoders.t5, t5_reader) for p in module.parameters()
+    ]  # T5 starts from small values
+    groups = [{"params": slow, "lr": lr}, {"params": quick, "lr": 3 * lr}]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, 3 * lr], total_steps=steps, pct_start=0.1)
     line = ProgressLine(steps)
     for step in range(steps):
         scenes, texts = zip(*(random_caption(rng) for _ in range(batch)), strict=True)

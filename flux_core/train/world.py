@@ -133,8 +133,11 @@ def _random_scene(rng: random.Random, kind: str) -> Scene:
     if kind != "pair":
         raise ValueError(f"a scene's kind must be single, pair or count, got {kind!r}")
     first, second = _random_item(rng), _random_item(rng)
-    while (first.shape, first.colour) == (second.shape, second.colour):
-        second = _random_item(rng)
+    while (first.shape, first.colour) == (
+        second.shape,
+        second.colour,
+    ) or first.size == second.size == "large":
+        second = _random_item(rng)  # two large ones have no room beside each other
     relation = "left" if rng.random() < 0.4 else rng.choice(tuple(RELATIONS))
     return Scene((first, second), relation, None, background, shadow)
 
