@@ -149,19 +149,17 @@ def refuse_nan(loss: Tensor, step: int) -> None:
 
 
 class Smooth:
-    """Numbers averaged over about the last hundred updates."""
+    """Numbers by name, averaged over about the last hundred updates."""
 
-    def __init__(self, count: int) -> None:
-        self.values = [math.nan] * count
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
 
-    def update(self, *values: float) -> None:
-        self.values = [
-            new if math.isnan(old) else 0.99 * old + 0.01 * new
-            for old, new in zip(self.values, values, strict=True)
-        ]
+    def update(self, values: dict[str, float]) -> None:
+        for name, new in values.items():
+            self.values[name] = 0.99 * self.values.get(name, new) + 0.01 * new
 
-    def __getitem__(self, index: int) -> float:
-        return self.values[index]
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
 
 
 class ProgressLine:
@@ -173,6 +171,10 @@ class ProgressLine:
         self.on_terminal = sys.stderr.isatty()
         self.every = 1.0 if self.on_terminal else 10.0
         self.width = 0
+
+    def per_second(self, step: int) -> float:
+        """Steps a second since this line began."""
+        return (step - self.start) / max(time.monotonic() - self.began, 1e-9)
 
     def update(self, step: int, note: str = "") -> None:
         now = time.monotonic()
