@@ -206,13 +206,24 @@ class FluxTransformer(nn.Module):
 
         `txt` [B, L, hidden] is the projected text.
         """
+        x = self.double_stream(tokens, txt, modulations, rope)
+        x = self.single_stream(x, modulations, rope)
+        return self.final_layer(x[:, txt.shape[1] :], modulations.last)
+
+    def double_stream(self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope) -> Tensor:
+        """The joint state [B, L + N, hidden], text first, after the double blocks."""
         img = self.img_in(tokens.to(self.dtype))
         for block, (img_mod, txt_mod) in zip(self.double_blocks, modulations.double, strict=True):
             img, txt = block(img, txt, img_mod, txt_mod, rope)
-        x = torch.cat([txt, img], dim=1)
-        for block, mod in zip(self.single_blocks, modulations.single, strict=True):
+        return torch.cat([txt, img], dim=1)
+
+    def single_stream(
+        self, x: Tensor, modulations: Modulations, rope: Rope, first: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """The joint state [B, L + N, hidden] after the single blocks from `first` up to before `stop`."""
+        for block, mod in list(zip(self.single_blocks, modulations.single, strict=True))[first:stop]:
             x = block(x, mod, rope)
-        return self.final_layer(x[:, txt.shape[1] :], modulations.last)
+        return x
 
 
 def _rows(stacked: Modulations, rows: slice) -> Modulations:

@@ -27,9 +27,10 @@ from .checkpoint import (
     set_rate,
     write_safetensors,
 )
+from .draw import draw
 from .muon import Muon
 from .pca import encode_fast, linear_code, write_encoder
-from .scenes import Scene, draw
+from .world import random_scene
 
 MINI_VAE = AutoEncoderSpec(ch=16, ch_mult=(1, 1, 4, 8), num_res_blocks=1)
 WORLD_SEED = 0
@@ -54,7 +55,7 @@ def psnr(images: Tensor, target: Tensor) -> float:
 
 def draw_batch(count: int, rng: random.Random) -> Tensor:
     """Images [count, 3, 128, 128] in -1..1 of random scenes."""
-    return to_tensor(np.stack([draw(Scene.random(rng), rng) for _ in range(count)]))
+    return to_tensor(np.stack([draw(random_scene(rng), rng) for _ in range(count)]))
 
 
 def new_autoencoder(seed: int = WORLD_SEED) -> AutoEncoder:

@@ -16,7 +16,7 @@ SHAPE_WORDS = {
     "square": ("square", "box", "block", "cube", "tile"),
     "triangle": ("triangle", "pyramid", "wedge"),
     "diamond": ("diamond", "rhombus", "lozenge"),
-    "star": ("star", "starlet"),
+    "star": ("star",),
     "heart": ("heart", "love heart"),
     "cross": ("cross", "plus", "plus sign"),
 }
@@ -33,9 +33,9 @@ SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "h
 GROUND_WORDS = {
     "gray": ("gray", "grey"),
     "beige": ("beige", "cream", "sand-coloured"),
-    "mint": ("mint", "mint green", "light green", "pale green"),
-    "lavender": ("lavender", "lilac", "light purple"),
-    "sky": ("sky", "sky blue", "light blue", "pale blue"),
+    "mint": ("mint", "mint green", "light green", "pale green", "green"),
+    "lavender": ("lavender", "lilac", "light purple", "purple"),
+    "sky": ("sky", "sky blue", "light blue", "pale blue", "blue"),
     "navy": ("navy", "dark blue", "navy blue"),
 }
 NUMBER_WORDS = {2: ("two", "2", "a pair of"), 3: ("three", "3"), 4: ("four", "4")}
@@ -187,7 +187,9 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """One way of many to say a told scene, one in eight with a typo, some in capitals."""
     if not scene.items:
         return ""
-    text = rng.choice(OPENINGS) + _say(scene, Speaker(rng))
+    text = _say(scene, Speaker(rng))
+    if text.startswith(("a ", "an ", "the ", "two", "three", "four", "2", "3", "4")):
+        text = rng.choice(OPENINGS) + text
     if rng.random() < 0.12:
         text = misspell(text, rng)
     chance = rng.random()
@@ -202,20 +204,21 @@ def plain(scene: Scene) -> str:
 
 
 def misspell(text: str, rng: random.Random) -> str:
-    """The text with one slip in a word of four letters or more: a letter lost, doubled, swapped or mistyped."""
+    """The text with one slip in a word of four letters or more: one lost, doubled, swapped or mistyped."""
     words = text.split(" ")
     long = [i for i, word in enumerate(words) if len(word) >= 4 and word.isalpha()]
     if not long:
         return text
     i = rng.choice(long)
     word = words[i]
-    k = rng.randrange(1, len(word) - 1)
-    words[i] = rng.choice(
-        (
-            word[:k] + word[k + 1 :],
-            word[:k] + word[k] + word[k:],
-            word[:k] + word[k + 1] + word[k] + word[k + 2 :],
-            word[:k] + rng.choice(string.ascii_lowercase) + word[k + 1 :],
+    while words[i] == word:
+        k = rng.randrange(1, len(word) - 1)
+        words[i] = rng.choice(
+            (
+                word[:k] + word[k + 1 :],
+                word[:k] + word[k] + word[k:],
+                word[:k] + word[k + 1] + word[k] + word[k + 2 :],
+                word[:k] + rng.choice(string.ascii_lowercase) + word[k + 1 :],
+            )
         )
-    )
     return " ".join(words)

@@ -148,6 +148,20 @@ def refuse_nan(loss: Tensor, step: int) -> None:
         )
 
 
+class Smooth:
+    """Numbers by name, averaged over about the last hundred updates."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def update(self, values: dict[str, float]) -> None:
+        for name, new in values.items():
+            self.values[name] = 0.99 * self.values.get(name, new) + 0.01 * new
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
+
+
 class ProgressLine:
     """One line on standard error that says where a training is: every second, or every ten into a file."""
 
@@ -157,6 +171,10 @@ class ProgressLine:
         self.on_terminal = sys.stderr.isatty()
         self.every = 1.0 if self.on_terminal else 10.0
         self.width = 0
+
+    def per_second(self, step: int) -> float:
+        """Steps a second since this line began."""
+        return (step - self.start) / max(time.monotonic() - self.began, 1e-9)
 
     def update(self, step: int, note: str = "") -> None:
         now = time.monotonic()

@@ -1,46 +1,69 @@
-"""`python3 run.py train`: the miniature, from nothing to the files in models/, in stages that each resume.
+"""`python3 run.py train`: the miniature family, from nothing to the files in models/, in stages that resume.
 
-text      captions            -> T5 and CLIP text encoders          (a minute or two)
-latents   pictures            -> the written encoder, and a file of latents
-flow      latents and texts   -> the transformer                    (the long one)
-decoder   pictures            -> the autoencoder's decoder
-evaluate  captions            -> scores by the checker, a sheet of pictures
-export    all of these        -> half-precision files under models/
+text         captions            -> T5 and CLIP text encoders
+data         pictures            -> the written encoder, and a file of latents
+base         latents and texts   -> mini-pro, the undistilled transformer      (the long one)
+autoencoder  pictures            -> the autoencoder's decoder
+guidance     mini-pro            -> mini-dev, guidance in one pass
+reflow       mini-dev            -> pairs of noise and picture, and a straight flow
+schnell      the straight flow   -> mini-schnell, one to four steps
+export       all of these        -> half-precision files under models/
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import preview
+from ..conditioning import TextEncoders
+from ..spec import FluxSpec
+from ..transformer import FluxTransformer
 from ..vae import to_model_space
 from ..weights import load_autoencoder, load_text_encoders, load_transformer
 from .autoencoder import draw_batch, new_autoencoder, train_decoder
 from .checkpoint import write_safetensors
-from .evaluate import evaluate
-from .flow import Recipe, train_flow, write_latents
+from .data import write_latents
+from .evaluate import Decode, Sampling, shown_by
+from .flow import MINI, FlowRecipe, train_flow
+from .guidance import GuidanceRecipe, train_guidance
+from .loop import Recipe, device
+from .pca import decode_fast, linear_code
+from .reflow import ReflowRecipe, fold_guidance, train_reflow, write_pairs
+from .schnell import SchnellRecipe, train_schnell
 from .text import train_text
 
-STAGES = ("text", "latents", "flow", "decoder", "evaluate", "export")
-NEEDS = {
-    "flow": ("text", "latents"),
-    "decoder": ("latents",),
-    "evaluate": ("text", "flow", "decoder"),
-    "export": ("text", "flow", "decoder"),
-}
 ROOT = Path(__file__).resolve().parents[2]
+NEEDS = {
+    "base": ("text", "data"),
+    "autoencoder": ("data",),
+    "guidance": ("base",),
+    "reflow": ("guidance",),
+    "schnell": ("reflow",),
+    "export": ("schnell", "autoencoder"),
+}
+"""Stages whose files a stage reads, besides what those need themselves."""
+STEPS = {
+    "text": 2_000,
+    "base": 40_000,
+    "autoencoder": 3_000,
+    "guidance": 3_000,
+    "reflow": 4_000,
+    "schnell": 4_000,
+}
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 @dataclass(frozen=True)
@@ -49,48 +72,40 @@ class Folder:
 
     path: Path
 
-    @property
-    def text(self) -> Path:
-        return self.path / "text_encoders"
-
-    @property
-    def latents(self) -> Path:
-        return self.path / "latents.safetensors"
+    def file(self, stage: str) -> Path:
+        """What a stage makes, or the first of it."""
+        names = {"text": "text_encoders/rectiflux-mini-t5", "data": "latents"}
+        return self.path / f"{names.get(stage, stage)}.safetensors"
 
     @property
     def encoder(self) -> Path:
         return self.path / "encoder.safetensors"
 
     @property
-    def flow(self) -> Path:
-        return self.path / "flow.safetensors"
-
-    @property
-    def autoencoder(self) -> Path:
-        return self.path / "autoencoder.safetensors"
+    def pairs(self) -> Path:
+        return self.path / "pairs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run.py train`."""
     parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help=f"which of {', '.join(STAGES)}; all unless given"
+        "stages", nargs="*", metavar="STAGE", help=f"which of {', '.join(RUN)}; all unless given"
     )
     parser.add_argument("--dir", type=Path, default=ROOT / "data" / "training", help="folder of checkpoints")
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="where export writes")
     parser.add_argument("--seed", type=int, default=0, help="seed of pictures, weights and noise")
-    parser.add_argument("--pictures", type=int, default=32_000, help="pictures in the file of latents")
-    parser.add_argument("--text-steps", type=int, default=500, help="steps of the text encoders")
-    parser.add_argument("--flow-steps", type=int, default=10_000, help="steps of the transformer")
-    parser.add_argument("--decoder-steps", type=int, default=2_000, help="steps of the decoder")
-    parser.add_argument("--batch", type=int, default=Recipe.batch, help="pictures a step of the transformer")
-    parser.add_argument("--lr", type=float, default=Recipe.lr, help="peak learning rate of the transformer")
+    parser.add_argument("--pictures", type=int, default=96_000, help="pictures in the file of latents")
+    parser.add_argument("--pairs", type=int, default=16_384, help="pairs of noise and picture for the reflow")
+    for stage, steps in STEPS.items():
+        parser.add_argument(f"--{stage}-steps", type=int, default=steps, help=f"steps of the stage {stage}")
+    parser.add_argument("--batch", type=int, default=Recipe.batch, help="pictures a step of a transformer")
+    parser.add_argument("--lr", type=float, help="peak learning rate, else each stage's own")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the transformer's loss (needs a C++ compiler)"
+        "--compile", action="store_true", help="torch.compile the losses (needs a C++ compiler)"
     )
     parser.add_argument(
         "--bf16", action="store_true", help="bfloat16 matrix products (quicker where the processor has them)"
     )
-    parser.add_argument("--count", type=int, default=200, help="captions that evaluate draws")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,15 +115,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
-    unknown = [stage for stage in args.stages if stage not in STAGES]
+    unknown = [stage for stage in args.stages if stage not in RUN]
     if unknown:
-        parser.error(f"there is no stage {unknown[0]!r}; choose among {', '.join(STAGES)}")
-    for stage in STAGES:
-        if stage in (args.stages or STAGES):
+        parser.error(f"there is no stage {unknown[0]!r}; choose among {', '.join(RUN)}")
+    for stage, run in RUN.items():
+        if stage in (args.stages or RUN):
             sys.stderr.write(f"stage {stage}\n")
             try:
                 check_needs(stage, Folder(args.dir))
-                RUN[stage](Folder(args.dir), args)
+                run(Folder(args.dir), args)
             except (OSError, ValueError) as error:
                 sys.stderr.write(f"the stage {stage} could not run: {error}\n")
                 return 1
@@ -117,100 +132,161 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_needs(stage: str, folder: Folder) -> None:
     """Raise ValueError when an earlier stage, whose files this one reads, was not run."""
-    made = {
-        "text": text_files(folder.text)[0],
-        "latents": folder.latents,
-        "flow": folder.flow,
-        "decoder": folder.autoencoder,
-    }
     for earlier in NEEDS.get(stage, ()):
-        if not made[earlier].exists():
-            raise ValueError(f"{made[earlier]} does not exist; run the stage {earlier} first")
+        check_needs(earlier, folder)
+        if not folder.file(earlier).exists():
+            raise ValueError(f"{folder.file(earlier)} does not exist; run the stage {earlier} first")
+
+
+def recipe_of(kind: type[AnyRecipe], args: argparse.Namespace) -> AnyRecipe:
+    """A stage's settings with what the command line says."""
+    recipe = replace(kind(), batch=args.batch, compiled=args.compile, bf16=args.bf16)
+    return recipe if args.lr is None else replace(recipe, lr=args.lr)
+
+
+def read_encoders(folder: Folder) -> TextEncoders:
+    """The trained text encoders."""
+    encoders = load_text_encoders(*text_files(folder), dtype=torch.float32)
+    for model in (encoders.t5, encoders.clip):
+        torch.nn.Module.to(model, device())
+    return encoders
+
+
+def shown(
+    folder: Folder, spec: FluxSpec, encoders: TextEncoders, sampling: Sampling
+) -> Callable[[dict[str, Tensor]], np.ndarray]:
+    """What a stage's weights paint, decoded as well as can be so far."""
+    decode: Decode
+    if folder.file("autoencoder").exists():
+        decode = load_autoencoder(folder.file("autoencoder"), dtype=torch.float32).decode
+    else:
+        autoencoder = new_autoencoder(0)
+        autoencoder.load_state_dict(load_file(folder.encoder))
+        code = linear_code(autoencoder)
+
+        decode = partial(decode_fast, code=code)
+
+    return shown_by(spec, encoders, decode, sampling)
 
 
 def run_text(folder: Folder, args: argparse.Namespace) -> None:
-    train_text(folder.text, args.text_steps, seed=args.seed)
+    train_text(folder.file("text").parent, args.text_steps, seed=args.seed)
 
 
-def run_latents(folder: Folder, args: argparse.Namespace) -> None:
+def run_data(folder: Folder, args: argparse.Namespace) -> None:
     autoencoder = new_autoencoder(args.seed)
     write_safetensors(folder.encoder, dict(autoencoder.state_dict()), {})
-    write_latents(folder.latents, autoencoder, args.pictures, seed=args.seed + 1)
+    write_latents(folder.file("data"), autoencoder, args.pictures, seed=args.seed + 1)
 
 
-def run_flow(folder: Folder, args: argparse.Namespace) -> None:
-    recipe = replace(Recipe(), batch=args.batch, lr=args.lr)
-    encoders = load_text_encoders(*text_files(folder.text), dtype=torch.float32)
+def run_base(folder: Folder, args: argparse.Namespace) -> None:
+    encoders = read_encoders(folder)
     train_flow(
-        folder.flow,
-        folder.latents,
+        folder.file("base"),
+        folder.file("data"),
         encoders,
-        args.flow_steps,
+        args.base_steps,
         seed=args.seed,
-        recipe=recipe,
-        compiled=args.compile,
-        bf16=args.bf16,
+        recipe=recipe_of(FlowRecipe, args),
+        picture=shown(folder, MINI, encoders, Sampling(8, cfg_scale=3.0)),
     )
 
 
-def run_decoder(folder: Folder, args: argparse.Namespace) -> None:
+def run_autoencoder(folder: Folder, args: argparse.Namespace) -> None:
     autoencoder = new_autoencoder(args.seed)
     autoencoder.load_state_dict(load_file(folder.encoder))
-    train_decoder(autoencoder, folder.autoencoder, args.decoder_steps, seed=args.seed)
+    train_decoder(autoencoder, folder.file("autoencoder"), args.autoencoder_steps, seed=args.seed)
 
 
-def run_evaluate(folder: Folder, args: argparse.Namespace) -> None:
-    """Scores on standard output and in scores.json, and the first 64 pictures in scores.png.
+def run_guidance(folder: Folder, args: argparse.Namespace) -> None:
+    encoders = read_encoders(folder)
+    teacher = read_transformer(folder.file("base"))
+    spec = replace(teacher.spec, guidance_embed=True)
+    train_guidance(
+        folder.file("guidance"),
+        folder.file("data"),
+        encoders,
+        teacher,
+        args.guidance_steps,
+        seed=args.seed,
+        recipe=recipe_of(GuidanceRecipe, args),
+        picture=shown(folder, spec, encoders, Sampling(8, guidance=3.0)),
+    )
 
-    Of captions that tell everything ("full") and of those that tell shape and colour alone ("short").
-    """
-    transformer = load_transformer(folder.flow, dtype=torch.float32)
-    encoders = load_text_encoders(*text_files(folder.text), dtype=torch.float32)
-    autoencoder = load_autoencoder(folder.autoencoder, dtype=torch.float32)
-    models = transformer, encoders, autoencoder.decode
-    full, pictures = evaluate(*models, args.count)
-    short, _ = evaluate(*models, args.count, keep=0.0)
-    scores = {"full": full, "short": short}
-    (folder.path / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    rows = [np.concatenate(pictures[i : i + 8], axis=1) for i in range(0, min(len(pictures), 64) // 8 * 8, 8)]
-    if rows:
-        Image.fromarray(np.concatenate(rows)).save(folder.path / "scores.png")
-    for kind, shares in scores.items():
-        told = "  ".join(f"{name} {share:.3f}" for name, share in shares.items())
-        sys.stdout.write(f"{kind}: {told}\n")
+
+def run_reflow(folder: Folder, args: argparse.Namespace) -> None:
+    encoders = read_encoders(folder)
+    teacher = read_transformer(folder.file("guidance"))
+    write_pairs(folder.pairs, teacher.to(device()), encoders, args.pairs, seed=args.seed)
+    student = fold_guidance(teacher.cpu(), SchnellRecipe.guidance)
+    train_reflow(
+        folder.file("reflow"),
+        folder.pairs,
+        encoders,
+        student,
+        args.reflow_steps,
+        seed=args.seed,
+        recipe=recipe_of(ReflowRecipe, args),
+        picture=shown(folder, student.spec, encoders, Sampling(4, shift="none")),
+    )
+
+
+def run_schnell(folder: Folder, args: argparse.Namespace) -> None:
+    encoders = read_encoders(folder)
+    student, teacher = (read_transformer(folder.file(stage)) for stage in ("reflow", "guidance"))
+    train_schnell(
+        folder.file("schnell"),
+        folder.pairs,
+        encoders,
+        student,
+        teacher,
+        args.schnell_steps,
+        seed=args.seed,
+        recipe=recipe_of(SchnellRecipe, args),
+        picture=shown(folder, student.spec, encoders, Sampling(1, shift="none")),
+    )
+
+
+EXPORTED = {
+    "base": ("diffusion_models/rectiflux-mini-pro", "Rectiflux mini-pro"),
+    "guidance": ("diffusion_models/rectiflux-mini-dev", "Rectiflux mini-dev"),
+    "schnell": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
+    "autoencoder": ("vae/rectiflux-mini-vae", "Rectiflux miniature autoencoder"),
+}
+"""What the stages' files become under models/, and what their metadata call them."""
 
 
 def run_export(folder: Folder, args: argparse.Namespace) -> None:
     """The files of models/, in float16, with the metadata that loaders need."""
     title = {"modelspec.author": "Rectiflux", "modelspec.license": "Apache-2.0"}
-    sources = {
-        folder.flow: ("diffusion_models/rectiflux-mini.safetensors", "Rectiflux miniature"),
-        folder.autoencoder: ("vae/rectiflux-mini-vae.safetensors", "Rectiflux miniature autoencoder"),
-        folder.text / "rectiflux-mini-t5.safetensors": (
-            "text_encoders/rectiflux-mini-t5.safetensors",
-            "Rectiflux miniature T5",
-        ),
-        folder.text / "rectiflux-mini-clip.safetensors": (
-            "text_encoders/rectiflux-mini-clip.safetensors",
-            "Rectiflux miniature CLIP",
-        ),
-    }
     previews = preview.to_metadata(fit_preview(folder))
+    sources = {folder.file(stage): target for stage, target in EXPORTED.items()}
+    for kind, path in zip(("clip", "t5"), text_files(folder), strict=True):
+        sources[path] = (f"text_encoders/{path.stem}", f"Rectiflux miniature {kind.upper()}")
+        text = path.with_suffix(".tokenizer.json").read_text(encoding="utf-8")
+        (args.models / "text_encoders").mkdir(parents=True, exist_ok=True)
+        (args.models / "text_encoders" / f"{path.stem}.tokenizer.json").write_text(text, encoding="utf-8")
     for source, (target, name) in sources.items():
         tensors, metadata = read(source)
-        metadata |= previews if source == folder.flow else {}
+        metadata |= previews if target.startswith("diffusion_models") else {}
         half = {key: value.half() for key, value in tensors.items()}
-        write_safetensors(args.models / target, half, metadata | title | {"modelspec.title": name})
-    for name in ("rectiflux-mini-t5", "rectiflux-mini-clip"):
-        text = (folder.text / f"{name}.tokenizer.json").read_text(encoding="utf-8")
-        (args.models / "text_encoders" / f"{name}.tokenizer.json").write_text(text, encoding="utf-8")
+        named = metadata | title | {"modelspec.title": name}
+        write_safetensors(args.models / f"{target}.safetensors", half, named)
 
 
 def fit_preview(folder: Folder) -> preview.Factors:
-    """The linear map from latents to small pictures, which the transformer's file carries."""
+    """The linear map from latents to small pictures, which the transformers' files carry."""
     images = draw_batch(64, random.Random(0))
-    latents = to_model_space(load_autoencoder(folder.autoencoder, dtype=torch.float32).encode(images))
-    return preview.fit(latents, images)
+    autoencoder = load_autoencoder(folder.file("autoencoder"), dtype=torch.float32)
+    return preview.fit(to_model_space(autoencoder.encode(images)), images)
+
+
+def read_transformer(path: Path) -> FluxTransformer:
+    """A stage's transformer in float32, with weights of its own, that can be trained on."""
+    model = load_transformer(path, dtype=torch.float32).requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # what was loaded is mapped from the file
+    return model
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -219,16 +295,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
-def text_files(folder: Path) -> tuple[Path, Path]:
+def text_files(folder: Folder) -> tuple[Path, Path]:
     """(CLIP's file, T5's file)."""
-    return folder / "rectiflux-mini-clip.safetensors", folder / "rectiflux-mini-t5.safetensors"
+    t5 = folder.file("text")
+    return t5.with_name("rectiflux-mini-clip.safetensors"), t5
 
 
 RUN = {
     "text": run_text,
-    "latents": run_latents,
-    "flow": run_flow,
-    "decoder": run_decoder,
-    "evaluate": run_evaluate,
+    "data": run_data,
+    "base": run_base,
+    "autoencoder": run_autoencoder,
+    "guidance": run_guidance,
+    "reflow": run_reflow,
+    "schnell": run_schnell,
     "export": run_export,
 }

@@ -80,7 +80,7 @@ def room_light(width: int, height: int) -> np.ndarray:
 
 
 def shadow_of(placed: Placed, width: int, height: int) -> tuple[float, float, float, float, float]:
-    """(x, y, half width, half height, strength) in pixels of the shadow that an object throws on the floor."""
+    """(x, y, half width, half height, all in pixels, strength) of an object's shadow on the floor."""
     y = SHADOW_LINE * height
     low = min(1.0, max(0.0, (placed.y + placed.radius) / y))  # 1: it nearly touches the floor
     return placed.x, y, placed.radius * (1.15 - 0.3 * low), placed.radius * 0.2, 0.16 + 0.22 * low

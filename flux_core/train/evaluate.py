@@ -1,83 +1,132 @@
-"""Scores of a miniature: pictures of random captions, judged by the checker."""
+"""Pictures of captions by a member of the family, and what the checker thinks of them."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..conditioning import TextEncoders
-from ..pipeline import draw_noise, sample
+from ..pipeline import draw_noise, latent_size, sample
 from ..schedule import make_sigmas
-from ..solver import SOLVERS
+from ..solver import solver_named
+from ..spec import Conditioning, FluxSpec
 from ..transformer import FluxTransformer
 from ..vae import to_vae_space
 from .autoencoder import to_pictures
-from .checker import score
-from .scenes import Scene, caption
+
+Decode = Callable[[Tensor], Tensor]
+"""Raw latents [B, 16, h, w] -> images [B, 3, H, W] in -1..1."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a member of the family is used: steps, guidance of one kind or none, shift of the schedule."""
+
+    steps: int = 28
+    cfg_scale: float = 1.0
+    guidance: float | None = None
+    shift: str = "by size"
+    solver: str = "euler"
+
+
+FAMILY = {
+    "pro": Sampling(28, cfg_scale=3.0),
+    "dev": Sampling(28, guidance=3.0),
+    "schnell": Sampling(4, shift="none"),
+}
+"""How each member is meant to be used."""
+
+
+@torch.no_grad()
+def draw_latents(
+    transformer: FluxTransformer,
+    positive: Conditioning,
+    negative: Conditioning,
+    sampling: Sampling,
+    noise: Tensor,
+) -> Tensor:
+    """Latents [B, 16, h, w] in model space from `noise` of that shape; `negative` counts with a cfg scale."""
+    h, w = noise.shape[-2:]
+    sigmas = make_sigmas(sampling.steps, h * w // 4, shift=sampling.shift)
+    return sample(
+        transformer,
+        replace(positive, guidance=sampling.guidance),
+        replace(negative, guidance=sampling.guidance) if sampling.cfg_scale != 1.0 else None,
+        sampling.cfg_scale,
+        noise,
+        torch.zeros_like(noise),
+        sigmas,
+        solver_named(sampling.solver),
+    )
 
 
 @torch.no_grad()
 def draw_captions(
     transformer: FluxTransformer,
     encoders: TextEncoders,
-    decode: Callable[[Tensor], Tensor],
-    captions: list[str],
+    decode: Decode,
+    captions: Sequence[str],
+    sampling: Sampling,
     *,
-    steps: int = 20,
-    cfg_scale: float = 3.0,
     seed: int = 0,
     batch: int = 16,
-    side: int = 128,
+    width: int = 128,
+    height: int = 128,
+    on_batch: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """A picture uint8 [side, side, 3] of each caption. `decode` turns raw latents into images in -1..1."""
-    h = side // 8
-    sigmas = make_sigmas(steps, (side // 16) ** 2)
+    """A picture uint8 [height, width, 3] of each caption, each from noise of its own.
+
+    `on_batch` is told how many pictures are done.
+    """
     pictures: list[np.ndarray] = []
     for start in range(0, len(captions), batch):
-        part = captions[start : start + batch]
-        positive = encoders.encode(part)
-        negative = encoders.encode([""] * len(part))
-        noise = draw_noise(seed + start, len(part), h, h)
-        latent = sample(
-            transformer,
-            positive,
-            negative,
-            cfg_scale,
-            noise,
-            torch.zeros_like(noise),
-            sigmas,
-            SOLVERS["euler"],
-        )
-        pictures += list(to_pictures(decode(to_vae_space(latent))))
+        part = list(captions[start : start + batch])
+        noise = draw_noise(seed + start, len(part), *latent_size(width, height))
+        empty = encoders.encode([""] * len(part))
+        latents = draw_latents(transformer, encoders.encode(part), empty, sampling, noise)
+        pictures += list(to_pictures(decode(to_vae_space(latents))))
+        if on_batch is not None:
+            on_batch(len(pictures))
     return pictures
 
 
-def evaluate(
-    transformer: FluxTransformer,
-    encoders: TextEncoders,
-    decode: Callable[[Tensor], Tensor],
-    count: int,
-    *,
-    steps: int = 20,
-    cfg_scale: float = 3.0,
-    seed: int = 1_000_000,
-    keep: float = 1.0,
-) -> tuple[dict[str, float], list[np.ndarray]]:
-    """(shares of pictures right, the pictures) of `count` random captions.
+SHOWN = (
+    "a red circle",
+    "a small yellow star in the top left on a navy background",
+    "a green heart",
+    "a blue square and an orange triangle",
+    "a purple diamond above a pink cross",
+    "three blue stars",
+    "four orange hearts on a mint background",
+    "a large pink circle, without a shadow",
+)
+"""Prompts of the pictures that a training shows on its way."""
 
-    They tell shape and colour, and each other attribute with probability `keep`. The shares are by attribute,
-    and "strict" for all attributes at once (checker.score).
-    """
-    rng = random.Random(seed)
-    scenes = [Scene.random(rng) for _ in range(count)]
-    if keep < 1.0:
-        scenes = [scene.told(rng, keep) for scene in scenes]
-    captions = [caption(scene, rng) for scene in scenes]
-    pictures = draw_captions(
-        transformer, encoders, decode, captions, steps=steps, cfg_scale=cfg_scale, seed=seed
-    )
-    return score(pictures, scenes), pictures
+
+def sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures of one size side by side in rows of `columns`; the last row is filled up with grey."""
+    rows = []
+    for start in range(0, len(pictures), columns):
+        row = list(pictures[start : start + columns])
+        row += [np.full_like(pictures[0], 128)] * (columns - len(row))
+        rows.append(np.concatenate(row, axis=1))
+    return np.concatenate(rows)
+
+
+def shown_by(
+    spec: FluxSpec, encoders: TextEncoders, decode: Decode, sampling: Sampling
+) -> Callable[[dict[str, Tensor]], np.ndarray]:
+    """A function from a training's averaged weights to a sheet of what they paint for `SHOWN`."""
+
+    def picture(weights: dict[str, Tensor]) -> np.ndarray:
+        state = torch.get_rng_state()
+        model = FluxTransformer(spec)
+        torch.set_rng_state(state)  # making a model draws numbers, which must not change the training's
+        model.load_state_dict(weights)
+        return sheet(draw_captions(model, encoders, decode, SHOWN, sampling, seed=1), 4)
+
+    return picture

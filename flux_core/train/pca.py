@@ -147,3 +147,10 @@ def linear_code(model: AutoEncoder) -> tuple[Tensor, Tensor]:
 def encode_fast(images: Tensor, code: tuple[Tensor, Tensor]) -> Tensor:
     """Raw latents [B, 16, h, w] of images [B, 3, H, W] by `linear_code`."""
     return F.conv2d(images, code[0], code[1], stride=8)
+
+
+def decode_fast(latents: Tensor, code: tuple[Tensor, Tensor]) -> Tensor:
+    """Blocky images [B, 3, H, W] of raw latents [B, 16, h, w]: the least-squares inverse of `encode_fast`."""
+    inverse = torch.linalg.pinv(code[0].flatten(1).double()).float()
+    patches = torch.einsum("pz,bzhw->bphw", inverse, latents - code[1][:, None, None])
+    return rearrange(patches, "b (c y x) h w -> b c (h y) (w x)", c=3, y=8, x=8)

@@ -1,9 +1,9 @@
 """Training the miniature's text encoders, a T5 and a CLIP text model of FLUX.1's kinds, on its captions.
 
-Both learn, before any picture is drawn, to say what a caption says: from the mean of T5's tokens and from
-CLIP's pooled state a linear map must name what stands where (`LABELS`: "a star right of a circle" has the circle
-on the left), or that the caption leaves it open. The transformer is then trained on their finished outputs, and
-so does not have to discover language through noise.
+Both learn, before any picture is drawn, to say what a caption says: from T5's tokens and from CLIP's
+pooled state a linear map must name what stands where (`LABELS`: "a star right of a circle" has the circle on
+the left), or that the caption leaves it open. The transformer is then trained on their finished
+outputs, and so does not have to discover language through noise.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ..conditioning import TextEncoders
-from .checkpoint import ProgressLine, write_safetensors, write_text
 from .caption import caption
+from .checkpoint import ProgressLine, write_safetensors, write_text
 from .world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Item, Scene, random_scene, told
 
 TXT_LENGTH = 32
@@ -141,18 +141,24 @@ def random_caption(rng: random.Random) -> tuple[Scene, str]:
 
 
 class Reader(nn.Module):
-    """Linear heads that name every label; class 0 means that nothing was said about it."""
+    """Linear heads that name every label; class 0 means that nothing was said about it.
+
+    Each looks for its answer among the tokens by a query of its own, as the transformer's attention will.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + len(v)) for name, v in LABELS.items()})
+        self.queries = nn.Parameter(torch.randn(len(LABELS), WIDTH))
 
-    def loss(self, states: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """Cross-entropy summed over labels, and the share of states [B, WIDTH] with all of them right."""
-        right = torch.ones(len(states), dtype=torch.bool)
-        total = states.new_zeros(())
-        for name, head in self.heads.items():
-            logits = head(states)
+    def loss(self, tokens: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """Cross-entropy summed over labels, and the share of texts [B, L, WIDTH] with all of them right."""
+        right = torch.ones(len(tokens), dtype=torch.bool)
+        total = tokens.new_zeros(())
+        attention = torch.softmax(tokens @ self.queries.T / WIDTH**0.5, dim=1)
+        states = attention.mT @ tokens
+        for i, (name, head) in enumerate(self.heads.items()):
+            logits = head(states[:, i])
             total = total + F.cross_entropy(logits, labels[name])
             right &= logits.argmax(dim=-1) == labels[name]
         return total, right.float().mean().item()
@@ -174,15 +180,20 @@ def train_text(folder: Path, steps: int, *, seed: int = 0, batch: int = 64, lr: 
         model.train().requires_grad_(True)
     trained = (encoders.t5, encoders.clip, t5_reader, clip_reader)
     parameters = [parameter for module in trained for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    # T5 knows positions by these numbers alone, which must grow far from their small beginnings
+    bias = [p for name, p in encoders.t5.named_parameters() if "relative_attention_bias" in name]
+    rest = [p for p in parameters if all(p is not q for q in bias)]
+    groups = [{"params": rest, "lr": lr}, {"params": bias, "lr": 20 * lr}]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, 20 * lr], total_steps=steps, pct_start=0.1)
     line = ProgressLine(steps)
     for step in range(steps):
         scenes, texts = zip(*(random_caption(rng) for _ in range(batch)), strict=True)
         labels = labels_of(list(scenes))
         tokens = encoders.encode_t5(encoders.t5_ids(list(texts)))
-        t5_loss, t5_right = t5_reader.loss(tokens.mean(dim=1), labels)
-        clip_loss, clip_right = clip_reader.loss(encoders.encode_clip(encoders.clip_ids(list(texts))), labels)
+        t5_loss, t5_right = t5_reader.loss(tokens, labels)
+        pooled = encoders.encode_clip(encoders.clip_ids(list(texts)))
+        clip_loss, clip_right = clip_reader.loss(pooled[:, None], labels)
         optimizer.zero_grad()
         (t5_loss + clip_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,9 +1,10 @@
 """The miniature's world: what its pictures show, drawn at random.
 
-A `Scene` names objects and what can be said about them; `layout` decides where each stands and how large it
-is, as a person would arrange them who was told no more; draw.py paints it, caption.py puts it into words,
-checker.py judges any picture against it. What a caption leaves open is either free (colour, background) or has
-a plain default (medium size, the middle, first on the left), so that a short prompt has a good answer too.
+A `Scene` names objects and what can be said about them; `layout` decides where each stands and how large
+it is, as a person would arrange them who was told no more; draw.py paints it, caption.py puts it into words,
+checker.py judges any picture against it. What a caption leaves open is either free (colour, background) or
+has a plain default (medium size, the middle, first on the left), so that a short prompt has a good answer
+too.
 
 Some combinations never occur in training (`HELD_OUT_PAIRS`, `HELD_OUT_COUNTS`): whether the network paints
 them tells whether it learned the attributes or the pictures.
@@ -132,8 +133,11 @@ def _random_scene(rng: random.Random, kind: str) -> Scene:
     if kind != "pair":
         raise ValueError(f"a scene's kind must be single, pair or count, got {kind!r}")
     first, second = _random_item(rng), _random_item(rng)
-    while (first.shape, first.colour) == (second.shape, second.colour):
-        second = _random_item(rng)
+    while (first.shape, first.colour) == (
+        second.shape,
+        second.colour,
+    ) or first.size == second.size == "large":
+        second = _random_item(rng)  # two large ones have no room beside each other
     relation = "left" if rng.random() < 0.4 else rng.choice(tuple(RELATIONS))
     return Scene((first, second), relation, None, background, shadow)
 
