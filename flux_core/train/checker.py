@@ -12,8 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
+from .draw import paint
+from .outlines import distance_map
 from .sight import Finding, Seen, inspect
-from .world import COUNTED, OFFSET, PLACES, RELATIONS, SIZES, Item, Scene
+from .world import COUNTED, OFFSET, PLACES, RELATIONS, SIZES, Item, Placed, Scene
 
 ATTRIBUTES = ("count", "shape", "colour", "size", "place", "relation", "background", "shadow", "without")
 """What a verdict may tell."""
@@ -114,3 +116,33 @@ def score(pictures: list[np.ndarray], told: list[Scene]) -> dict[str, float]:
         if right:
             result[name] = float(np.mean(right))
     return result
+
+
+def sharpness(picture: np.ndarray, finding: Finding) -> float | None:
+    """How sharp the objects' edges are: 1.0 as in a render of the same objects, less where they are blurred.
+
+    It is the energy of the picture's gradient within three pixels of the outlines, as a part of that of a
+    render of what was found there. None where there is no object, or one that is none of this world's.
+    """
+    known = [one for one in finding.objects if one.shape is not None and one.colour is not None]
+    if not known or len(known) < len(finding.objects) or finding.background is None:
+        return None
+    height, width = picture.shape[:2]
+    side = min(width, height)
+    placed = [
+        Placed(str(one.shape), str(one.colour), one.x * width, one.y * height, one.radius * side)
+        for one in known
+    ]
+    render = paint(Scene(background=finding.background, shadow=finding.shadow), placed, width, height)
+    distance = np.min(
+        [np.abs(distance_map(p.shape, p.x, p.y, p.radius, (height, width))) for p in placed], axis=0
+    )
+    near = distance < 3
+    return _edge_energy(picture, near) / _edge_energy(render, near)
+
+
+def _edge_energy(picture: np.ndarray, where: np.ndarray) -> float:
+    """Sum over the marked pixels [H, W] of the squared differences to the neighbours right and below."""
+    levels = np.pad(picture.astype(np.float32), ((0, 1), (0, 1), (0, 0)), mode="edge")
+    across, down = levels[:-1, 1:] - levels[:-1, :-1], levels[1:, :-1] - levels[:-1, :-1]
+    return float(((across**2 + down**2).sum(-1))[where].sum())

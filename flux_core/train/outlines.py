@@ -20,8 +20,9 @@ SHARP = 2.0
 class Fit:
     """An outline laid over a silhouette: centre and radius in pixels.
 
-    `overlap` is intersection over union, 0..1, and `rival` that of the next best shape. `stray` is how deep,
-    in pixels, the silhouette leaves the outline or falls short of it at its worst place.
+    `overlap` is intersection over union, 0..1, and `rival` that of the next best shape. `wander` is how far
+    the silhouette's edge lies from the outline on the average, as a part of the radius, and `stray` how far
+    in pixels at its worst place.
     """
 
     shape: str
@@ -30,6 +31,7 @@ class Fit:
     radius: float
     overlap: float
     rival: float
+    wander: float
     stray: float
 
 
@@ -62,6 +64,13 @@ def moments(shape: str) -> tuple[float, float, float]:
         float(((x + after_x) * cross).sum() / (6 * area)),
         float(((y + after_y) * cross).sum() / (6 * area)),
     )
+
+
+@cache
+def perimeter(shape: str) -> float:
+    """Length of the outline of a shape of radius 1."""
+    corners = outline(shape)
+    return float(np.linalg.norm(np.roll(corners, -1, axis=0) - corners, axis=1).sum())
 
 
 def distance_map(shape: str, x: float, y: float, radius: float, size: tuple[int, int]) -> np.ndarray:
@@ -102,4 +111,5 @@ def fit_outline(cover: np.ndarray) -> Fit:
     shape, x, y, radius, distance = fits[best]
     wrong = (distance < 0) != (cover > 0.5)
     stray = float(np.abs(distance[wrong]).max()) if wrong.any() else 0.0
-    return Fit(shape, x, y, radius, overlaps[best], overlaps[rival], stray)
+    wander = (1 - overlaps[best]) * moments(shape)[0] / perimeter(shape)
+    return Fit(shape, x, y, radius, overlaps[best], overlaps[rival], wander, stray)

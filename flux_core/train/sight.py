@@ -18,12 +18,13 @@ from .draw import HORIZON, SHADOW_LINE, room_light
 from .outlines import Fit, distance_map, fit_outline
 from .world import BACKGROUNDS, COLOURS
 
-FIT = 0.90
-"""Least overlap (intersection over union) of a silhouette with the outline it is taken for."""
+WANDER = 0.037
+"""Greatest deviation of a silhouette's edge from the outline it is taken for, on the average, as a part of the
+radius: overlaps of 0.92 for a circle, 0.84 for a star."""
 DISTINCT = 2.5
 """How many times what is missing to a full overlap must be larger with the next best outline."""
 STRAY = 0.07
-"""Greatest depth of a silhouette's deviation from it, as a part of the radius (and 1 pixel in any case)."""
+"""Greatest depth of a silhouette's deviation from it, as a part of the radius (and 1.3 pixels in any case)."""
 OBJECT_DISTANCE = 40.0
 """Greatest distance in RGB of an object's colour from the one it is taken for; two are 81 apart at least."""
 GROUND_DISTANCE = 17.0
@@ -52,6 +53,7 @@ class Seen:
     radius: float
     fit: float = 1.0
     rival: float = 0.0
+    wander: float = 0.0
     stray: float = 0.0
     purity: float = 1.0
 
@@ -170,6 +172,7 @@ def _look(image: np.ndarray, cover: np.ndarray, piece: np.ndarray, box: tuple[sl
         radius=fit.radius / min(width, height),
         fit=fit.overlap,
         rival=fit.rival,
+        wander=fit.wander,
         stray=fit.stray,
         purity=purity,
     )
@@ -178,7 +181,7 @@ def _look(image: np.ndarray, cover: np.ndarray, piece: np.ndarray, box: tuple[sl
 def _trusted(fit: Fit) -> bool:
     """Whether a silhouette is the outline that fits it best, and not merely nearer to it than to others."""
     distinct = 1 - fit.rival >= DISTINCT * (1 - fit.overlap)
-    return fit.overlap >= FIT and distinct and fit.stray <= max(1.0, STRAY * fit.radius)
+    return fit.wander <= WANDER and distinct and fit.stray <= max(1.3, STRAY * fit.radius)
 
 
 def _colour(image: np.ndarray, body: np.ndarray, fit: Fit) -> tuple[str | None, float]:

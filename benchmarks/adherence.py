@@ -1,0 +1,266 @@
+"""Does the miniature paint what it is asked for? GenEval's six categories, unseen ones, people's words.
+
+    python3 run.py bench adherence [--variant pro|dev|schnell] [--steps N] [--solver S] [--cfg C] [--seeds 4]
+                                   [--prompts FILE] [--size 128x128] [--quick] [--json FILE] [--sheet FILE]
+                                   [--models DIR] [--model FILE] [--vae FILE] [--text CLIP T5]
+
+First the checker's own figures: the share of true renders that it passes, of near misses that it accepts by
+mistake, and of renders that it passes after the autoencoder. Then every prompt is painted from four noises,
+and a picture is right when everything that the prompt says is in it and no other object is. A category's
+score is the share of its pictures that are right; the overall score, the last line, is the mean over the six
+categories of GenEval (Ghosh et al. 2023, arXiv:2310.11513). "unseen" are combinations that training never
+shows (flux_core/train/world.py), "words" are synonyms, typos, "without" and capitals: neither enters the
+overall score. With --prompts it is the mean over the categories of that file, whose form is described in
+benchmarks/prompts.py. Sharpness is that of checker.py: 1.0 is as sharp as a render. Seconds a picture are those of text,
+sampling and decoding, in batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..flux_core.pipeline import latent_size
+from ..flux_core.solver import solver_named
+from ..flux_core.train.checker import ATTRIBUTES, inspect, judge, sharpness
+from ..flux_core.train.checkpoint import ProgressLine
+from ..flux_core.train.evaluate import FAMILY, Sampling, draw_captions, sheet
+from ..flux_core.train.loop import device
+from ..flux_core.vae import AutoEncoder
+from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
+from .checking import check_the_autoencoder, check_the_checker
+from .prompts import SIX, Prompt, categories, read_prompts
+from .report import add_json, write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH = 16
+Painter = Callable[[Sequence[Prompt]], list[np.ndarray]]
+"""Prompts -> a picture uint8 [H, W, 3] of each."""
+
+
+@dataclass(frozen=True)
+class Painted:
+    """What became of one prompt: a verdict for each seed, and the sharpness of each picture that has one."""
+
+    prompt: Prompt
+    verdicts: list[dict[str, bool]]
+    sharpness: list[float]
+
+    @property
+    def right(self) -> list[bool]:
+        return [all(verdict.values()) for verdict in self.verdicts]
+
+
+def main(argv: list[str], painter: Painter | None = None) -> int:
+    """Check the checker, paint the prompts (with `painter` if given), print the scores; the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        prompts = read_prompts(args.prompts) if args.prompts else categories()
+        latent_size(*args.size)
+        sampling = sampling_of(args)
+        autoencoder = None
+        if painter is None:
+            painter, autoencoder = load_painter(args, sampling)
+    except (OSError, ValueError) as error:
+        print(f"bench adherence: {error}", file=sys.stderr)
+        return 1
+    if args.quick:
+        prompts = prompts[::8]
+    figures: dict[str, Any] = {"sampling": asdict(sampling), "checker": check_the_checker(_renders(args))}
+    print_checker(figures["checker"])
+    if autoencoder is not None:
+        figures["autoencoder"] = check_the_autoencoder(autoencoder, 16 if args.quick else 256)
+        passes, noise = figures["autoencoder"]["passes"], figures["autoencoder"]["psnr"]
+        print(f"autoencoder: {passes:.4f} of renders pass after it, {noise:.1f} dB", flush=True)
+    seeds = 1 if args.quick else args.seeds
+    asked = [prompt for prompt in prompts for _ in range(seeds)]
+    start = time.perf_counter()
+    pictures = painter(asked)
+    seconds = (time.perf_counter() - start) / len(asked)
+    painted = judge_pictures(prompts, pictures, seeds)
+    figures |= {"seconds_per_picture": seconds} | figures_of(painted)
+    print_scores(figures)
+    if args.sheet is not None:
+        Image.fromarray(first_pictures(prompts, pictures, seeds)).save(args.sheet)
+    write_report(args, "adherence", figures)
+    print(f"overall {figures['overall']:.2f}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="run.py bench adherence",
+        description=about,
+        epilog=more.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one JSON object a line, instead of ours"
+    )
+    parser.add_argument("--variant", choices=tuple(FAMILY), default="pro", help="member of the family")
+    parser.add_argument("--steps", type=int, help="steps, else the variant's own number")
+    parser.add_argument("--solver", help="solver, else the variant's own")
+    parser.add_argument(
+        "--cfg", type=float, help="true guidance with the empty prompt, else the variant's own"
+    )
+    parser.add_argument("--guidance", type=float, help="distilled guidance, else the variant's own")
+    parser.add_argument("--shift", help="shift of the schedule, else the variant's own")
+    parser.add_argument("--seeds", type=_positive, default=4, help="pictures of each prompt")
+    parser.add_argument("--size", type=_size, default=(128, 128), metavar="WxH", help="width and height")
+    parser.add_argument(
+        "--quick", action="store_true", help="an eighth of the prompts, one seed: does it run?"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="a picture of eight prompts a category")
+    parser.add_argument(
+        "--models", type=Path, default=ROOT / "models", metavar="DIR", help="folder of models"
+    )
+    parser.add_argument("--model", type=Path, metavar="FILE", help="a transformer elsewhere")
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="an autoencoder elsewhere")
+    parser.add_argument("--text", type=Path, nargs=2, metavar=("CLIP", "T5"), help="text encoders elsewhere")
+    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="threads of torch")
+    add_json(parser)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT, such as 128x128")
+    return int(width), int(height)
+
+
+def _renders(args: argparse.Namespace) -> int:
+    return 100 if args.quick else 1000
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The variant's own way of sampling, but for what the command line says. Raises ValueError."""
+    given = {
+        "steps": args.steps,
+        "solver": args.solver,
+        "cfg_scale": args.cfg,
+        "guidance": args.guidance,
+        "shift": args.shift,
+    }
+    sampling = replace(FAMILY[args.variant], **{name: v for name, v in given.items() if v is not None})
+    solver_named(sampling.solver)
+    return sampling
+
+
+def load_painter(args: argparse.Namespace, sampling: Sampling) -> tuple[Painter, AutoEncoder]:
+    """The models that paint. Raises what loading raises, and ValueError for a file that is not there."""
+    text, mini = args.models / "text_encoders", "rectiflux-mini"
+    model = args.model or args.models / "diffusion_models" / f"{mini}-{args.variant}.safetensors"
+    vae = args.vae or args.models / "vae" / f"{mini}-vae.safetensors"
+    clip, t5 = args.text or (text / f"{mini}-clip.safetensors", text / f"{mini}-t5.safetensors")
+    for path in (model, vae, clip, t5):
+        if not path.is_file():
+            raise ValueError(f"there is no {path}; train it (run.py train) or name another file")
+    options = {"dtype": torch.float32, "device": device()}
+    transformer, encoders = load_transformer(model, **options), load_text_encoders(clip, t5, **options)
+    autoencoder = load_autoencoder(vae, **options)
+
+    def paint(prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        line = ProgressLine(len(prompts))
+        return draw_captions(
+            transformer,
+            encoders,
+            lambda latents: autoencoder.decode(latents).cpu(),
+            [prompt.text for prompt in prompts],
+            sampling,
+            batch=BATCH,
+            width=args.size[0],
+            height=args.size[1],
+            on_batch=lambda done: line.update(done, "pictures painted"),
+        )
+
+    return paint, autoencoder
+
+
+def judge_pictures(prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seeds: int) -> list[Painted]:
+    """What became of each prompt; its pictures follow one another."""
+    painted = []
+    for i, prompt in enumerate(prompts):
+        mine = pictures[i * seeds : (i + 1) * seeds]
+        found = [inspect(picture) for picture in mine]
+        sharp = [sharpness(picture, finding) for picture, finding in zip(mine, found, strict=True)]
+        verdicts = [judge(finding, prompt.scene).right for finding in found]
+        painted.append(Painted(prompt, verdicts, [value for value in sharp if value is not None]))
+    return painted
+
+
+def figures_of(painted: Sequence[Painted]) -> dict[str, Any]:
+    """Scores by category, overall and by prompt. A category's is the share of its pictures that are right."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(one.prompt.category for one in painted):
+        mine = [one for one in painted if one.prompt.category == name]
+        verdicts = [verdict for one in mine for verdict in one.verdicts]
+        told = {key: [verdict[key] for verdict in verdicts if key in verdict] for key in ATTRIBUTES}
+        found[name] = {
+            "prompts": len(mine),
+            "pictures": len(verdicts),
+            "score": float(np.mean([all(verdict.values()) for verdict in verdicts])),
+            "attributes": {key: float(np.mean(values)) for key, values in told.items() if values},
+        }
+    counted = [name for name in SIX if name in found] if set(SIX) <= found.keys() else list(found)
+    sharp = [value for one in painted for value in one.sharpness]
+    return {
+        "overall": float(np.mean([found[name]["score"] for name in counted])),
+        "categories": found,
+        "sharpness": float(np.mean(sharp)) if sharp else float("nan"),
+        "prompts": [
+            {
+                "prompt": one.prompt.text,
+                "category": one.prompt.category,
+                "right": one.right,
+                "wrong": [[key for key, right in verdict.items() if not right] for verdict in one.verdicts],
+            }
+            for one in painted
+        ],
+    }
+
+
+def first_pictures(prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seeds: int) -> np.ndarray:
+    """A row for each category: the first picture of eight of its prompts, evenly spread."""
+    rows: dict[str, list[np.ndarray]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(prompt.category, []).append(pictures[i * seeds])
+    chosen = [
+        row[k * len(row) // 8] if len(row) >= 8 else row[k % len(row)]
+        for row in rows.values()
+        for k in range(8)
+    ]
+    return sheet(chosen, 8)
+
+
+def print_checker(found: dict[str, Any]) -> None:
+    by_size = "  ".join(f"{size} {share:.3f}" for size, share in found["accuracy_by_size"].items())
+    by_kind = "  ".join(f"{kind} {share:.3f}" for kind, share in found["false_accepts_by_kind"].items())
+    print(f"checker: {found['accuracy']:.4f} of {found['renders']} true renders pass ({by_size})")
+    print(f"checker: {found['false_accepts']:.4f} of {found['mismatches']} near misses pass ({by_kind})")
+
+
+def print_scores(figures: dict[str, Any]) -> None:
+    print(f"{'category':20}score  pictures  share of pictures right in each thing that was told")
+    for name, row in figures["categories"].items():
+        parts = "  ".join(f"{key} {share:.2f}" for key, share in row["attributes"].items())
+        print(f"{name:20}{row['score']:5.2f}  {row['pictures']:8}  {parts}")
+    print(f"{figures['seconds_per_picture']:.3f} seconds a picture, sharpness {figures['sharpness']:.2f}")

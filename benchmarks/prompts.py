@@ -1,0 +1,247 @@
+"""The prompts of `bench adherence`, each with the scene that its picture must show: ours, or from a file.
+
+A file of prompts has one JSON object a line; lines that are empty are skipped:
+
+    {"prompt": "a small red circle left of a blue square", "category": "mine",
+     "objects": [{"shape": "circle", "colour": "red", "count": 1, "size": "small"},
+                 {"shape": "square", "colour": "blue"}],
+     "relation": "left", "place": "top left", "background": "navy", "without": "green", "shadow": false}
+
+Only prompt and objects are required; what is absent or null is open. `count` is 1 unless given, up to five
+objects in all. `relation` (left, right, above, below) says how the first of two objects stands to the second,
+`place` where the middle of the objects is, `without` is a colour that no object may have, and `shadow` false
+asks for none on the floor (true asks for nothing). Prompts of one `category` share a score. The values are
+those of flux_core/train/world.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+from ..flux_core.train.caption import caption, misspell, plain
+from ..flux_core.train.world import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_COUNTS,
+    HELD_OUT_PAIRS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Item,
+    Scene,
+    random_scene,
+    told,
+)
+
+EACH = 56
+"""Prompts in each of our categories."""
+SIX = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
+"""GenEval's tasks (Ghosh et al. 2023, arXiv:2310.11513); the overall score is the mean of theirs."""
+MOST_OBJECTS = 5
+WAYS = ("", "", "a photo of ", "", "a picture of ", "", "draw ", "an image of ")
+"""What people write before what they want."""
+ONE_OF = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "relation": tuple(RELATIONS),
+    "place": tuple(PLACES),
+    "background": tuple(BACKGROUNDS),
+    "without": tuple(COLOURS),
+}
+OF_OBJECTS = ("shape", "colour", "count", "size")
+OF_LINES = ("prompt", "objects", "relation", "place", "background", "without", "shadow", "category")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Words, and what a picture of them must show; what is None in the scene is open."""
+
+    text: str
+    scene: Scene
+    category: str
+
+
+def categories() -> list[Prompt]:
+    """Ours, the same each time: EACH of GenEval's six categories, of held-out combinations and of words."""
+    makers: dict[str, Callable[[random.Random], Iterator[Scene]]] = {
+        "single object": _singles,
+        "two objects": _twos,
+        "counting": _counts,
+        "colours": _colours,
+        "position": _positions,
+        "attribute binding": _bindings,
+        "unseen": _unseen,
+    }
+    found = []
+    for name, maker in makers.items():
+        scenes = list(maker(random.Random(name)))[:EACH]
+        found += [Prompt(WAYS[i % len(WAYS)] + plain(scene), scene, name) for i, scene in enumerate(scenes)]
+    return found + [Prompt(text, scene, "words") for text, scene in _words(random.Random("words"))]
+
+
+def _singles(rng: random.Random) -> Iterator[Scene]:
+    """Every shape alone, small, large, in two places, on two backgrounds, in the middle of one."""
+    for kind, shape in product(range(8), SHAPES):
+        scene = Scene((Item(shape, size={1: "small", 2: "large"}.get(kind)),))
+        place = "center" if kind in (3, 7) else rng.choice(tuple(PLACES)) if kind == 4 else None
+        yield replace(scene, place=place, background=rng.choice(tuple(BACKGROUNDS)) if kind > 4 else None)
+
+
+def _twos(rng: random.Random) -> Iterator[Scene]:
+    """Every two unlike shapes in both orders, then some on a background."""
+    pairs = list(permutations(SHAPES, 2))
+    rng.shuffle(pairs)
+    for i, (first, second) in enumerate(pairs + pairs):
+        yield Scene((Item(first), Item(second)), background=_ground(rng) if i >= len(pairs) else None)
+
+
+def _counts(rng: random.Random) -> Iterator[Scene]:
+    """Every number of every shape that training shows, then in a colour, then on a background, then both."""
+    for kind, (count, shape) in product(range(4), product((2, 3, 4), SHAPES)):
+        colour = rng.choice([c for c in COLOURS if (shape, c) not in HELD_OUT_PAIRS])
+        if (count, shape) not in HELD_OUT_COUNTS:
+            item = Item(shape, colour if kind in (1, 3) else None)
+            yield Scene((item,) * count, background=_ground(rng) if kind > 1 else None)
+
+
+def _colours(rng: random.Random) -> Iterator[Scene]:
+    """Every shape in every colour that training shows it in, then some on a background."""
+    items = [Item(shape, c) for shape, c in product(SHAPES, COLOURS) if (shape, c) not in HELD_OUT_PAIRS]
+    rng.shuffle(items)
+    for i, item in enumerate(items + items):
+        yield Scene((item,), background=_ground(rng) if i >= len(items) else None)
+
+
+def _positions(rng: random.Random) -> Iterator[Scene]:
+    """Two unlike shapes, in every relation equally often."""
+    pairs = list(permutations(SHAPES, 2))
+    rng.shuffle(pairs)
+    for i, (first, second) in enumerate(pairs + pairs[::-1]):
+        yield Scene((Item(first), Item(second)), relation=tuple(RELATIONS)[i % 4])
+
+
+def _bindings(rng: random.Random) -> Iterator[Scene]:
+    """Two unlike shapes in unlike colours, a pair of each two shapes first."""
+    pairs = list(permutations(SHAPES, 2))
+    rng.shuffle(pairs)
+    for shapes in pairs + pairs:
+        while True:
+            scene = Scene(tuple(map(Item, shapes, rng.sample(tuple(COLOURS), 2))))
+            if not scene.held_out():
+                break
+        yield scene
+
+
+def _unseen(rng: random.Random) -> Iterator[Scene]:
+    """Each held-out object alone four times and beside another twice; each held-out count, in colours too."""
+    pairs = sorted(HELD_OUT_PAIRS)
+    for kind, (shape, colour) in product(range(4), pairs):
+        place = rng.choice(tuple(PLACES)) if kind == 2 else None
+        size = rng.choice(("small", "large")) if kind == 3 else None
+        yield Scene((Item(shape, colour, size),), place=place, background=_ground(rng) if kind == 1 else None)
+    for kind, (shape, colour) in product(range(2), pairs):
+        other = Item(
+            rng.choice([s for s in SHAPES if s != shape]), rng.choice([c for c in COLOURS if c != colour])
+        )
+        items = (Item(shape, colour), other)
+        relation = rng.choice(tuple(RELATIONS)) if kind else None
+        yield Scene(items if rng.random() < 0.5 else items[::-1], relation=relation)
+    counts = sorted(HELD_OUT_COUNTS)
+    colours = {shape: [c for c in COLOURS if (shape, c) not in HELD_OUT_PAIRS] for _, shape in counts}
+    for kind, (count, shape) in product(range(5), counts):
+        yield Scene((Item(shape, colours[shape][kind] if kind else None),) * count)
+
+
+def _words(rng: random.Random) -> Iterator[tuple[str, Scene]]:
+    """Prompts as people write them: synonyms and word order, typos, "without", capitals; a quarter each."""
+    for i in range(EACH):
+        kind = i % 4
+        while True:
+            scene = told(random_scene(rng), rng)
+            if kind != 2 or scene.without or not scene.shadow:
+                break
+        text = plain(scene)
+        yield (caption(scene, rng), misspell(text, rng), caption(scene, rng), text.upper())[kind], scene
+
+
+def _ground(rng: random.Random) -> str:
+    return rng.choice(tuple(BACKGROUNDS))
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file. Raises ValueError, with the number of the line, for the first bad one."""
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                prompts.append(parse_prompt(line))
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+    if not prompts:
+        raise ValueError(f"{path.name} has no prompts; write one JSON object a line")
+    return prompts
+
+
+def parse_prompt(line: str) -> Prompt:
+    """The prompt of one line of such a file. Raises ValueError that says what is wrong with it."""
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is no JSON ({error.msg} at character {error.pos + 1})") from error
+    _check_names(fields, OF_LINES, "a line")
+    text, category, shadow = fields.get("prompt"), fields.get("category"), fields.get("shadow")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"prompt must be words, got {text!r}")
+    if category is not None and not isinstance(category, str):
+        raise ValueError(f"category must be a name, got {category!r}")
+    if shadow is not None and not isinstance(shadow, bool):
+        raise ValueError(f"shadow must be true or false, got {shadow!r}")
+    scene = Scene(
+        items=_items(fields.get("objects")),
+        relation=_one_of("relation", fields),
+        place=_one_of("place", fields),
+        background=_one_of("background", fields),
+        shadow=shadow is not False,
+        without=_one_of("without", fields),
+    )
+    if scene.relation is not None and len(scene.items) != 2:
+        raise ValueError(f"a relation needs two objects, got {len(scene.items)}")
+    return Prompt(text, scene, category or "prompts")
+
+
+def _items(objects: Any) -> tuple[Item, ...]:
+    if not isinstance(objects, list) or not objects:
+        raise ValueError(f"objects must be a list of at least one object, got {objects!r}")
+    items: list[Item] = []
+    for entry in objects:
+        _check_names(entry, OF_OBJECTS, "an object")
+        count = entry.get("count", 1)
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_OBJECTS:
+            raise ValueError(f"count must be a whole number from 1 to {MOST_OBJECTS}, got {count!r}")
+        items += [Item(_one_of("shape", entry), _one_of("colour", entry), _one_of("size", entry))] * count
+    if len(items) > MOST_OBJECTS:
+        raise ValueError(f"there may be {MOST_OBJECTS} objects in all, got {len(items)}")
+    return tuple(items)
+
+
+def _check_names(fields: Any, known: tuple[str, ...], what: str) -> None:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{what} must be a JSON object with {', '.join(known)}, got {fields!r}")
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{what} has {', '.join(known)}, but no {name!r}")
+
+
+def _one_of(name: str, fields: dict[str, Any]) -> str | None:
+    value = fields.get(name)
+    if value is not None and value not in ONE_OF[name]:
+        raise ValueError(f"{name} must be one of {', '.join(ONE_OF[name])}, got {value!r}")
+    return value
