@@ -11,8 +11,8 @@ score is the share of its pictures that are right; the overall score, the last l
 categories of GenEval (Ghosh et al. 2023, arXiv:2310.11513). "unseen" are combinations that training never
 shows (flux_core/train/world.py), "words" are synonyms, typos, "without" and capitals: neither enters the
 overall score. With --prompts it is the mean over the categories of that file, whose form is described in
-benchmarks/prompts.py. Sharpness is that of checker.py: 1.0 is as sharp as a render. Seconds a picture are those of text,
-sampling and decoding, in batches.
+benchmarks/prompts.py. Sharpness is that of checker.py: 1.0 is as sharp as a render. Seconds a picture are
+those of text, sampling and decoding, in batches.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def main(argv: list[str], painter: Painter | None = None) -> int:
         return 1
     if args.quick:
         prompts = prompts[::8]
-    figures: dict[str, Any] = {"sampling": asdict(sampling), "checker": check_the_checker(_renders(args))}
+    figures: dict[str, Any] = {
+        "sampling": asdict(sampling),
+        "checker": check_the_checker(100 if args.quick else args.renders),
+    }
     print_checker(figures["checker"])
     if autoencoder is not None:
         figures["autoencoder"] = check_the_autoencoder(autoencoder, 16 if args.quick else 256)
@@ -122,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="an eighth of the prompts, one seed: does it run?"
     )
+    parser.add_argument("--renders", type=_positive, default=1000, help="true renders to try the checker on")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="a picture of eight prompts a category")
     parser.add_argument(
         "--models", type=Path, default=ROOT / "models", metavar="DIR", help="folder of models"
@@ -145,10 +149,6 @@ def _size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT, such as 128x128")
     return int(width), int(height)
-
-
-def _renders(args: argparse.Namespace) -> int:
-    return 100 if args.quick else 1000
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

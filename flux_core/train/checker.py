@@ -142,7 +142,12 @@ def sharpness(picture: np.ndarray, finding: Finding) -> float | None:
 
 
 def _edge_energy(picture: np.ndarray, where: np.ndarray) -> float:
-    """Sum over the marked pixels [H, W] of the squared differences to the neighbours right and below."""
-    levels = np.pad(picture.astype(np.float32), ((0, 1), (0, 1), (0, 0)), mode="edge")
-    across, down = levels[:-1, 1:] - levels[:-1, :-1], levels[1:, :-1] - levels[:-1, :-1]
+    """Sum over the marked pixels [H, W] of the squared gradient, seen through a Gaussian of 0.6 pixels.
+
+    Without it an edge that falls between two pixels would have twice the energy of one through a pixel.
+    """
+    from scipy import ndimage
+
+    levels = ndimage.gaussian_filter(picture.astype(np.float32), (0.6, 0.6, 0))
+    down, across = np.gradient(levels, axis=(0, 1))
     return float(((across**2 + down**2).sum(-1))[where].sum())

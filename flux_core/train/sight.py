@@ -19,12 +19,12 @@ from .outlines import Fit, distance_map, fit_outline
 from .world import BACKGROUNDS, COLOURS
 
 WANDER = 0.037
-"""Greatest deviation of a silhouette's edge from the outline it is taken for, on the average, as a part of the
-radius: overlaps of 0.92 for a circle, 0.84 for a star."""
+"""Greatest deviation of a silhouette's edge from the outline it is taken for, on the average, as a part of
+the radius: overlaps of 0.92 for a circle, 0.84 for a star."""
 DISTINCT = 2.5
 """How many times what is missing to a full overlap must be larger with the next best outline."""
 STRAY = 0.07
-"""Greatest depth of a silhouette's deviation from it, as a part of the radius (and 1.3 pixels in any case)."""
+"""Greatest depth of a silhouette's deviation from it, as a part of the radius (and 1.3 pixels anyhow)."""
 OBJECT_DISTANCE = 40.0
 """Greatest distance in RGB of an object's colour from the one it is taken for; two are 81 apart at least."""
 GROUND_DISTANCE = 17.0

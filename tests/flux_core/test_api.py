@@ -16,7 +16,7 @@ from rectiflux.flux_core import weights
 ROOT = Path(flux_core.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 STAGES = ("conditioning", "schedule", "solver", "transformer", "vae")
-OUTSIDE = {"torch", "einops", "safetensors", "tokenizers", "transformers", "numpy", "PIL"}
+OUTSIDE = {"torch", "einops", "safetensors", "scipy", "tokenizers", "transformers", "numpy", "PIL"}
 
 
 @pytest.mark.parametrize("package", [flux_core, weights], ids=lambda package: package.__name__)
