@@ -18,13 +18,13 @@ from .draw import HORIZON, SHADOW_LINE, room_light
 from .outlines import Fit, distance_map, fit_outline
 from .world import BACKGROUNDS, COLOURS
 
-WANDER = 0.037
+WANDER = 0.034
 """Greatest deviation of a silhouette's edge from the outline it is taken for, on the average, as a part of
-the radius: overlaps of 0.92 for a circle, 0.84 for a star."""
-DISTINCT = 2.5
+the radius: overlaps of 0.93 for a circle, 0.85 for a star."""
+DISTINCT = 2.8
 """How many times what is missing to a full overlap must be larger with the next best outline."""
-STRAY = 0.07
-"""Greatest depth of a silhouette's deviation from it, as a part of the radius (and 1.3 pixels anyhow)."""
+STRAY = 0.10
+"""Greatest depth of a silhouette's deviation from it, as a part of the radius (and 2 pixels anyhow)."""
 OBJECT_DISTANCE = 40.0
 """Greatest distance in RGB of an object's colour from the one it is taken for; two are 81 apart at least."""
 GROUND_DISTANCE = 17.0
@@ -181,7 +181,7 @@ def _look(image: np.ndarray, cover: np.ndarray, piece: np.ndarray, box: tuple[sl
 def _trusted(fit: Fit) -> bool:
     """Whether a silhouette is the outline that fits it best, and not merely nearer to it than to others."""
     distinct = 1 - fit.rival >= DISTINCT * (1 - fit.overlap)
-    return fit.wander <= WANDER and distinct and fit.stray <= max(1.3, STRAY * fit.radius)
+    return fit.wander <= WANDER and distinct and fit.stray <= max(2.0, STRAY * fit.radius)
 
 
 def _colour(image: np.ndarray, body: np.ndarray, fit: Fit) -> tuple[str | None, float]:
@@ -238,5 +238,5 @@ def _has_shadow(room: Room, cover: np.ndarray) -> bool:
     free = ~np.asarray(ndimage.binary_dilation(cover[top:] > 0.08, iterations=2), dtype=bool)
     if free.mean() < 0.1:
         return False
-    dark = free & (level < np.quantile(level[free], 0.8) - 0.06)
+    dark = free & (level < np.quantile(level[free], 0.8) - 0.09)
     return bool(dark.sum() > 0.0012 * height * width)

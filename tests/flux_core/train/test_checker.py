@@ -158,7 +158,7 @@ def waves(rng: np.random.Generator) -> np.ndarray:
 
 def squircle(rng: np.random.Generator) -> np.ndarray:
     """Half way from a circle to a square: |x|^n + |y|^n = 1 with n about 4."""
-    n, angle = rng.uniform(3.4, 4.8), np.linspace(0, 2 * np.pi, 400, endpoint=False)
+    n, angle = rng.uniform(3.5, 4.6), np.linspace(0, 2 * np.pi, 400, endpoint=False)
     return around(rng.uniform(15, 26) / (abs(np.cos(angle)) ** n + abs(np.sin(angle)) ** n) ** (1 / n))
 
 
