@@ -8,6 +8,7 @@
   solver.py         name -> SAMPLER
   sampler.py        all of these -> LATENT
   vae.py            LATENT -> IMAGE and back
+  sheet.py          IMAGEs -> one IMAGE to compare them
   _wires.py         what travels between nodes, checked and converted to what flux_core takes
   _host.py          which host runs the nodes; the embedded editor's side
   _comfy.py         ComfyUI's side, with _comfy_modules.py, our networks in the form in which it calls them
@@ -15,7 +16,7 @@
 Only _host.py and the two _comfy files know a host. Node ids never change; titles may.
 """
 
-from . import conditioning, latent, loader, noise, sampler, schedule, solver, vae
+from . import conditioning, latent, loader, noise, sampler, schedule, sheet, solver, vae
 
 NODES = (
     *loader.NODES,
@@ -26,6 +27,7 @@ NODES = (
     *solver.NODES,
     *sampler.NODES,
     *vae.NODES,
+    *sheet.NODES,
 )
 
 NODE_CLASS_MAPPINGS = {node.NODE_ID: node for node in NODES}

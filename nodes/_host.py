@@ -57,6 +57,10 @@ def comfy() -> ModuleType | None:
 # Files
 
 
+RENAMED = {"rectiflux-mini.safetensors": "rectiflux-mini-pro.safetensors"}
+"""Names of files that the pack shipped once, and what took their place: a saved workflow loads for ever."""
+
+
 def list_models(folder: str) -> list[str]:
     """Names of the .safetensors files of one kind: the artist's, then those that come with the pack."""
     host = comfy()
@@ -72,9 +76,19 @@ def model_path(folder: str, name: str) -> Path:
     found = _found(folder, name) if host is None else host.model_path(folder, name)
     if found is not None:
         return found
-    if (PACK_MODELS / folder / name).is_file():
-        return PACK_MODELS / folder / name
+    shipped = PACK_MODELS / folder / RENAMED.get(name, name)
+    if shipped.is_file():
+        return shipped
     raise FileNotFoundError(f"there is no {name} in models/{folder}; put it there, or choose another file")
+
+
+def why_no_model(folder: str, name: str) -> str | None:
+    """What is wrong with a model's name, in a sentence, or None: for VALIDATE_INPUTS."""
+    try:
+        model_path(folder, name)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def prefer(names: list[str], word: str) -> str | None:

@@ -32,6 +32,10 @@ class ModelLoader:
             }
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name):
+        return _host.why_no_model("diffusion_models", model_name) or True
+
     def run(self, model_name, weight_dtype):
         path = _host.model_path("diffusion_models", model_name)
         return (_host.load_model(path, weight_dtype),)

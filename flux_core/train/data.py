@@ -98,7 +98,12 @@ def token_labels(objects: list[Placed], width: int, height: int) -> np.ndarray:
 
 
 def write_latents(
-    path: Path, vae: AutoEncoder, count: int, seed: int = 0, workers: int | None = None
+    path: Path,
+    vae: AutoEncoder,
+    count: int,
+    seed: int = 0,
+    workers: int | None = None,
+    sizes: Sequence[tuple[int, int, float]] = SHAPES_OF_PICTURES,
 ) -> None:
     """Draw about `count` random scenes; write latents (model space, float16), scenes, token labels to `path`.
 
@@ -109,7 +114,7 @@ def write_latents(
     line, done = ProgressLine(count), 0
     tensors: dict[str, list[Tensor]] = {}
     jobs = []
-    for width, height, share in SHAPES_OF_PICTURES:
+    for width, height, share in sizes:
         wanted = max(1, round(count * share))
         jobs += [
             (seed * 1_000_003 + len(jobs) + i, min(64, wanted - start), width, height)
@@ -151,7 +156,7 @@ class LatentSet:
         tensors = read_state_dict(path)
         sizes = sorted({name.split("/")[0] for name in tensors if name.endswith("/tokens")})
         if not sizes:
-            raise ValueError(f"{path.name} is no file of latents; run the stage 'latents' again")
+            raise ValueError(f"{path.name} is no file of latents; run the stage data again")
         self.parts = [
             {name: tensors[f"{size}/{name}"] for name in ("latents", "scenes", "tokens")} for size in sizes
         ]

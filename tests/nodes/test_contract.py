@@ -28,6 +28,7 @@ SHIPPED_IDS = {
     "RectifluxSampler": ["cfg_scale"],
     "RectifluxVAEDecode": [],
     "RectifluxVAEEncode": [],
+    "RectifluxSideBySide": ["labels"],
 }
 """Ids and the order of their widgets, by which saved workflows find their values: only append."""
 

@@ -1,59 +1,93 @@
-"""The miniature's text encoders: one token a word, and files that load as what was trained."""
+"""The miniature's text encoders: words, what a caption says, and files that load as what was trained."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from rectiflux.flux_core import load_text_encoders
 from rectiflux.flux_core.train import text
-from rectiflux.flux_core.train.scenes import ATTRIBUTES, Scene
+from rectiflux.flux_core.train.caption import plain
+from rectiflux.flux_core.train.world import BACKGROUNDS, COLOURS, SHAPES, Item, Scene
 
 
-def test_the_worlds_words_are_one_token_each() -> None:
-    tokenizer = text.make_tokenizer()
-    words = {word for values in ATTRIBUTES.values() for value in values for word in value.split()}
-    for word in (*words, "background", "a", "on", "with", "middle"):
+@pytest.fixture(scope="module")
+def tokenizer() -> text.Tokenizer:
+    return text.make_tokenizer()
+
+
+def test_the_worlds_words_are_one_token_each(tokenizer: text.Tokenizer) -> None:
+    for word in (*SHAPES, *COLOURS, *BACKGROUNDS, "background", "a", "on", "with", "above", "left", "two"):
         assert len(tokenizer.encode(word).ids) == 1, word
     assert tokenizer.encode("  A RED Circle ").ids == tokenizer.encode("a red circle").ids
 
 
 @pytest.mark.parametrize("words", ["ein roter Kreis", "красный круг", "赤い円", "🎈", ""])
-def test_any_text_can_be_read_and_told_apart(words: str) -> None:
+def test_any_text_can_be_read_and_told_apart(tokenizer: text.Tokenizer, words: str) -> None:
     """Unknown words fall into bytes, and nothing is lost."""
-    tokenizer = text.make_tokenizer()
     assert tokenizer.decode(tokenizer.encode(words).ids).strip() == words.lower()
 
 
-def test_marks_stand_around_the_text() -> None:
-    tokenizer = text.with_marks(text.make_tokenizer(), "<s> $A </s>")
-    ids = tokenizer.encode("red").ids
-    start, end = (tokenizer.token_to_id(mark) for mark in (text.START, text.END))
+def test_captions_fit_the_encoders(tokenizer: text.Tokenizer) -> None:
+    """The longest that a scene can be said in plainly, marks included."""
+    items = (Item("triangle", "yellow", "large"), Item("square", "purple", "small"))
+    longest = plain(Scene(items, "left", None, "lavender", shadow=False, without="red"))
+    assert len(tokenizer.encode(longest).ids) + 2 <= text.TXT_LENGTH < text.CLIP_LENGTH
+
+
+def test_marks_stand_around_the_text(tokenizer: text.Tokenizer) -> None:
+    marked = text.with_marks(tokenizer, "<s> $A </s>")
+    ids = marked.encode("red").ids
+    start, end = (marked.token_to_id(mark) for mark in (text.START, text.END))
     assert (ids[0], ids[-1], len(ids)) == (start, end, 3)
 
 
-def test_labels_are_the_attributes_places_in_the_table() -> None:
-    scenes = [Scene("circle", "red", None, "left", None), Scene("cross", "pink", "large", "center", "navy")]
-    labels = text.labels_of(scenes)
-    for name, values in ATTRIBUTES.items():
-        for label, scene in zip(labels[name].tolist(), scenes, strict=True):
-            value = asdict(scene)[name]
-            assert (label == 0 and value is None) or values[label - 1] == value
+RED, BLUE = Item("circle", "red"), Item("star", "blue", "small")
+
+
+@pytest.mark.parametrize(
+    ("scene", "expected"),
+    [
+        (Scene(), {}),
+        (Scene((RED,), place="top"), {"kind": "single", "first shape": "circle", "place": "top"}),
+        (Scene((RED,) * 3, background="sky"), {"kind": "3", "first colour": "red", "background": "sky"}),
+        (Scene((RED, BLUE), "left"), {"axis": "across", "first shape": "circle", "second size": "small"}),
+        (Scene((RED, BLUE), "right"), {"axis": "across", "first shape": "star", "second shape": "circle"}),
+        (Scene((RED, BLUE), "below"), {"axis": "up and down", "first size": "small"}),
+        (Scene((RED, BLUE)), {"kind": "pair", "axis": None, "first colour": "red"}),
+        (Scene((RED,), shadow=False, without="pink"), {"shadow": "none", "without": "pink"}),
+    ],
+)
+def test_labels_name_the_left_or_upper_one_first(scene: Scene, expected: dict[str, str | None]) -> None:
+    read = text.reading(scene)
+    assert read.keys() == text.LABELS.keys()
+    assert {name: read[name] for name in expected} == expected
+    if not expected:
+        assert set(read.values()) == {None}
+
+
+def test_classes_are_places_in_the_table_and_0_is_silence() -> None:
+    labels = text.labels_of([Scene((RED,)), Scene((BLUE, RED), "above", None, "navy")])
+    assert labels["first shape"].tolist() == [1 + SHAPES.index("circle"), 1 + SHAPES.index("star")]
+    assert labels["second colour"].tolist() == [0, 1 + list(COLOURS).index("red")]
+    assert labels["background"].tolist() == [0, 1 + list(BACKGROUNDS).index("navy")]
 
 
 def test_a_reader_that_knows_has_no_loss() -> None:
-    """Heads whose weights point at one-hot states: all right, and a cross-entropy near zero."""
+    """Queries that find the second of two tokens, heads that read the answer there: a loss near zero."""
     reader = text.Reader()
-    labels = text.labels_of([Scene("star", "green", "small", "top", "sky")])
-    state = torch.zeros(1, text.WIDTH)
-    state[0, 0] = 1.0
+    labels = text.labels_of([Scene((BLUE,), None, "top", "sky")])
+    tokens = torch.zeros(1, 2, text.WIDTH)
+    tokens[0, 1, 0] = tokens[0, 0, 1] = 1.0
+    reader.queries.data.zero_()
+    reader.queries.data[:, 0] = 1000.0
     for name, head in reader.heads.items():
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
         head.weight.data[labels[name][0], 0] = 30.0
-    loss, right = reader.loss(state, labels)
+        head.weight.data[:, 1] = -30.0 * torch.arange(len(head.bias))  # what the first token says is wrong
+    loss, right = reader.loss(tokens, labels)
     assert right == 1.0 and loss.item() < 1e-6
 
 
@@ -70,8 +104,8 @@ def test_the_files_load_as_what_was_trained(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_they_learn_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The progress line's last words after 150 steps: most captions read right in all five attributes."""
-    text.train_text(tmp_path, 150)
+    """The progress line's last words after 120 steps: a fifth and more of captions read right in all."""
+    text.train_text(tmp_path, 120)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     shares = [float(word) for word in last.replace(",", "").split() if word.startswith(("0.", "1."))]
-    assert min(shares[-2:]) > 0.5, last
+    assert min(shares[-2:]) > 0.2, last

@@ -1,0 +1,111 @@
+"""What all trainings share: the rate, who trains what, resuming after a kill, stopping at a loss of NaN."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, read_state_dict
+from rectiflux.flux_core.spec import Conditioning
+from rectiflux.flux_core.train import loop
+
+TINY = FluxSpec(hidden_size=64, num_heads=1, depth=1, depth_single=1, context_in=8, vec_in=8)
+
+
+def test_every_parameter_is_trained_by_one_optimizer() -> None:
+    """Also under another module, whose name may hold anything."""
+    holder = torch.nn.Module()
+    holder.model = model = FluxTransformer(TINY)
+    muon, adam = loop.make_optimizers(holder, 1e-3)
+    groups = [{id(p) for group in o.param_groups for p in group["params"]} for o in (muon, adam)]
+    assert not groups[0] & groups[1]
+    assert groups[0] | groups[1] == {id(p) for p in model.parameters()}
+    single, double = model.single_blocks[0], model.double_blocks[0]
+    assert {id(single.linear1.weight), id(double.img_attn.qkv.weight)} <= groups[0]
+    others = (model.img_in.weight, single.modulation.lin.weight, double.txt_mod.lin.weight)
+    assert {id(p) for p in others} <= groups[1]
+
+
+def test_the_rate_warms_up_stays_and_descends() -> None:
+    recipe = loop.Recipe(warmup=10, decay_share=0.25)
+    rates = [loop.rate(step, 100, recipe) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:76] == [1.0] * 67
+    assert rates[76:101] == pytest.approx([(100 - step) / 25 for step in range(76, 101)])
+
+
+def test_text_repeats_as_a_whole() -> None:
+    text = Conditioning(torch.arange(12.0).view(2, 2, 3), torch.arange(4.0).view(2, 2), 2.0)
+    again = loop.repeat_text(text, 3)
+    assert again.txt.shape == (6, 2, 3) and again.guidance == 2.0
+    assert torch.equal(again.txt[4:], text.txt) and torch.equal(again.pooled[2:4], text.pooled)
+
+
+class Task:
+    """A training that pulls all weights to a drawn target; `fail_at` gives that update's loss as NaN."""
+
+    def __init__(self, fail_at: int = 0) -> None:
+        torch.manual_seed(0)
+        self.model = FluxTransformer(TINY)
+        self.rng = random.Random(0)
+        self.recipe = loop.Recipe(batch=4, warmup=2, save_every=3, compiled=False)
+        self.optimizers = loop.make_optimizers(self.model, self.recipe.lr)
+        self.updates, self.fail_at = 0, fail_at
+
+    def update(self) -> loop.Losses:
+        self.updates += 1
+        goal = self.rng.random() + torch.rand(())
+        loss = torch.stack([((p - goal) ** 2).mean() for p in self.model.parameters()]).sum()
+        loop.descend(loss, self.model, self.optimizers)
+        return {"loss": loss.detach() * (float("nan") if self.updates == self.fail_at else 1.0)}
+
+    def run(self, out: Path, steps: int, **settings: object) -> dict[str, torch.Tensor]:
+        trained = {"model": self.model}
+        loop.train(
+            out, steps, self.model, trained, self.optimizers, self.rng, self.recipe, self.update, **settings
+        )
+        return {name: value.clone() for name, value in read_state_dict(out).items()}
+
+
+def test_a_killed_training_resumes_as_if_unbroken(tmp_path: Path) -> None:
+    """It dies in step 5 of 8, after the checkpoint of step 3; the weights are the same, bit for bit."""
+    unbroken = Task().run(tmp_path / "a.safetensors", 8)
+    broken = Task(fail_at=5)
+    with pytest.raises(ValueError, match=r"the loss of step 5 is nan: the training ran away"):
+        broken.run(tmp_path / "b.safetensors", 8)
+    again = Task()
+    resumed = again.run(tmp_path / "b.safetensors", 8)
+    assert again.updates == 5  # steps 4 to 8
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+def test_a_loss_of_nan_keeps_the_last_good_weights(tmp_path: Path) -> None:
+    good = Task().run(tmp_path / "a.safetensors", 3)
+    with pytest.raises(ValueError, match="ran away"):
+        Task(fail_at=2).run(tmp_path / "a.safetensors", 8)
+    kept = read_state_dict(tmp_path / "a.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in good.items())
+
+
+def test_what_it_writes_is_a_model_beside_a_picture_of_what_it_paints(tmp_path: Path) -> None:
+    shown: list[set[str]] = []
+
+    def picture(weights: dict[str, torch.Tensor]) -> np.ndarray:
+        shown.append(set(weights))
+        return np.full((8, 8, 3), 7, dtype=np.uint8)
+
+    task = Task()
+    task.run(tmp_path / "a.safetensors", 4, picture=picture)
+    assert load_transformer(tmp_path / "a.safetensors", dtype=torch.float32).spec == TINY
+    assert shown == [{name for name, _ in task.model.named_parameters()}] * 2  # after steps 3 and 4
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_the_progress_line_says_losses_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Task().run(tmp_path / "a.safetensors", 2)
+    line = capsys.readouterr().err
+    assert "2/2" in line and "min left" in line and "loss " in line and "samples/s" in line
