@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from ..flux_core.pipeline import latent_size
+from ..flux_core.schedule import SHIFTS
 from ..flux_core.solver import solver_named
 from ..flux_core.train.checker import ATTRIBUTES, inspect, judge, sharpness
 from ..flux_core.train.checkpoint import ProgressLine
@@ -62,43 +63,40 @@ class Painted:
 
 def main(argv: list[str], painter: Painter | None = None) -> int:
     """Check the checker, paint the prompts (with `painter` if given), print the scores; the exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
-        prompts = read_prompts(args.prompts) if args.prompts else categories()
-        latent_size(*args.size)
-        sampling = sampling_of(args)
-        autoencoder = None
-        if painter is None:
-            painter, autoencoder = load_painter(args, sampling)
+        print(f"overall {run(args, painter):.2f}")
     except (OSError, ValueError) as error:
         print(f"bench adherence: {error}", file=sys.stderr)
         return 1
-    if args.quick:
-        prompts = prompts[::8]
-    figures: dict[str, Any] = {
-        "sampling": asdict(sampling),
-        "checker": check_the_checker(100 if args.quick else args.renders),
-    }
+    return 0
+
+
+def run(args: argparse.Namespace, painter: Painter | None) -> float:
+    """Everything but the last line; the overall score. Raises OSError and ValueError for what cannot be."""
+    prompts = read_prompts(args.prompts) if args.prompts else categories()
+    prompts, seeds, renders = (prompts[::8], 1, 100) if args.quick else (prompts, args.seeds, args.renders)
+    latent_size(*args.size)
+    sampling = sampling_of(args)
+    autoencoder = None
+    if painter is None:
+        painter, autoencoder = load_painter(args, sampling)
+    figures: dict[str, Any] = {"sampling": asdict(sampling), "checker": check_the_checker(renders)}
     print_checker(figures["checker"])
     if autoencoder is not None:
         figures["autoencoder"] = check_the_autoencoder(autoencoder, 16 if args.quick else 256)
         passes, noise = figures["autoencoder"]["passes"], figures["autoencoder"]["psnr"]
         print(f"autoencoder: {passes:.4f} of renders pass after it, {noise:.1f} dB", flush=True)
-    seeds = 1 if args.quick else args.seeds
-    asked = [prompt for prompt in prompts for _ in range(seeds)]
     start = time.perf_counter()
-    pictures = painter(asked)
-    seconds = (time.perf_counter() - start) / len(asked)
-    painted = judge_pictures(prompts, pictures, seeds)
-    figures |= {"seconds_per_picture": seconds} | figures_of(painted)
+    pictures = painter([prompt for prompt in prompts for _ in range(seeds)])
+    figures["seconds_per_picture"] = (time.perf_counter() - start) / len(pictures)
+    figures |= figures_of(judge_pictures(prompts, pictures, seeds))
     print_scores(figures)
     if args.sheet is not None:
         Image.fromarray(first_pictures(prompts, pictures, seeds)).save(args.sheet)
     write_report(args, "adherence", figures)
-    print(f"overall {figures['overall']:.2f}")
-    return 0
+    return figures["overall"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,13 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", type=Path, metavar="FILE", help="one JSON object a line, instead of ours"
     )
     parser.add_argument("--variant", choices=tuple(FAMILY), default="pro", help="member of the family")
-    parser.add_argument("--steps", type=int, help="steps, else the variant's own number")
+    parser.add_argument("--steps", type=_positive, help="steps, else the variant's own number")
     parser.add_argument("--solver", help="solver, else the variant's own")
     parser.add_argument(
         "--cfg", type=float, help="true guidance with the empty prompt, else the variant's own"
     )
     parser.add_argument("--guidance", type=float, help="distilled guidance, else the variant's own")
-    parser.add_argument("--shift", help="shift of the schedule, else the variant's own")
+    parser.add_argument("--shift", choices=SHIFTS, help="shift of the schedule, else the variant's own")
     parser.add_argument("--seeds", type=_positive, default=4, help="pictures of each prompt")
     parser.add_argument("--size", type=_size, default=(128, 128), metavar="WxH", help="width and height")
     parser.add_argument(

@@ -32,7 +32,7 @@ from rectiflux.flux_core.train.world import (
     Scene,
 )
 
-from ..nodes.tiny import NAMES, write_models
+from ..nodes.tiny import NAMES, SPEC, write_models, write_transformer
 
 
 def whole(told: Scene, rng: random.Random) -> Scene:
@@ -300,6 +300,7 @@ def test_what_cannot_run_says_why(
         (["--seeds", "0"], "'0' must be a whole number above 0"),
         (["--size", "large"], "'large' must be WIDTHxHEIGHT, such as 128x128"),
         (["--variant", "max"], "invalid choice: 'max'"),
+        (["--shift", "twice"], "invalid choice: 'twice'"),
     ],
 )
 def test_what_cannot_be_an_option_says_why(
@@ -310,8 +311,9 @@ def test_what_cannot_be_an_option_says_why(
     assert message in capsys.readouterr().err
 
 
-def test_models_paint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From files to the last line, with random weights: they paint nothing that is known."""
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Options that name models with random weights, one prompt and a small picture."""
     models = write_models(tmp_path)
     text = models / "text_encoders"
     files = ["--model", str(models / "diffusion_models" / NAMES["diffusion_models"])]
@@ -319,8 +321,22 @@ def test_models_paint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     files += ["--text", str(text / NAMES["clip"]), str(text / NAMES["t5"])]
     path = tmp_path / "mine.jsonl"
     path.write_text(LINE, encoding="utf-8")
-    size = ["--size", "96x64", "--steps", "2", "--quick", "--threads", "1"]
-    assert main([*files, *size, "--prompts", str(path)]) == 0
+    return [*files, "--prompts", str(path), "--size", "96x64", "--steps", "2", "--quick", "--threads", "1"]
+
+
+def test_what_a_model_cannot_do_says_why(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A guidance-distilled file, taken for the undistilled variant."""
+    write_transformer(tmp_path / "distilled.safetensors", replace(SPEC, guidance_embed=True))
+    assert main([*tiny, "--model", str(tmp_path / "distilled.safetensors")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("bench adherence: ") and "guidance" in error
+
+
+def test_models_paint(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """From files to the last line: random weights paint nothing that is known."""
+    assert main(tiny) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "overall 0.00"
     assert re.search(r"^autoencoder: 0\.0000 of renders pass after it, -?\d+\.\d dB$", out, re.MULTILINE)
