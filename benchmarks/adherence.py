@@ -1,4 +1,4 @@
-"""Does the miniature paint what it is asked for? GenEval's six categories, unseen ones, people's words.
+"""Does the miniature paint what it is asked for? GenEval's six categories and unseen ones.
 
     python3 run.py bench adherence [--variant pro|dev|schnell] [--steps N] [--solver S] [--cfg C] [--seeds 4]
                                    [--prompts FILE] [--size 128x128] [--quick] [--json FILE] [--sheet FILE]
