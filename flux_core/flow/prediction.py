@@ -13,7 +13,7 @@ They are linear in each other, so one gives the other three. On the rectified pa
 
 Popular write-ups have the score of DDPM as -noise/sqrt(1 - alpha_t); it is -noise/sqrt(1 - alpha_bar_t), with
 the running product, that is with the sigma of x_t. Song et al. 2021 (arXiv:2011.13456), section 3; Lipman et
-al. 2024 (arXiv:2412.06264), section 4.8.
+al. 2024 (arXiv:2412.06264).
 """
 
 from __future__ import annotations
