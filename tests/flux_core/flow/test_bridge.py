@@ -132,12 +132,12 @@ COUNT = 3000
 
 
 @pytest.fixture(scope="module")
-def floors() -> list[float]:
-    """Energy distances of 20 pairs of samples of the mixture itself."""
+def limit() -> float:
+    """The energy distance that 19 of 20 pairs of samples of the mixture itself stay below."""
     generator = torch.Generator().manual_seed(100)
-    return [
+    return sorted(
         energy_distance(MIXTURE.sample(COUNT, generator), MIXTURE.sample(COUNT, generator)) for _ in range(20)
-    ]
+    )[-2]
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +152,9 @@ def drawn() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_one_network_gives_one_distribution_by_every_sampler(
-    name: str, drawn: dict[str, Tensor], floors: list[float]
+    name: str, drawn: dict[str, Tensor], limit: float
 ) -> None:
-    """Moments within 4 standard errors; energy distance to data no more than between two samples of data."""
+    """Moments within 4 standard errors; energy distance to data as between two samples of data."""
     x = drawn[name]
     assert torch.all((x.mean(0) - MIXTURE.mean()).abs() < 4 * x.std(0) / math.sqrt(COUNT))
     apart = x - MIXTURE.mean()
@@ -162,17 +162,17 @@ def test_one_network_gives_one_distribution_by_every_sampler(
     error = (products.mean(0) - MIXTURE.covariance()).abs()
     assert torch.all(error < 4 * products.std(0) / math.sqrt(COUNT))
     data = MIXTURE.sample(COUNT, torch.Generator().manual_seed(50))
-    assert energy_distance(x, data) < max(floors)
+    assert energy_distance(x, data) < limit
 
 
-def test_the_samplers_agree_with_each_other(drawn: dict[str, Tensor], floors: list[float]) -> None:
+def test_the_samplers_agree_with_each_other(drawn: dict[str, Tensor], limit: float) -> None:
     names = list(SAMPLERS)
     for i, one in enumerate(names):
         for other in names[:i]:
-            assert energy_distance(drawn[one], drawn[other]) < max(floors), f"{one} and {other}"
+            assert energy_distance(drawn[one], drawn[other]) < limit, f"{one} and {other}"
 
 
-def test_a_misplaced_half_would_be_seen(floors: list[float]) -> None:
+def test_a_misplaced_half_would_be_seen(limit: float) -> None:
     """The ODE with the whole g^2, a mistake often printed, is far above the floor."""
 
     def wrong(x: Tensor, t: float) -> Tensor:
@@ -182,4 +182,4 @@ def test_a_misplaced_half_would_be_seen(floors: list[float]) -> None:
 
     noise = torch.randn(COUNT, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     x = integrate(SOLVERS["heun"], wrong, noise, DESCENT[::5] ** 2)
-    assert energy_distance(x, MIXTURE.sample(COUNT, torch.Generator().manual_seed(50))) > 10 * max(floors)
+    assert energy_distance(x, MIXTURE.sample(COUNT, torch.Generator().manual_seed(50))) > 10 * limit
