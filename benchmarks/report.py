@@ -1,0 +1,77 @@
+"""What the benchmarks share: the option --json FILE and the file that it writes.
+
+{"benchmark": its name, "options": as given, "machine": what it ran on, "figures": everything measured}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option --json; a file that can't be written is refused before anything is measured."""
+    parser.add_argument(
+        "--json", type=writable, metavar="FILE", help="write every figure to this file, as JSON"
+    )
+
+
+def writable(name: str) -> Path:
+    """The path, for argparse: its folder is there and lets us write."""
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} must be a file in a folder that exists")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{name} lies in a folder that may not be written to")
+    return path
+
+
+def write_report(arguments: argparse.Namespace, benchmark: str, figures: dict[str, Any]) -> None:
+    """Write the file that --json names, if any: whole or not at all. Numbers without a value become null."""
+    if arguments.json is None:
+        return
+    options = {name: value for name, value in vars(arguments).items() if name != "json"}
+    report = {"benchmark": benchmark, "options": options, "machine": machine(), "figures": figures}
+    beside = arguments.json.with_name(arguments.json.name + ".part")
+    beside.write_text(json.dumps(_plain(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(beside, arguments.json)
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, threads and versions: what a figure may depend on."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    """Its model where Linux tells it, else its family."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON knows: paths become text, NaN and infinities null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
