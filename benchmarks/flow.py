@@ -21,11 +21,12 @@ between an order and its theory. A picture shows samples and paths of each metho
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from ..flux_core.flow import energy_distance, energy_floor, straightness, transport_cost
@@ -100,7 +101,13 @@ def main(argv: list[str], sizes: Sizes = FULL) -> int:
     print_orders(measured)
     headline["worst_order_error"] = max(abs(row["measured"] - row["theory"]) for row in measured.values())
     draw_figure(arguments.figure, examiners, data)
-    figures = {"data": data, "bridge": bridged, "orders": measured, "headline": headline}
+    figures = {
+        "data": data,
+        "bridge": bridged,
+        "orders": measured,
+        "headline": headline,
+        "sizes": asdict(sizes),
+    }
     write_report(arguments, "flow", figures)
     print(" ".join(f"{name} {value:.{DIGITS[name]}f}" for name, value in headline.items()))
     return 0
@@ -203,7 +210,10 @@ def trace(velocity: Velocity, start: Tensor, steps: int) -> Tensor:
 
 
 def print_table(name: str, table: dict[str, Any]) -> None:
-    print(f"\n{name}: energy distance x 1000 after so many Euler steps; floor {1000 * table['floor']:.2f}")
+    print(
+        f"\n{name}: energy distance x 1000 after so many Euler steps (one draw: it scatters by half about "
+        f"its mean), floor {1000 * table['floor']:.2f}"
+    )
     steps = "".join(f"{count:10d}" for count in STEPS)
     print(f"{'':28}{steps}{'S':>10}{'cost: pairs':>14}{'own':>8}{'seconds':>9}")
     for key, row in table["methods"].items():
@@ -238,7 +248,9 @@ def draw_figure(path: Path, examiners: dict[str, Examiner], data: dict[str, Any]
     legend = "grey: data\ncolour: samples\nnumber: energy\ndistance x 1000\nS: straightness"
     titles = [title.replace(" (", "\n(").replace(" = ", "\n= ") for title in TITLES.values()]
     path.parent.mkdir(exist_ok=True)  # data/, where git ignores it, is made on first use
-    draw_sheet(blocks, legend, titles).save(path)
+    draw_sheet(blocks, legend, titles).quantize(256, dither=Image.Dither.NONE).save(
+        path, "PNG", optimize=True
+    )
     print(f"\nfigure: {path}")
 
 

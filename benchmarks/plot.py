@@ -66,7 +66,7 @@ def row_top(index: int) -> int:
 def draw_block(sheet: Image.Image, block: Block, left: int) -> None:
     """A block with its titles, from `left` on."""
     pen = ImageDraw.Draw(sheet)
-    pen.text((left, MARGIN), block.title, INK, font(22), anchor="lt")
+    pen.text((left, MARGIN + 18), block.title, INK, font(22), anchor="ls")
     heads = ([title for title, _ in block.head], block.columns)
     for index, titles in zip((-1, 0), heads, strict=True):
         for column, title in enumerate(titles):
