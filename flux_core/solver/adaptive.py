@@ -78,14 +78,14 @@ class DormandPrince(Solver):
 
     name: str = "dormand_prince"
     order: int = 5
-    rtol: float = 1e-2
-    atol: float = 1e-2
+    rtol: float = 2e-2
+    atol: float = 2e-2
     max_evaluations: int = 500
 
     def __post_init__(self) -> None:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be a number above 0, got {value}; 0.01 is usual")
+                raise ValueError(f"{name} must be a number above 0, got {value}; 0.02 is usual")
         if self.max_evaluations < 9:
             raise ValueError(f"max_evaluations must be at least 9, got {self.max_evaluations}")
 

@@ -195,10 +195,10 @@ def test_a_stage_that_is_no_number_shortens_the_step() -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="rtol must be a number above 0, got 0; 0.01 is usual"):
+    with pytest.raises(ValueError, match="rtol must be a number above 0, got 0; 0.02 is usual"):
         DormandPrince(rtol=0)
     for value in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"atol must be a number above 0, got {value}; 0.01 is usual"):
+        with pytest.raises(ValueError, match=f"atol must be a number above 0, got {value}; 0.02 is usual"):
             replace(DormandPrince(), atol=value)
     with pytest.raises(ValueError, match="max_evaluations must be at least 9, got 8"):
         DormandPrince(max_evaluations=8)
