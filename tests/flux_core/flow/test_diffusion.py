@@ -22,7 +22,7 @@ from rectiflux.flux_core.flow import (
     sample_ancestral,
     sample_sde,
 )
-from rectiflux.flux_core.solver import SOLVERS, Solver, integrate
+from rectiflux.flux_core.solver import SOLVERS, integrate
 from torch import Tensor
 
 ZERO, ONE = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
@@ -159,9 +159,13 @@ def test_every_sde_of_the_family_has_the_marginals_at_weak_order_one(
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-def test_the_probability_flow_ode_has_the_order_of_its_solver(solver: Solver) -> None:
-    """On Gaussian data it scales x as the standard deviation of x_t: x_t = x_1 S(t)/S(1), exactly."""
+@pytest.mark.parametrize("name", ["euler", "heun", "midpoint", "rk4", "heun_corrected", "ab3"])
+def test_the_probability_flow_ode_has_the_order_of_its_solver(name: str) -> None:
+    """On Gaussian data it scales x as the standard deviation of x_t: x_t = x_1 S(t)/S(1), exactly.
+
+    Solvers that reach their order later than at 32 steps, or have no fixed steps, have tests of their own.
+    """
+    solver = SOLVERS[name]
     path = LinearBetaPath()
     velocity = as_velocity(path, GAUSSIAN.network(path, "score"), "score")
     scale = [GAUSSIAN.marginal(path, t).covariance().sqrt().item() for t in (0.9, 0.1)]
