@@ -22,7 +22,7 @@ from rectiflux.flux_core.flow import (
     sample_ancestral,
     sample_sde,
 )
-from rectiflux.flux_core.solver import SOLVERS, Solver, integrate
+from rectiflux.flux_core.solver import SOLVERS, integrate
 from torch import Tensor
 
 ZERO, ONE = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
@@ -159,8 +159,8 @@ def test_every_sde_of_the_family_has_the_marginals_at_weak_order_one(
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-def test_the_probability_flow_ode_has_the_order_of_its_solver(solver: Solver) -> None:
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
+def test_the_probability_flow_ode_has_the_order_of_its_solver(name: str, order: int) -> None:
     """On Gaussian data it scales x as the standard deviation of x_t: x_t = x_1 S(t)/S(1), exactly."""
     path = LinearBetaPath()
     velocity = as_velocity(path, GAUSSIAN.network(path, "score"), "score")
@@ -168,9 +168,9 @@ def test_the_probability_flow_ode_has_the_order_of_its_solver(solver: Solver) ->
     errors = []
     for steps in (32, 64):
         times = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64)
-        end = integrate(solver, velocity, torch.ones(1, 1, dtype=torch.float64), times)
+        end = integrate(SOLVERS[name], velocity, torch.ones(1, 1, dtype=torch.float64), times)
         errors.append(abs(end.item() - scale[1] / scale[0]))
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(solver.order, abs=0.1)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
 def test_wrong_input_is_refused() -> None:
