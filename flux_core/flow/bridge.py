@@ -24,7 +24,8 @@ def transfer(network: Network, of: str, source: Path, target: Path, to: str) -> 
 
     Noisier than the source ever gets (alpha(1) > 0 on a linear-beta path), the data that it predicts at its
     own t = 1 is kept, an error of the order of that alpha. The network raises ValueError as `convert` does:
-    at t = 0 for all but data, and at t = 1 of a source with alpha(1) = 0 that predicts noise or score.
+    at t = 0 unless `to` is data, and at t = 1 from noise or score of a source with alpha(1) = 0, which say
+    nothing of the data there: begin a little below 1.
     """
 
     def moved(x: Tensor, t: Tensor) -> Tensor:

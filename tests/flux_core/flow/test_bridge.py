@@ -83,6 +83,22 @@ def test_beyond_the_source_its_last_data_are_kept() -> None:
     torch.testing.assert_close(velocity, exact, rtol=0, atol=5 * path.alpha(one).item())
 
 
+def test_what_the_ends_do_not_tell_is_refused() -> None:
+    x = torch.ones(1, 2, dtype=torch.float64)
+    for of in ("noise", "score"):
+        velocity = as_rectified(CosinePath(), MIXTURE.network(CosinePath(), of), of)
+        with pytest.raises(
+            ValueError, match=f"the {of} doesn't determine the data at t = 1, where alpha is 0"
+        ):
+            velocity(x, 1.0)
+        with pytest.raises(
+            ValueError, match="the data doesn't determine the velocity at t = 0, where sigma is 0"
+        ):
+            velocity(x, 0.0)
+    data = transfer(MIXTURE.network(CosinePath(), "noise"), "noise", CosinePath(), RectifiedPath(), "data")
+    torch.testing.assert_close(data(x, torch.zeros(1, dtype=torch.float64)), x)
+
+
 @pytest.mark.parametrize("path", [LinearBetaPath(), CosinePath()], ids=["linear", "cosine"])
 def test_the_rectified_view_follows_the_probability_flow(path: Path) -> None:
     """The same trajectory: from the same point, both ODEs meet at the same level, scaled. RK4 to 1e-6."""
