@@ -58,7 +58,7 @@ def draw_probes(
 def hutchinson_divergence(velocity: Velocity, x: Tensor, t: float, probes: Tensor) -> tuple[Tensor, Tensor]:
     """(v, an unbiased estimate of div v [B]): the mean of e . (dv/dx) e over probes e [P, B, ...].
 
-    One backward pass a probe.     Raises ValueError for probes that aren't of the shape of x.
+    One backward pass a probe. Raises ValueError for probes that aren't of the shape of x.
     """
     if probes.shape[1:] != x.shape or not len(probes):
         raise ValueError(f"probes must be [P, *x.shape], got {list(probes.shape)} for x {list(x.shape)}")
