@@ -7,6 +7,8 @@
                                               (--set NAME=VALUE, --out DIR, --models DIR)
     python3 run.py test [pytest arguments]    the tests
     python3 run.py train [options]            the miniature's training
+    python3 run.py bench [NAME [options]]     a measurement: tables, pictures, with --json FILE every figure;
+                                              without NAME the list of them
     python3 run.py COMMAND --help             all options of one command
 
 Standard library only: this file runs before anything is installed. It must also parse on Pythons that are far
@@ -14,6 +16,7 @@ too old (3.6), because they can only be told so by a file that they can read: no
 `list[...]`, no walrus, no `from __future__ import annotations`.
 """
 
+import ast
 import hashlib
 import importlib.util
 import os
@@ -26,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PACKAGE = "rectiflux"  # the pack's import name, whatever the folder is called
-COMMANDS = ("serve", "render", "test", "train")
+COMMANDS = ("serve", "render", "test", "train", "bench")
 # The tested transformers, numpy and pillow ask for it; inside ComfyUI the pack itself is content with 3.10.
 OLDEST_PYTHON = (3, 11)
 
@@ -206,7 +209,7 @@ def install(part: str) -> None:
         say(
             "setting up Rectiflux in .venv (first use and after updates: some minutes) ..."
             if part == "base"
-            else "installing what the tests need into .venv ..."
+            else "installing what the tests and some benchmarks need into .venv ..."
         )
         proof = VENV / PROOF[part]
         if proof.exists():
@@ -248,12 +251,60 @@ def load_pack() -> None:
     spec.loader.exec_module(module)
 
 
+def benchmarks() -> dict:
+    """What is in benchmarks/: name -> (module, what it measures, the part of .venv that it needs).
+
+    A benchmark is a file with a function `main(arguments)`; full_size.py is called full-size. The first line
+    of its docstring says what it measures, and NEEDS = "test" that it takes a test tool too. All of it is
+    read from the text, so that the list needs no environment.
+    """
+    found = {}
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if not any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            continue  # what several benchmarks share
+        part = "base"
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NEEDS":
+                part = ast.literal_eval(node.value)
+        about = (ast.get_docstring(tree) or "").split("\n")[0]
+        found[path.stem.replace("_", "-")] = ("benchmarks." + path.stem, about, part)
+    return found
+
+
+def list_benchmarks() -> None:
+    """Print the benchmarks there are."""
+    found = benchmarks()
+    width = max(map(len, found))
+    print("python3 run.py bench NAME [options], where NAME is one of these (NAME --help tells its options):")
+    for name, (_, about, _) in found.items():
+        print(f"    {name:{width}}  {about}")
+
+
+def part_needed(command: str, arguments: list) -> str:
+    """The part of .venv that a command needs beyond the base. Raises SetupError for an unknown benchmark."""
+    if command != "bench":
+        return "test" if command == "test" else "base"
+    found = benchmarks()
+    if arguments[0] not in found:
+        raise SetupError("run.py bench has no {!r}; it has {}.".format(arguments[0], ", ".join(found)))
+    return found[arguments[0]][2]
+
+
+def module_of(command: str, arguments: list) -> tuple:
+    """(module, arguments of its main) of a command."""
+    if command == "bench":
+        return benchmarks()[arguments[0]][0], arguments[1:]
+    modules = {"serve": "host.server", "render": "host.render", "train": "flux_core.train.cli"}
+    return modules[command], arguments
+
+
 def dispatch(command: str, arguments: list) -> int:
     """Run one command with the packages of .venv around us; its exit code.
 
     Raises SetupError when one of them is missing or does not load.
     """
-    name = {"serve": "host.server", "render": "host.render", "train": "flux_core.train.cli"}[command]
+    name, arguments = module_of(command, arguments)
     try:
         load_pack()
         module = importlib.import_module(PACKAGE + "." + name)
@@ -287,9 +338,13 @@ def main(argv: list) -> int:
             print(__doc__.split("\n\n")[1])
             return 0
         check_python()
+        if command == "bench" and (not arguments or arguments[0] in ("-h", "--help")):
+            list_benchmarks()
+            return 0
+        part = part_needed(command, arguments)
         install("base")
+        install(part)
         if command == "test":
-            install("test")
             os.chdir(str(ROOT))
             return continue_in_venv(["-m", "pytest", *arguments])
         if not in_venv():

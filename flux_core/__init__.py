@@ -3,12 +3,13 @@
   spec.py          the letters of every shape, sizes of a model, what a prompt becomes, what a solver sees
   conditioning.py  prompt -> T5 sequence and CLIP vector
   schedule.py      steps, number of image tokens -> sigmas
-  solver.py        velocity, sigmas -> the path from noise to picture
+  solver/          velocity, sigmas -> the path from noise to picture
   transformer.py   tokens, prompt, sigma -> velocity (its parts are in layers.py)
   vae.py           image <-> latent
   pipeline.py      all of these in eight numbered steps: text to image
   preview.py       a latent as a small picture, cheaply
   weights/         files in, modules out
+  flow/            the theory: paths, predictions, objectives, couplings, likelihoods
   train/           how the miniature in models/ is made
 
 The five stages (conditioning, schedule, solver, transformer, vae) do not import each other: they meet in
@@ -18,7 +19,16 @@ pipeline.py, by numbers and tensors. What `__all__` names is the public interfac
 from .conditioning import TextEncoders
 from .pipeline import Models, draw_noise, guided_velocity, latent_size, sample, text_to_image
 from .schedule import make_sigmas, mu_for_tokens, shift_sigmas
-from .solver import SOLVERS, Solver, Step, integrate
+from .solver import (
+    SOLVERS,
+    DormandPrince,
+    EulerAncestral,
+    Report,
+    Solver,
+    Step,
+    integrate,
+    seeded_noise,
+)
 from .spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec, Velocity
 from .transformer import FluxTransformer, Prepared, pack, unpack
 from .vae import AutoEncoder, AutoEncoderSpec, to_model_space, to_vae_space
@@ -31,10 +41,13 @@ __all__ = [
     "AutoEncoder",
     "AutoEncoderSpec",
     "Conditioning",
+    "DormandPrince",
+    "EulerAncestral",
     "FluxSpec",
     "FluxTransformer",
     "Models",
     "Prepared",
+    "Report",
     "Solver",
     "Step",
     "TextEncoders",
@@ -51,6 +64,7 @@ __all__ = [
     "pack",
     "read_state_dict",
     "sample",
+    "seeded_noise",
     "shift_sigmas",
     "text_to_image",
     "to_model_space",

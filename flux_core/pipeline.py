@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .conditioning import TextEncoders
 from .schedule import make_sigmas
-from .solver import Solver, Step, integrate, solver_named
+from .solver import Report, Solver, Step, integrate, seeded_noise, solver_named
 from .spec import Conditioning, Velocity
 from .transformer import FluxTransformer, pack, unpack
 from .vae import AutoEncoder, to_vae_space
@@ -50,11 +50,14 @@ def text_to_image(
     batch_size: int = 1,
     on_step: Callable[[Step], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
 ) -> Tensor:
     """Images [batch_size, 3, height, width], float32, -1..1.
 
     The negative prompt counts only where `cfg_scale` is not 1. `on_step` is called after every step with
-    latents in model space and may raise to interrupt; `on_notice` is told when a prompt is cut short.
+    latents in model space and may raise to interrupt; `on_notice` is told when a prompt is cut short;
+    `on_report` what the run cost, after the last step. `seed` also gives the noise that a stochastic solver
+    draws on its way.
     Raises ValueError, before a model runs, for sides that are no positive multiples of 16, for unknown
     names and for numbers out of range.
     """
@@ -71,12 +74,16 @@ def text_to_image(
         replace(models.text_encoders.encode([text], on_notice=on_notice), guidance=guidance)
         for text in prompts
     ]
-    # 5. Do once what does not depend on the image: text projection, rotary table, modulations of every sigma.
+    # 5. Do once what does not depend on the image: text projection, rotary table, modulations of every sigma
+    #    that is known beforehand.
     negative = texts[1] if len(texts) > 1 else None
     asked = method.evaluation_sigmas(sigmas)
     velocity = guided_velocity(models.transformer, texts[0], negative, cfg_scale, asked, h, w, batch_size)
     # 6. Follow the velocity from noise to picture.
-    latent = integrate(method, velocity, noise.to(models.transformer.device), sigmas, on_step)
+    start = noise.to(models.transformer.device)
+    latent = integrate(
+        method, velocity, start, sigmas, on_step, noise=seeded_noise(seed), on_report=on_report
+    )
     # 7. Decode, out of the transformer's scale.
     image = models.autoencoder.decode(to_vae_space(latent).to(models.autoencoder.device))
     # 8. Keep within the range of a picture.
@@ -118,12 +125,16 @@ def sample(
     solver: Solver,
     on_step: Callable[[Step], None] | None = None,
     noise_mask: Tensor | None = None,
+    *,
+    seed: int = 0,
+    on_report: Callable[[Report], None] | None = None,
 ) -> Tensor:
     """Latent [B, 16, h, w] in model space, started from `latent` noised to sigmas[0].
 
     `noise` and `latent` are [B, 16, h, w] in model space. `noise_mask` (any sides; [H, W], [B, H, W] or
-    [B, 1, H, W]; 1 where the picture is to change) keeps the rest of `latent`. Raises ValueError when shapes
-    disagree or the sigmas do not start above 0.
+    [B, 1, H, W]; 1 where the picture is to change) keeps the rest of `latent`. `seed`, as a rule that of
+    `noise`, gives what a stochastic solver draws on its way (see `seeded_noise`). Raises ValueError when
+    shapes disagree or the sigmas do not start above 0, and what the solver raises.
     """
     if noise.shape != latent.shape:
         raise ValueError(f"noise and latent must have one shape, got {[*noise.shape]} and {[*latent.shape]}")
@@ -136,7 +147,8 @@ def sample(
     velocity = guided_velocity(transformer, positive, negative, cfg_scale, asked, h, w, batch)
     if noise_mask is not None:
         velocity = masked_velocity(velocity, latent_mask(noise_mask, latent), noise, latent)
-    return integrate(solver, velocity, (1 - start) * latent + start * noise, sigmas, on_step)
+    x = (1 - start) * latent + start * noise
+    return integrate(solver, velocity, x, sigmas, on_step, noise=seeded_noise(seed), on_report=on_report)
 
 
 def guided_velocity(
@@ -144,21 +156,27 @@ def guided_velocity(
     positive: Conditioning,
     negative: Conditioning | None,
     cfg_scale: float,
-    sigmas: Sequence[float],
+    sigmas: Sequence[float] | None,
     h: int,
     w: int,
     batch: int,
     release: bool = False,
 ) -> Velocity:
-    """Velocity of latents [batch, 16, h, w] in model space, at the given sigmas only.
+    """Velocity of latents [batch, 16, h, w] in model space, at the given sigmas only; with None, at any.
 
     True classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), v_neg + cfg_scale (v_pos -
     v_neg), with both halves in one batch; without `negative` or at scale 1 the positive half alone. Texts
     of different lengths or guidance, which cannot share a batch, go one after the other. A negative without
     a distilled guidance takes the positive's. `release` frees the modulation weights once they have been
     used, which is now: the transformer serves this run and no other. Raises ValueError for a model with
-    extra input channels, a conditioning of another batch size, and what `FluxTransformer.prepare` raises.
+    extra input channels, a conditioning of another batch size, `release` without sigmas, and what
+    `FluxTransformer.prepare` raises.
     """
+    if release and sigmas is None:
+        raise ValueError(
+            "the modulation weights can be released only when all sigmas are known beforehand, which an "
+            "adaptive solver does not know; choose another solver, or keep the weights"
+        )
     if transformer.spec.in_channels != 4 * LATENT_CHANNELS:
         raise ValueError(
             f"text to image needs a model with 64 input channels, got {transformer.spec.in_channels}; "

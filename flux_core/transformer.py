@@ -3,12 +3,12 @@
 Work is split by what it depends on. `prepare` does, once per run, all that does not depend on the image: the
 text projection, the rotary table and the modulations for every sigma (27 % of FLUX.1 [dev]'s weights serve
 only these, and `release_modulation` gives them back before the first step). `forward` does the rest, once per
-step.
+step. Where a solver chooses its sigmas as it goes, the modulations alone follow it, one sigma at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -45,6 +45,27 @@ class Prepared:
     txt: Tensor
     rope: Rope
     modulations: Mapping[float, Modulations] = field(repr=False)
+
+
+class _OnDemand(Mapping[float, Modulations]):
+    """Modulations made when they are asked for. Only the latest are kept: a solver that chooses its sigmas
+    comes back to none but the last.
+    """
+
+    def __init__(self, make: Callable[[float], Modulations]) -> None:
+        self._make = make
+        self._latest: dict[float, Modulations] = {}
+
+    def __getitem__(self, sigma: float) -> Modulations:
+        if sigma not in self._latest:
+            self._latest = {sigma: self._make(sigma)}
+        return self._latest[sigma]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._latest)
+
+    def __len__(self) -> int:
+        return len(self._latest)
 
 
 def pack(latent: Tensor) -> Tensor:
@@ -140,30 +161,44 @@ class FluxTransformer(nn.Module):
             position_ids(text_length, h, w).to(self.device), self.spec.axes_dim, self.spec.theta
         )
 
-    def prepare(self, conditioning: Conditioning, sigmas: Sequence[float], h: int, w: int) -> Prepared:
+    def prepare(self, conditioning: Conditioning, sigmas: Sequence[float] | None, h: int, w: int) -> Prepared:
         """All that a run at these sigmas on an h x w latent needs besides the image.
 
-        The modulations of all sigmas go through each linear layer as one batch. Raises ValueError after
-        `release_modulation`, for text or pooled vectors of another width, and for guidance that is missing.
+        The modulations of all sigmas go through each linear layer as one batch; with None for the sigmas,
+        those of each sigma when `forward` is first asked for it. Raises ValueError after
+        `release_modulation` (on demand: then), for text or pooled vectors of another width, and for guidance
+        that is missing.
         """
-        if self.time_in.in_layer.weight.is_meta:
-            raise ValueError(
-                "the modulation weights were released; load the model again to prepare another run"
-            )
+        self._check_modulation()
         pooled = conditioning.pooled.to(self.device)
         if pooled.shape[-1] != self.spec.vec_in:
             raise ValueError(
                 f"the model reads a pooled vector of width {self.spec.vec_in}, got {pooled.shape[-1]}; "
                 "choose the text encoders that belong to it"
             )
-        batch = pooled.shape[0]
-        values = sorted({float(sigma) for sigma in sigmas})
-        sigma = torch.tensor(values, device=self.device).repeat_interleave(batch)
-        guidance = None if conditioning.guidance is None else torch.full_like(sigma, conditioning.guidance)
-        stacked = self.modulate(self.embed_time(sigma, guidance, pooled.repeat(len(values), 1)))
-        rows = {value: _rows(stacked, slice(i * batch, (i + 1) * batch)) for i, value in enumerate(values)}
+
+        def rows(values: Sequence[float]) -> dict[float, Modulations]:
+            self._check_modulation()
+            batch = pooled.shape[0]
+            sigma = torch.tensor(values, device=self.device).repeat_interleave(batch)
+            given = conditioning.guidance
+            guidance = None if given is None else torch.full_like(sigma, given)
+            stacked = self.modulate(self.embed_time(sigma, guidance, pooled.repeat(len(values), 1)))
+            return {v: _rows(stacked, slice(i * batch, (i + 1) * batch)) for i, v in enumerate(values)}
+
+        if sigmas is None:
+            modulations = _OnDemand(lambda sigma: rows([sigma])[sigma])
+        else:
+            modulations = rows(sorted({float(sigma) for sigma in sigmas}))
         txt = self.project_text(conditioning.txt.to(self.device))
-        return Prepared(txt, self.rope(txt.shape[1], h, w), rows)
+        return Prepared(txt, self.rope(txt.shape[1], h, w), modulations)
+
+    def _check_modulation(self) -> None:
+        """Raise ValueError once `release_modulation` has freed the weights."""
+        if self.time_in.in_layer.weight.is_meta:
+            raise ValueError(
+                "the modulation weights were released; load the model again to prepare another run"
+            )
 
     def release_modulation(self) -> int:
         """Free the weights that only `prepare` needs; returns their number. `forward` still works."""
@@ -193,11 +228,12 @@ class FluxTransformer(nn.Module):
 
         Raises ValueError when `sigma` is none of those prepared.
         """
-        modulations = prepared.modulations.get(float(sigma))
-        if modulations is None:
+        try:
+            modulations = prepared.modulations[float(sigma)]
+        except KeyError:
             raise ValueError(
                 f"sigma {sigma} was not prepared; pass every sigma that the solver asks for to prepare"
-            )
+            ) from None
         txt = prepared.txt.expand(tokens.shape[0], -1, -1)
         return self.blocks(tokens, txt, modulations, prepared.rope)
 

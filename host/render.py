@@ -1,7 +1,7 @@
 """`python3 run.py render`: a workflow file run without the editor, into pictures with the workflow inside.
 
-Pictures' paths go to stdout, one a line; the progress bar, notices and errors to stderr. Exit code 0, or 1
-after one sentence for each thing that is wrong.
+Pictures' paths go to stdout, one a line; the progress bar, texts that nodes show, notices and errors to
+stderr. Exit code 0, or 1 after one sentence for each thing that is wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .validation import Checked, InvalidPrompt, validate
 from .workflow import WorkflowError, apply_settings, read_document, to_prompt
 
 BAR_WIDTH = 30
+PREVIEWS = ("PreviewImage", "PreviewAny")
+"""Nodes that show something and save nothing."""
 
 
 class ProgressBar:
@@ -91,7 +93,7 @@ def render(
     checked = validate(to_prompt(document, info), registry)
     if checked.node_errors:
         raise InvalidPrompt({"message": "the workflow cannot run as it is"}, checked.node_errors)
-    if all(checked.prompt[number]["class_type"] == "PreviewImage" for number in checked.outputs):
+    if all(checked.prompt[number]["class_type"] in PREVIEWS for number in checked.outputs):
         raise WorkflowError(f"{path} saves no picture, it only previews; add a Save Image node")
     check_writable(folders.output)
     return Executor(registry).run(
@@ -157,6 +159,8 @@ def main(argv: list[str]) -> int:
         log.removeHandler(handler)
         log.setLevel(logging.NOTSET)
         log.propagate = True
+    for output in result.outputs.values():
+        sys.stderr.writelines(f"{text}\n" for text in output.get("text", ()))
     try:
         for image in result.images():
             sys.stdout.write(f"{folders.locate(image['filename'], image['subfolder'])}\n")

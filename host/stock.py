@@ -1,7 +1,7 @@
-"""LoadImage, SaveImage and PreviewImage under ComfyUI's ids, so that a workflow runs unchanged in both hosts.
+"""LoadImage, SaveImage, PreviewImage and PreviewAny under ComfyUI's ids: a workflow runs in both hosts.
 
-Ids, widgets, wires and file names are ComfyUI's interface (nodes.py, 0.33); the code is our own. Not covered:
-LoadImage reads pictures, no videos.
+Ids, widgets, wires and file names are ComfyUI's interface (nodes.py and comfy_extras/nodes_preview_any.py,
+0.33); the code is our own. Not covered: LoadImage reads pictures, no videos.
 """
 
 from __future__ import annotations
@@ -215,4 +215,35 @@ class PreviewImage:
         return {"ui": {"images": save_pictures(images, prefix, "temp", 1, texts)}, "result": (images,)}
 
 
-NODES = (LoadImage, SaveImage, PreviewImage)
+class PreviewAny:
+    """Shows what comes over a wire as text."""
+
+    NODE_ID = "PreviewAny"
+    TITLE = "Preview as Text"
+    CATEGORY = "utilities"
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_NODE = True
+    FUNCTION = "main"
+    DESCRIPTION = __doc__
+    SEARCH_ALIASES = ["show text", "show output", "inspect", "print value", "report"]
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"source": ("*", {"tooltip": "What to show: a text, a number, anything."})}}
+
+    def main(self, source=None):
+        text = as_text(source)
+        return {"ui": {"text": (text,)}, "result": (text,)}
+
+
+def as_text(value: Any) -> str:
+    """A text as it is, numbers as Python writes them, the rest as JSON where it can be, else by its name."""
+    if isinstance(value, (str, bool, int, float)) or value is None:
+        return str(value)
+    try:
+        return json.dumps(value, indent=4, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+
+
+NODES = (LoadImage, SaveImage, PreviewImage, PreviewAny)

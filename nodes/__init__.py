@@ -5,15 +5,17 @@
   latent.py         width, height -> LATENT
   noise.py          seed -> NOISE
   schedule.py       LATENT, steps -> SIGMAS
-  solver.py         name -> SAMPLER
-  sampler.py        all of these -> LATENT
+  solver.py         name, or a method's settings -> SAMPLER
+  sampler.py        all of these -> LATENT, report
   vae.py            LATENT -> IMAGE and back
   sheet.py          IMAGEs -> one IMAGE to compare them
   _wires.py         what travels between nodes, checked and converted to what flux_core takes
+  _report.py        what a run was like, as text
   _host.py          which host runs the nodes; the embedded editor's side
-  _comfy.py         ComfyUI's side, with _comfy_modules.py, our networks in the form in which it calls them
+  _comfy.py         ComfyUI's side, with _comfy_sampling.py, and with _comfy_modules.py, our networks in the
+                    form in which it calls them
 
-Only _host.py and the two _comfy files know a host. Node ids never change; titles may.
+Only _host.py and the three _comfy files know a host. Node ids never change; titles may.
 """
 
 from . import conditioning, latent, loader, noise, sampler, schedule, sheet, solver, vae

@@ -2,7 +2,7 @@
 
 Everything of ComfyUI is imported inside the functions, at the time of the call: ComfyUI replaces some of its
 classes while it starts. What is relied on, as of ComfyUI 0.33: comfy/supported_models.py Flux and its kin,
-comfy/samplers.py CFGGuider and KSAMPLER, comfy/sd.py CLIP and VAE, comfy/ops.py.
+comfy/sd.py CLIP and VAE, comfy/ops.py. Sampling is in _comfy_sampling.py.
 """
 
 from __future__ import annotations
@@ -17,13 +17,26 @@ from torch import Tensor, nn
 
 from ..flux_core import preview
 from ..flux_core.pipeline import LATENT_CHANNELS
-from ..flux_core.solver import Solver, Step, integrate
 from ..flux_core.spec import FluxSpec
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata, read_state_dict
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import CLIP, T5, expect
 from . import _wires
 from ._comfy_modules import ComfyNetwork, PromptTokens, TextModule, VAEModule
+from ._comfy_sampling import make_sampler, sample
+
+__all__ = [
+    "decode",
+    "encode",
+    "encode_text",
+    "list_models",
+    "load_model",
+    "load_text_encoders",
+    "load_vae",
+    "make_sampler",
+    "model_path",
+    "sample",
+]
 
 # Files
 
@@ -200,101 +213,6 @@ def notice(text: str) -> None:
     context = get_executing_context()
     if context is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)
-
-
-def make_sampler(solver: Solver) -> Any:
-    """A comfy.samplers.KSAMPLER that takes the solver's steps."""
-    import comfy.samplers
-
-    return comfy.samplers.KSAMPLER(solve, {"solver": solver})
-
-
-def solve(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: dict[str, Any] | None = None,
-    callback: Any = None,
-    disable: bool | None = None,
-    *,
-    solver: Solver,
-) -> Tensor:
-    """x carried along the sigmas. ComfyUI's model gives the denoised x; velocity = (x - denoised) / sigma."""
-    extra_args = extra_args or {}
-
-    def velocity(x: Tensor, sigma: float) -> Tensor:
-        return (x - model(x, x.new_full((x.shape[0],), sigma), **extra_args)) / sigma
-
-    def report(step: Step) -> None:
-        told = {
-            "i": step.index,
-            "x": step.x,
-            "sigma": step.sigma,
-            "sigma_hat": step.sigma,
-            "denoised": step.denoised,
-        }
-        if callback is not None:
-            callback(told)
-
-    return integrate(solver, velocity, x, sigmas, report)
-
-
-def sample(
-    model: Any,
-    positive: _wires.Entries,
-    negative: _wires.Entries | None,
-    cfg_scale: float,
-    noise: Any,
-    latent: _wires.Latent,
-    sigmas: Tensor,
-    sampler: Any,
-) -> Tensor:
-    """Raw samples through ComfyUI's guider, so that patches, previews and the interrupt button work."""
-    import comfy.model_management as management
-    import comfy.samplers
-    import latent_preview
-
-    check_model(model)
-    guider = comfy.samplers.CFGGuider(model)
-    conds = {"positive": _wires.checked_conditioning(positive, "positive")}
-    if negative is not None and cfg_scale != 1.0:
-        guidance = positive[0][1].get("guidance")
-        checked = _wires.checked_conditioning(negative, "negative")
-        conds["negative"] = checked if guidance is None else _wires.with_guidance(checked, guidance)
-    guider.inner_set_conds(conds)
-    guider.set_cfg(cfg_scale if "negative" in conds else 1.0)
-    callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
-    samples = guider.sample(
-        noise.generate_noise(latent),
-        latent["samples"],
-        sampler,
-        sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=callback,
-        disable_pbar=not _progress_bars(),
-        seed=noise.seed,
-    )
-    return samples.to(management.intermediate_device())
-
-
-def _progress_bars() -> bool:
-    import comfy.utils
-
-    return comfy.utils.PROGRESS_BAR_ENABLED
-
-
-def check_model(model: Any) -> None:
-    """Raise TypeError unless the MODEL is a rectified flow on FLUX.1's 16-channel latents."""
-    import comfy.model_sampling
-
-    flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
-    channels = model.get_model_object("latent_format").latent_channels
-    if not flow or channels != LATENT_CHANNELS:
-        what = f"{channels} latent channels" if flow else "no rectified flow"
-        raise TypeError(
-            f"FLUX Sampler needs a FLUX.1 model, this MODEL ({type(model.model).__name__}) has {what}; "
-            "connect Load FLUX Model"
-        )
 
 
 def check_vae(vae: Any) -> None:

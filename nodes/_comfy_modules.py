@@ -130,7 +130,10 @@ class ComfyNetwork(nn.Module):
         return prompt
 
     def _modulations(self, prompt: Prompt, timestep: Tensor, schedule: Tensor | None) -> Modulations:
-        """The modulations at `timestep`; the first time, those of the whole schedule in one batch."""
+        """The modulations at `timestep`; the first time, those of the whole schedule in one batch.
+
+        Of the sigmas that a solver adds of its own only the latest is kept: an adaptive one adds hundreds.
+        """
         sigmas = timestep.tolist()
         if len(set(sigmas)) > 1 or self._patcher is None:
             return self._modulate(prompt, timestep)
@@ -138,6 +141,8 @@ class ComfyNetwork(nn.Module):
         if sigma not in prompt.modulations:
             planned = [] if schedule is None else [value for value in schedule.tolist() if value > 0.0]
             wanted = planned if sigma in planned else [sigma]
+            kept = prompt.modulations.items()
+            prompt.modulations = {value: found for value, found in kept if value in planned}
             every = torch.tensor(wanted, device=timestep.device).repeat_interleave(len(timestep))
             prompt.modulations.update(
                 zip(wanted, _split(self._modulate(prompt, every), len(timestep)), strict=False)

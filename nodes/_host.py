@@ -19,12 +19,13 @@ from torch import Tensor
 from ..flux_core import preview
 from ..flux_core.conditioning import TextEncoders
 from ..flux_core.pipeline import sample as core_sample
-from ..flux_core.solver import Solver, Step
+from ..flux_core.solver import Report, Solver, Step
 from ..flux_core.transformer import FluxTransformer
 from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from . import _wires
+from ._report import Stopwatch, report_text
 
 PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
 """The miniature's files, which come with the pack and are found in every host."""
@@ -183,8 +184,11 @@ def sample(
     latent: _wires.Latent,
     sigmas: Tensor,
     sampler: Any,
-) -> Tensor:
-    """Raw samples [B, 16, h, w] on the CPU, from the latent noised to sigmas[0]. Checks before it runs."""
+) -> tuple[Tensor, str]:
+    """Raw samples [B, 16, h, w] on the CPU, from the latent noised to sigmas[0], and a report of the run.
+
+    Checks before it runs.
+    """
     samples = _wires.raw_samples(latent)
     sigmas = _wires.checked_sigmas(sigmas)
     if (host := comfy()) is not None:
@@ -193,6 +197,8 @@ def sample(
     _expect(sampler, Solver, "SAMPLER", "ODE Solver")
     start = _wires.model_space_start(samples, to_model_space)
     against = None if negative is None else _wires.core_conditioning(negative, "negative")
+    told: list[Report] = []
+    watch = Stopwatch(_reporter(model.preview))
     result = core_sample(
         model.network,
         _wires.core_conditioning(positive, "positive"),
@@ -202,12 +208,15 @@ def sample(
         start,
         sigmas,
         sampler,
-        _reporter(model.preview),
+        watch,
         latent.get("noise_mask"),
+        seed=noise.seed,
+        on_report=told.append,
     )
     # as ComfyUI hands on a path that stops early, so that samplers chain
     samples = to_vae_space(result / (1 - float(sigmas[-1]))).float().cpu()
-    return _wires.checked_finite(samples, "the sampled values", "choose bf16 or fp32 as weight_dtype")
+    samples = _wires.checked_finite(samples, "the sampled values", "choose bf16 or fp32 as weight_dtype")
+    return samples, report_text(told[0], watch.seconds)
 
 
 def _reporter(factors: preview.Factors | None) -> Any:

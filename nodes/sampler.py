@@ -1,4 +1,4 @@
-"""MODEL, CONDITIONING, NOISE, SAMPLER, SIGMAS, LATENT -> LATENT, by flux_core/pipeline.py."""
+"""MODEL, CONDITIONING, NOISE, SAMPLER, SIGMAS, LATENT -> LATENT and a report, by flux_core/pipeline.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ class Sampler:
     NODE_ID = "RectifluxSampler"
     TITLE = "FLUX Sampler"
     CATEGORY = "Rectiflux/sampling"
-    RETURN_TYPES = ("LATENT",)
-    RETURN_NAMES = ("latent",)
-    OUTPUT_TOOLTIPS = ("The finished picture as a latent, for FLUX VAE Decode.",)
+    RETURN_TYPES = ("LATENT", "STRING")
+    RETURN_NAMES = ("latent", "report")
+    OUTPUT_TOOLTIPS = (
+        "The finished picture as a latent, for FLUX VAE Decode.",
+        "What the run was like: model calls, error, straightness, time. For Preview as Text.",
+    )
     FUNCTION = "run"
     DESCRIPTION = __doc__
     SEARCH_ALIASES = [
@@ -52,8 +55,8 @@ class Sampler:
         }
 
     def run(self, model, positive, noise, sampler, sigmas, latent, cfg_scale, negative=None):
-        samples = _host.sample(model, positive, negative, cfg_scale, noise, latent, sigmas, sampler)
-        return (with_samples(latent, samples),)
+        samples, report = _host.sample(model, positive, negative, cfg_scale, noise, latent, sigmas, sampler)
+        return with_samples(latent, samples), report
 
 
 NODES = (Sampler,)

@@ -25,6 +25,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 RENDER = "import sys, probe\ndef main(argv): print('render', argv, sys.prefix); return 3 if argv else 0"
+FULL_SIZE = '"""How large.\n\nMore."""\ndef main(argv): print(argv, __name__); return len(argv)'
 PYTEST = "import os, sys; print('pytest', sys.argv[1:], os.getcwd())"
 PACK = {
     "__init__.py": "",
@@ -34,6 +35,9 @@ PACK = {
     "flux_core/__init__.py": "",
     "flux_core/train/__init__.py": "",
     "flux_core/train/cli.py": "def main(argv): print('train', argv)",
+    "benchmarks/full_size.py": FULL_SIZE,
+    "benchmarks/speed.py": '"""How fast."""\nNEEDS = "test"\ndef main(argv): print("fast")',
+    "benchmarks/report.py": '"""What they share."""\nSHARED = 1',
 }
 
 
@@ -163,6 +167,23 @@ def test_commands_get_their_arguments_and_give_their_exit_code(ready: Start) -> 
 
 def test_the_environments_own_python_may_start_it_too(ready: Start) -> None:
     assert ready("train", python=str(ready.python)).strip() == "train []"
+
+
+def test_bench_starts_the_file_of_that_name(ready: Start) -> None:
+    assert ready("bench", "full-size").strip() == "[] rectiflux.benchmarks.full_size"
+    printed = ready("bench", "full-size", "--json", "a b", code=2)
+    assert printed.strip() == "['--json', 'a b'] rectiflux.benchmarks.full_size"
+
+
+def test_bench_installs_what_a_benchmark_says_it_needs(ready: Start) -> None:
+    proof = ready.root / ".venv" / "rectiflux-installed-test"
+    proof.unlink(missing_ok=True)
+    ready("bench", "full-size", PIP_FIND_LINKS="")
+    assert ready.errors == ""
+    assert ready("bench", "speed").splitlines()[-1] == "fast"
+    assert "installing what the tests and some benchmarks need into .venv" in ready.errors
+    assert "pytest==9.0" in ready.installed()
+    assert ready("bench", "speed", PIP_FIND_LINKS="").strip() == "fast" and ready.errors == ""
 
 
 def test_tests_install_their_packages_first_and_run_in_the_root(ready: Start) -> None:
@@ -346,6 +367,7 @@ def test_a_python_that_is_too_old_can_read_why() -> None:
             annotation = node.annotation if isinstance(node, ast.arg) else node.returns
             assert annotation is None or isinstance(annotation, (ast.Name, ast.Constant)), ast.dump(node)
     assert modules <= {
+        "ast",
         "hashlib",
         "importlib.util",
         "os",
@@ -362,5 +384,36 @@ def test_a_python_that_is_too_old_can_read_why() -> None:
 def test_help_and_unknown_commands_need_no_environment(start: Start) -> None:
     assert "python3 run.py render WORKFLOW" in start("--help")
     start("frob", code=1)
-    assert start.last_error() == "run.py: run.py has no command 'frob'; it has serve, render, test, train."
+    assert (
+        start.last_error()
+        == "run.py: run.py has no command 'frob'; it has serve, render, test, train, bench."
+    )
     assert not (start.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("arguments", [("bench",), ("bench", "--help"), ("bench", "-h")])
+def test_bench_alone_lists_the_benchmarks(start: Start, arguments: tuple[str, ...]) -> None:
+    """Those files that can be started, with the first line of what they say, from their text alone."""
+    assert start(*arguments).splitlines() == [
+        "python3 run.py bench NAME [options], where NAME is one of these (NAME --help tells its options):",
+        "    full-size  How large.",
+        "    speed      How fast.",
+    ]
+    assert not (start.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("name", ["frob", "report", "full_size", "--quick"])
+def test_a_benchmark_that_there_is_none_of(start: Start, name: str) -> None:
+    start("bench", name, code=1)
+    assert start.last_error() == f"run.py: run.py bench has no {name!r}; it has full-size, speed."
+    assert not (start.root / ".venv").exists()
+
+
+def test_every_benchmark_says_what_it_measures(run: ModuleType) -> None:
+    found = run.benchmarks()
+    assert {"flow", "speed"} <= found.keys()
+    for name, (module, about, part) in found.items():
+        assert module == "benchmarks." + name.replace("-", "_")
+        assert 10 < len(about) < 100 and about.endswith(".")
+        assert part in run.REQUIREMENTS
+    assert found["speed"][2] == "test" and found["flow"][2] == "base"

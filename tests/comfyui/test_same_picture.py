@@ -29,6 +29,9 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
         {"solver": "rk4", "cfg_scale": 1.0, "steps": 3},
         {"solver": "midpoint", "denoise": 0.6, "shift": "none"},
         {"width": 96, "height": 32, "shift": "fixed", "mu": 0.8, "prompt": ""},
+        {"solver": "heun_corrected"},
+        {"solver": "ab3", "steps": 6},
+        {"solver": "euler_ancestral", "batch_size": 2},
     ],
     ids=lambda settings: ",".join(f"{k}={v}" for k, v in settings.items()) or "defaults",
 )

@@ -51,6 +51,55 @@ def test_stock_custom_sampler(comfy: ComfyServer, files: graphs.Prompt, ours: np
     assert np.array_equal(picture(comfy, custom_advanced(our_graph(files))), ours)
 
 
+SOLVER_NODES = {
+    "heun_corrected": graphs.node("RectifluxSolver", solver="heun_corrected"),
+    "ab2": graphs.node("RectifluxSolver", solver="ab2"),
+    "ab3": graphs.node("RectifluxSolver", solver="ab3"),
+    "adaptive": graphs.node("RectifluxAdaptiveSolver", rtol=0.1, atol=0.1, max_evaluations=2000),
+    "stochastic": graphs.node("RectifluxStochasticSolver", eta=0.6),
+}
+
+
+@pytest.mark.parametrize("name", SOLVER_NODES)
+def test_new_solvers_in_the_stock_custom_sampler(
+    comfy: ComfyServer, files: graphs.Prompt, ours: np.ndarray, name: str
+) -> None:
+    """The same picture as in our sampler, and not euler's."""
+    prompt = our_graph(files) | {"solver": SOLVER_NODES[name]}
+    shown = picture(comfy, prompt)
+    assert np.array_equal(picture(comfy, custom_advanced(prompt)), shown)
+    assert not np.array_equal(shown, ours)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_our_stochastic_solver_is_comfyuis(comfy: ComfyServer, files: graphs.Prompt, eta: float) -> None:
+    """SamplerEulerAncestral with the same eta and seed, on the CPU where both draw the same noise."""
+    prompt = our_graph(files) | {"solver": graphs.node("RectifluxStochasticSolver", eta=eta)}
+    stock = prompt | {"solver": graphs.node("SamplerEulerAncestral", eta=eta, s_noise=1.0)}
+    assert psnr(picture(comfy, stock), picture(comfy, prompt)) >= 60
+
+
+def test_the_report_of_our_sampler_and_of_a_stock_one(comfy: ComfyServer, files: graphs.Prompt) -> None:
+    """Shown by ComfyUI's own text preview. Heun in 8 steps asks 16 times, ComfyUI's heun once less."""
+    reports = []
+    for solver in (
+        graphs.node("RectifluxSolver", solver="heun"),
+        graphs.node("KSamplerSelect", sampler_name="heun"),
+    ):
+        prompt = our_graph(files) | {"solver": solver}
+        prompt["text"] = graphs.node("PreviewAny", source=["sample", 1])
+        reports.append(comfy.run(prompt)["text"]["text"][0].splitlines())
+    assert reports[0][:4] == [
+        "solver: heun",
+        f"steps: {STEPS}",
+        f"evaluations of the model: {2 * STEPS}",
+        "estimated error: unknown",
+    ]
+    assert 0 < float(reports[0][4].split()[4]) < 100
+    assert reports[1][:3] == ["solver: heun", f"steps: {STEPS}", f"evaluations of the model: {2 * STEPS - 1}"]
+    assert reports[1][4] == "straightness of the path: unknown"
+
+
 def test_stock_sampler_in_our_node(comfy: ComfyServer, files: graphs.Prompt, ours: np.ndarray) -> None:
     prompt = our_graph(files)
     prompt["solver"] = graphs.node("KSamplerSelect", sampler_name="euler")

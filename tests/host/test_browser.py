@@ -217,6 +217,28 @@ def test_a_rerun_runs_only_what_changed_and_what_lies_downstream(editor: Editor)
     assert editor.picture().tobytes() == editor.saved()[-1].convert("RGB").tobytes()
 
 
+def test_a_file_of_before_the_report_gets_that_output_and_a_text_preview_shows_it(editor: Editor) -> None:
+    """The sampler with the one output that files used to hold, a wire from the second."""
+    old = json.loads(json.dumps(DEMO))
+    for node in old["nodes"]:
+        node["outputs"] = node["outputs"][:1] if str(node["id"]) == SAMPLER else node["outputs"]
+    editor.page.evaluate("graph => app.loadGraphData(graph)", old)
+    editor.set(SEED, control_after_generate="fixed")
+    outputs = f"app.graph.getNodeById({SAMPLER}).outputs.map(slot => [slot.name, slot.type])"
+    assert editor.page.evaluate(outputs) == [["latent", "LATENT"], ["report", "STRING"]]
+    add = "const node = LiteGraph.createNode('PreviewAny'); app.graph.add(node); node.pos = [40, 900]"
+    wire = f"app.graph.getNodeById({SAMPLER}).connect(1, node, 0)"
+    number = str(editor.page.evaluate(f"() => {{ {add}; {wire}; return node.id }}"))
+    assert number in editor.run()
+    values = f"app.graph.getNodeById({number}).widgets.map(widget => widget.value)"
+    shown = editor.wait(
+        lambda: [text for text in editor.page.evaluate(values) if "solver: euler" in str(text)], "the report"
+    )
+    assert "\nsteps: 20\nevaluations of the model: 20\n" in shown[0]
+    (told,) = (data["output"] for data in editor.told("executed") if data["node"] == number)
+    assert told["text"] == [shown[0]]
+
+
 def test_an_error_is_told_on_its_node(editor: Editor) -> None:
     editor.set(SCHEDULE, steps=100000)
     editor.press_run()

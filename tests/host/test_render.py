@@ -107,6 +107,26 @@ def test_an_api_prompt_becomes_a_picture_with_a_prompt_inside(command: Command) 
         assert image.text.keys() == {"prompt"}
 
 
+def test_the_report_of_a_run_is_told(command: Command) -> None:
+    """The sampler's second output, which files of before do not have, in a text preview; on stderr."""
+    graph = text_to_image()
+    link = graph["last_link_id"] + 1
+    graph["links"].append([link, 10, 1, 13, 0, "STRING"])
+    inputs = [{"name": "source", "type": "*", "link": link}]
+    shown = {"id": 13, "type": "PreviewAny", "mode": 0, "inputs": inputs, "outputs": []}
+    graph["nodes"].append({**shown, "widgets_values": [None, None, False], "properties": {}})
+    (picture,) = command(graph)
+    assert "\nsolver: euler\nsteps: 2\nevaluations of the model: 2\n" in command.notes
+    assert carried(picture)[0]["13"] == {
+        "class_type": "PreviewAny",
+        "inputs": {"source": ["10", 1]},
+        "_meta": {"title": "Preview as Text"},
+    }
+    picture.unlink()
+    node_of(graph, 12)["mode"] = 2
+    assert "saves no picture, it only previews; add a Save Image node" in command.refuses(graph)
+
+
 def test_a_batch_gives_as_many_pictures_and_a_prefix_may_name_a_folder(command: Command) -> None:
     found = command(text_to_image(), "--set", "batch_size=2", "--set", "filename_prefix=sub/fox")
     assert [path.relative_to(command.place / "out").as_posix() for path in found] == [

@@ -1,4 +1,4 @@
-"""LoadImage, SaveImage and PreviewImage behave as ComfyUI's do."""
+"""LoadImage, SaveImage, PreviewImage and PreviewAny behave as ComfyUI's do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from rectiflux.host import context, files
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
-from rectiflux.host.stock import LoadImage, PreviewImage, SaveImage, fill_in, read_picture
+from rectiflux.host.stock import LoadImage, PreviewAny, PreviewImage, SaveImage, fill_in, read_picture
 
 
 def test_ids_widgets_and_wires_are_comfyuis(registry: Registry, folders: Folders) -> None:
@@ -40,6 +40,32 @@ def test_ids_widgets_and_wires_are_comfyuis(registry: Registry, folders: Folders
     ]
 
 
+def test_text_previews_id_and_wires_are_comfyuis(registry: Registry) -> None:
+    """As comfy_extras/nodes_preview_any.py of ComfyUI 0.33 declares them."""
+    info = registry.object_info()["PreviewAny"]
+    assert info["input_order"] == {"required": ["source"]} and info["input"]["required"]["source"][0] == "*"
+    assert (info["output"], info["output_name"], info["output_node"]) == (["STRING"], ["STRING"], True)
+    assert (info["display_name"], info["category"]) == ("Preview as Text", "utilities")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("two\nlines", "two\nlines"),
+        (3, "3"),
+        (0.5, "0.5"),
+        (True, "True"),
+        (None, "None"),
+        (["é", {"a": 1}], '[\n    "é",\n    {\n        "a": 1\n    }\n]'),
+        (torch.tensor([1.0, 2.0]), "tensor([1., 2.])"),
+        ({"samples": torch.zeros(2)}, "{'samples': tensor([0., 0.])}"),
+    ],
+)
+def test_anything_is_shown_as_text(value: Any, text: str) -> None:
+    """The payload that the editor's PreviewAny widget reads, and the text for the next node."""
+    assert PreviewAny().main(value) == {"ui": {"text": (text,)}, "result": (text,)}
+
+
 def test_a_stock_node_cannot_be_replaced(folders: Folders) -> None:
     class Impostor: ...
 
@@ -56,7 +82,7 @@ def test_a_node_that_cannot_describe_itself_is_left_out(
             raise OSError("its folder is gone")
 
     info = Registry({"Broken": Broken}, {}, folders).object_info()
-    assert sorted(info) == ["LoadImage", "PreviewImage", "SaveImage"]
+    assert sorted(info) == ["LoadImage", "PreviewAny", "PreviewImage", "SaveImage"]
     assert "Broken does not describe its inputs" in caplog.text
 
 

@@ -127,6 +127,26 @@ def test_zero_steps_and_unknown_names() -> None:
         call("RectifluxSolver", solver="ddim")
 
 
+def test_settings_of_solvers_out_of_bounds() -> None:
+    """The editor keeps to the bounds, a script may not."""
+    with pytest.raises(ValueError, match="rtol must be a number above 0, got 0.0; 0.02 is usual"):
+        call("RectifluxAdaptiveSolver", rtol=0.0, atol=0.1, max_evaluations=100)
+    with pytest.raises(ValueError, match="max_evaluations must be at least 9, got 3"):
+        call("RectifluxAdaptiveSolver", rtol=0.1, atol=0.1, max_evaluations=3)
+    with pytest.raises(ValueError, match="eta, the amount of noise, must lie between 0 and 1, got 2.0"):
+        call("RectifluxStochasticSolver", eta=2.0)
+
+
+def test_an_adaptive_solver_that_runs_out_of_model_calls(embedded: Folders) -> None:
+    prompt = graphs.text_to_image(FILES, steps=2)
+    settings = {"rtol": 0.00001, "atol": 0.00001, "max_evaluations": 20}
+    prompt["solver"] = graphs.node("RectifluxAdaptiveSolver", **settings)
+    with pytest.raises(
+        ValueError, match="has used its 20 evaluations and is at sigma .* raise rtol and atol"
+    ):
+        graphs.run(prompt, "sample")
+
+
 def test_files_that_are_not_there_or_out_of_bounds(embedded: Folders) -> None:
     with pytest.raises(FileNotFoundError, match="there is no gone.safetensors in models/vae; put it there"):
         call("RectifluxVAELoader", vae_name="gone.safetensors")

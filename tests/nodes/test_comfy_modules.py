@@ -119,6 +119,10 @@ def test_what_does_not_depend_on_the_image_is_computed_once_per_run(
     assert [len(vec) for (vec,) in modulated] == [3 * 2] and len(projected) == 1
     step(module, asked, 0.55)
     assert [len(vec) for (vec,) in modulated] == [6, 2] and len(projected) == 1
+    for sigma in (0.55, 0.56, 0.56, *SIGMAS[:-1]):
+        step(module, asked, sigma)
+    assert [len(vec) for (vec,) in modulated] == [6, 2, 2]
+    assert sorted(module._prompts[0].modulations) == pytest.approx([0.4, 0.56, 0.7, 1.0])
     asked["context"] = asked["context"] + 1
     step(module, asked, 1.0)
     assert len(projected) == 2

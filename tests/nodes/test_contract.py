@@ -25,6 +25,8 @@ SHIPPED_IDS = {
     "RectifluxNoise": ["seed"],
     "RectifluxSchedule": ["steps", "denoise", "shift", "mu"],
     "RectifluxSolver": ["solver"],
+    "RectifluxAdaptiveSolver": ["rtol", "atol", "max_evaluations"],
+    "RectifluxStochasticSolver": ["eta"],
     "RectifluxSampler": ["cfg_scale"],
     "RectifluxVAEDecode": [],
     "RectifluxVAEEncode": [],
@@ -65,7 +67,7 @@ def test_attributes(node: type) -> None:
     assert node.NODE_ID.startswith("Rectiflux")
     assert node.CATEGORY.split("/")[0] == "Rectiflux"
     assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)
-    assert set(node.RETURN_TYPES) <= WIRES
+    assert set(node.RETURN_TYPES) <= WIRES | WIDGETS
     assert node.DESCRIPTION == node.__doc__ and node.DESCRIPTION.endswith(".")
     assert 20 <= len(node.DESCRIPTION) <= 200
 
@@ -107,7 +109,7 @@ def test_no_help_page_without_a_node() -> None:
     assert pages == set(SHIPPED_IDS)
 
 
-HOST_FILES = {"_host.py", "_comfy.py", "_comfy_modules.py"}
+HOST_FILES = {"_host.py", "_comfy.py", "_comfy_modules.py", "_comfy_sampling.py"}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)

@@ -1,0 +1,46 @@
+"""What FLUX Sampler says of a run, as text: flux_core's Report and the seconds that the host measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..flux_core.solver import Report
+
+
+class Stopwatch:
+    """A host's callback of every step that also keeps `seconds`: each step's, less the callback's own."""
+
+    def __init__(self, callback: Callable[..., Any]) -> None:
+        self._callback = callback
+        self.seconds: list[float] = []
+        self._since = time.perf_counter()
+
+    def __call__(self, *args: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._since)
+        self._callback(*args)
+        self._since = time.perf_counter()
+
+
+def report_text(report: Report, seconds: list[float]) -> str:
+    """A line for each figure; what a method does not give is said to be unknown."""
+    steps, error, straightness = str(report.accepted), "unknown", "unknown"
+    if report.rejected:
+        steps += f" taken, {report.rejected} tried in vain"
+    if report.error is not None:
+        error = f"{report.error:.2g} (root mean square; the latent's values are about 1)"
+    if report.straightness is not None:
+        straightness = f"{report.straightness:.4f} in these steps (0: straight)"
+    lines = [
+        f"solver: {report.solver}",
+        f"steps: {steps}",
+        f"evaluations of the model: {report.evaluations}",
+        f"estimated error: {error}",
+        f"straightness of the path: {straightness}",
+    ]
+    if seconds:
+        mean = sum(seconds) / len(seconds)
+        lines.append(f"seconds a step: {mean:.3f} ({min(seconds):.3f} to {max(seconds):.3f})")
+        lines.append(f"seconds in all: {sum(seconds):.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""`run.py bench flow` from end to end at a tiny size, and its parts against what is known exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rectiflux.benchmarks import flow
+from rectiflux.benchmarks.flow import Examiner, Sizes, sample
+from rectiflux.benchmarks.methods import TITLES, EndTimes, Laboratory, Method, Plan, posterior_mean
+from rectiflux.benchmarks.planar import DATA, RING, Recipe, noise
+from rectiflux.benchmarks.theory import orders
+from rectiflux.flux_core.flow import (
+    LinearBetaPath,
+    RectifiedPath,
+    as_velocity,
+)
+from rectiflux.flux_core.flow import (
+    Path as FlowPath,
+)
+from torch import Generator, Tensor
+
+PLAN = Plan({key: Recipe(3, batch=32) for key in TITLES}, width=8, depth=1, chain=40, matched=32, pairs=64)
+TINY = Sizes(PLAN, points=100, draws=2, straight_points=32, straight_steps=4, bridge_points=20)
+LAST = r"straightness_ratio \d+\.\d one_step_over_floor \d+\.\d{3} worst_order_error \d\.\d{4}"
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_whole_benchmark_in_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: bool
+) -> None:
+    picture, report = tmp_path / "flow.png", tmp_path / "flow.json"
+    options = ["--figure", str(picture), "--json", str(report), *["--quick"] * quick]
+    assert flow.main(options, TINY) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(LAST, printed[-1])
+    figures = json.loads(report.read_text())["figures"]
+    assert list(figures["data"]) == (["ring"] if quick else ["ring", "checkerboard", "moons"])
+    for table in figures["data"].values():
+        assert list(table["methods"]) == list(TITLES)
+        for row in table["methods"].values():
+            assert list(row["energy_distance"]) == ["1", "2", "4", "8", "32"]
+            assert row.keys() == {"energy_distance", "straightness", "pairs_cost", "own_cost", "seconds"}
+    assert len(figures["bridge"]["samplers"]) == 4 and figures["bridge"]["floor"] > 0
+    told = dict(zip(printed[-1].split()[::2], map(float, printed[-1].split()[1::2]), strict=True))
+    assert told == pytest.approx(figures["headline"], abs=0.051)
+    with Image.open(picture) as drawn:
+        assert drawn.width > 700 and len(drawn.convert("L").getcolors() or []) > 8
+
+
+def test_the_same_seed_gives_the_same_flows() -> None:
+    start = noise(20, Generator().manual_seed(0))
+    ends: list[list[Tensor]] = []
+    for seed in (5, 5, 6):
+        methods = Laboratory(DATA["moons"], PLAN, seed, lambda title: None).run()
+        ends.append([sample(method.velocity, start, 3) for _, method in methods])
+    for first, second, third in zip(*ends, strict=True):
+        assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_orders_are_within_a_tenth_of_theory() -> None:
+    """As the benchmark measures them: the goal that its last line is read against."""
+    measured = orders()
+    assert {"euler", "heun", "midpoint", "rk4"} <= measured.keys()
+    for name, (value, theory) in measured.items():
+        assert value == pytest.approx(theory, abs=0.1), name
+
+
+def test_an_exact_flow_scores_as_one() -> None:
+    """The ring's velocity in closed form: distances fall to the floor, one step is far off."""
+    exact = as_velocity(
+        RectifiedPath(), lambda x, t: RING.predict(RectifiedPath(), "velocity", x.double(), t).float()
+    )
+    examiner = Examiner(DATA["ring"], Sizes(PLAN, points=2000, straight_points=500))
+    table = examiner.table({"flow_matching": Method(exact, 18.0, 0.0)})
+    row = table["methods"]["flow_matching"]
+    assert row["energy_distance"][32] < 3 * table["floor"] < row["energy_distance"][1] / 100
+    assert 2.5 < row["straightness"] < 3.5 and row["own_cost"] < 9
+    assert examiner.paths["flow_matching"].shape == (33, 70, 2)
+
+
+def test_a_straight_flow_is_as_good_in_one_step() -> None:
+    """Every point moves by (-1, -1) from noise to data."""
+    start = noise(50, Generator().manual_seed(0))
+    for steps in (1, 32):
+        torch.testing.assert_close(sample(lambda x, t: torch.ones_like(x), start, steps), start - 1)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_are_points_that_a_panel_shows(name: str) -> None:
+    points = DATA[name](5000, Generator().manual_seed(0))
+    assert points.shape == (5000, 2) and points.dtype == torch.float32
+    assert points.abs().max() < 5.6 and points.mean(0).abs().max() < 0.15
+    again = DATA[name](5000, Generator().manual_seed(0))
+    assert torch.equal(points, again)
+
+
+def test_the_checkerboard_fills_the_black_squares_evenly() -> None:
+    points = DATA["checkerboard"](80_000, Generator().manual_seed(0))
+    column, row = ((points + 4) // 2).long().clamp(0, 3).T
+    assert bool(((column + row) % 2 == 0).all())
+    counts = torch.bincount(4 * column + row, minlength=16)
+    assert counts[counts > 0].tolist() == pytest.approx([10_000] * 8, abs=500)
+
+
+@pytest.mark.parametrize("path", [RectifiedPath(), LinearBetaPath()], ids=["rectified", "diffusion"])
+def test_posterior_means_are_those_of_the_batch(path: FlowPath) -> None:
+    """Against Bayes' rule written out; x_t stays where it was."""
+    g = Generator().manual_seed(0)
+    x0, z, t = (3 * noise(20, g)).double(), noise(20, g).double(), torch.rand(20, generator=g).double()
+    mean, rest = posterior_mean(path, x0, z, t)
+    alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+    x = alpha * x0 + sigma * z
+    for i in range(20):
+        weights = [math.exp(-(x[i] - alpha[i] * y).square().sum() / (2 * sigma[i] ** 2)) for y in x0]
+        expected = sum(w * y for w, y in zip(weights, x0, strict=True)) / sum(weights)
+        torch.testing.assert_close(mean[i], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(alpha * mean + sigma * rest, x)
+
+
+def test_end_times() -> None:
+    """Seven tenths are exactly 1; the others lie inside, and the density counts them alone."""
+    t = EndTimes(0.7).sample(10_000, Generator().manual_seed(0))
+    assert int((t == 1).sum()) == 7000 and bool((t > 0).all())
+    grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    assert EndTimes(0.7).density(grid).mean().item() == pytest.approx(0.3, abs=1e-4)
+
+
+def test_options_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--json", "--figure"):
+        with pytest.raises(SystemExit):
+            flow.main([option, str(tmp_path / "nowhere" / "x")], TINY)
+        assert "must be a file in a folder that exists" in capsys.readouterr().err

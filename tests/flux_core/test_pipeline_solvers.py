@@ -1,0 +1,103 @@
+"""The pipeline with solvers that know their sigmas beforehand, that find them, and that draw noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, sample, text_to_image
+from rectiflux.flux_core.schedule import make_sigmas
+from rectiflux.flux_core.solver import (
+    SOLVERS,
+    DormandPrince,
+    EulerAncestral,
+    Report,
+    Solver,
+    integrate,
+    seeded_noise,
+)
+
+from .reference import SPEC, flux_transformer, relative_error, text
+from .test_pipeline import models
+
+PLANNED = [solver for solver in SOLVERS.values() if solver.evaluation_sigmas([1.0, 0.0])]
+EACH_PLANNED = pytest.mark.parametrize("solver", PLANNED, ids=lambda solver: solver.name)
+"""The solvers that know their sigmas beforehand."""
+
+
+@EACH_PLANNED
+def test_released_modulations_change_nothing(solver: Solver) -> None:
+    noise, sigmas = draw_noise(0, 2, 4, 4), make_sigmas(3, 4)
+    asked = solver.evaluation_sigmas(sigmas)
+    model = flux_transformer()
+    ends = []
+    for release in (False, True):
+        velocity = guided_velocity(model, text(1), text(2), 2.0, asked, 4, 4, 2, release=release)
+        ends.append(integrate(solver, velocity, noise, sigmas, noise=seeded_noise(0)))
+    modulating = [
+        p for name, p in model.named_parameters() if any(k in name for k in ("_mod.", "modulation.", "adaLN"))
+    ]
+    assert len(modulating) == 2 * (2 * SPEC.depth + SPEC.depth_single + 1)
+    assert all(p.is_meta for p in modulating)
+    assert torch.equal(*ends)
+
+
+def test_sigmas_that_are_not_known_beforehand_are_prepared_as_they_come() -> None:
+    """Any sigma, the same velocity, to the rounding of one large matrix product against several small ones;
+    text and rotary table are still prepared once, modulations once per new sigma."""
+    model = flux_transformer()
+    x = draw_noise(3, 2, 4, 6)
+    sigmas = [0.9, 0.123, 0.5]
+    known = guided_velocity(model, text(1), text(2), 2.0, sigmas, 4, 6, 2)
+    calls = {name: counted(model, name) for name in ("project_text", "rope", "modulate")}
+    found = guided_velocity(model, text(1), text(2), 2.0, None, 4, 6, 2)
+    for sigma in (0.9, 0.9, 0.123, 0.5, 0.9):
+        assert relative_error(found(x, sigma), known(x, sigma)) < 1e-6
+    assert {name: len(rows) for name, rows in calls.items()} == {"project_text": 1, "rope": 1, "modulate": 4}
+
+
+def counted(model, name: str) -> list[int]:
+    """What grows by one at every call of one of the model's methods."""
+    calls: list[int] = []
+    method = getattr(model, name)
+    setattr(model, name, lambda *args: calls.append(1) or method(*args))
+    return calls
+
+
+def test_an_adaptive_solver_paints_what_a_fine_schedule_does() -> None:
+    """Through the whole of `sample`, negative prompt and all; it also tells what it did. The random network
+    is made to look less at sigma, which it resolves to a thousandth."""
+    model, noise = flux_transformer(), draw_noise(9, 2, 4, 4)
+    model.time_in.out_layer.weight.data.mul_(0.01)
+    reports: list[Report] = []
+    wires = (model, text(1), text(2), 2.0, noise, torch.zeros_like(noise))
+    found = sample(*wires, make_sigmas(4, 4), DormandPrince(rtol=1e-4, atol=1e-4), on_report=reports.append)
+    assert relative_error(found, sample(*wires, make_sigmas(80, 4), SOLVERS["rk4"])) < 1e-3
+    assert reports[0].solver == "dormand_prince" and reports[0].evaluations < 4 * 80
+
+
+def test_modulations_are_released_only_when_all_are_made() -> None:
+    model = flux_transformer()
+    with pytest.raises(ValueError, match="released only when all sigmas are known beforehand, which an ada"):
+        guided_velocity(model, text(1), None, 1.0, None, 4, 4, 1, release=True)
+    x = draw_noise(0, 1, 4, 4)
+    velocity = guided_velocity(model, text(1), None, 1.0, None, 4, 4, 1)
+    velocity(x, 0.5)
+    model.release_modulation()
+    velocity(x, 0.5)
+    with pytest.raises(ValueError, match="the modulation weights were released; load the model again"):
+        velocity(x, 0.4)
+
+
+def test_the_steps_noise_has_a_seed() -> None:
+    """`sample` draws it from its own seed, `text_to_image` from the picture's."""
+    model, noise = flux_transformer(), draw_noise(9, 1, 4, 4)
+    wires = (model, text(1), None, 1.0, noise, torch.zeros_like(noise), make_sigmas(4, 4))
+    first, again, other = (sample(*wires, SOLVERS["euler_ancestral"], seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+    plain, without = (sample(*wires, solver) for solver in (SOLVERS["euler"], EulerAncestral(eta=0.0)))
+    assert torch.equal(plain, without) and not torch.allclose(first, plain)
+    ours, reports = models(), []
+    asked = {"width": 16, "height": 16, "steps": 3, "seed": 5, "solver": "euler_ancestral"}
+    picture = text_to_image(ours, "a fox", **asked, on_report=reports.append)
+    assert torch.equal(picture, text_to_image(ours, "a fox", **asked))
+    assert reports == [Report("euler_ancestral", 3, 3, 0, None, None)]
