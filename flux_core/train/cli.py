@@ -5,7 +5,8 @@ data         pictures            -> the written encoder, and a file of latents
 base         latents and texts   -> mini-pro, the undistilled transformer      (the long one)
 autoencoder  pictures            -> the autoencoder's decoder
 guidance     mini-pro            -> mini-dev, guidance in one pass
-reflow       mini-dev            -> pairs of noise and picture, and a straight flow
+pairs        mini-pro            -> noise, and the picture that its guided flow makes of it
+reflow       mini-dev, pairs     -> a straight flow
 schnell      the straight flow   -> mini-schnell, one to four steps
 export       all of these        -> half-precision files under models/
 """
@@ -50,7 +51,8 @@ NEEDS = {
     "base": ("text", "data"),
     "autoencoder": ("data",),
     "guidance": ("base",),
-    "reflow": ("guidance",),
+    "pairs": ("base",),
+    "reflow": ("guidance", "pairs"),
     "schnell": ("reflow",),
     "export": ("schnell", "autoencoder"),
 }
@@ -74,16 +76,12 @@ class Folder:
 
     def file(self, stage: str) -> Path:
         """What a stage makes, or the first of it."""
-        names = {"text": "text_encoders/rectiflux-mini-t5", "data": "latents"}
+        names = {"text": "text_encoders/rectiflux-mini-t5", "data": "latents", "pairs": "pairs/00000"}
         return self.path / f"{names.get(stage, stage)}.safetensors"
 
     @property
     def encoder(self) -> Path:
         return self.path / "encoder.safetensors"
-
-    @property
-    def pairs(self) -> Path:
-        return self.path / "pairs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,14 +212,17 @@ def run_guidance(folder: Folder, args: argparse.Namespace) -> None:
     )
 
 
+def run_pairs(folder: Folder, args: argparse.Namespace) -> None:
+    teacher = read_transformer(folder.file("base")).to(device())
+    write_pairs(folder.file("pairs").parent, teacher, read_encoders(folder), args.pairs, seed=args.seed)
+
+
 def run_reflow(folder: Folder, args: argparse.Namespace) -> None:
     encoders = read_encoders(folder)
-    teacher = read_transformer(folder.file("guidance"))
-    write_pairs(folder.pairs, teacher.to(device()), encoders, args.pairs, seed=args.seed)
-    student = fold_guidance(teacher.cpu(), SchnellRecipe.guidance)
+    student = fold_guidance(read_transformer(folder.file("guidance")), SchnellRecipe.guidance)
     train_reflow(
         folder.file("reflow"),
-        folder.pairs,
+        folder.file("pairs").parent,
         encoders,
         student,
         args.reflow_steps,
@@ -236,7 +237,7 @@ def run_schnell(folder: Folder, args: argparse.Namespace) -> None:
     student, teacher = (read_transformer(folder.file(stage)) for stage in ("reflow", "guidance"))
     train_schnell(
         folder.file("schnell"),
-        folder.pairs,
+        folder.file("pairs").parent,
         encoders,
         student,
         teacher,
@@ -250,6 +251,7 @@ def run_schnell(folder: Folder, args: argparse.Namespace) -> None:
 EXPORTED = {
     "base": ("diffusion_models/rectiflux-mini-pro", "Rectiflux mini-pro"),
     "guidance": ("diffusion_models/rectiflux-mini-dev", "Rectiflux mini-dev"),
+    "reflow": ("diffusion_models/rectiflux-mini-reflow", "Rectiflux mini-pro, reflowed"),
     "schnell": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
     "autoencoder": ("vae/rectiflux-mini-vae", "Rectiflux miniature autoencoder"),
 }
@@ -307,6 +309,7 @@ RUN = {
     "base": run_base,
     "autoencoder": run_autoencoder,
     "guidance": run_guidance,
+    "pairs": run_pairs,
     "reflow": run_reflow,
     "schnell": run_schnell,
     "export": run_export,

@@ -2,7 +2,7 @@
 
 Liu et al. 2022, arXiv:2209.03003, section 2.2; emphasis on both ends of the path and a loss between square
 and absolute after Lee et al. 2024, arXiv:2405.20320. The student has no guidance embedder: the teacher's
-guidance is in its pictures.
+guidance is in its pictures, and it begins as mini-dev at that guidance, which is near already.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .text import random_caption
 
 CHUNK = 256
 """Pairs in one file: what a killed run loses at most."""
-TEACHER = Sampling(16, guidance=3.0)
-"""How the teacher paints the pairs."""
+TEACHER = Sampling(16, cfg_scale=3.0)
+"""How the teacher, the undistilled network, paints the pairs."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class PairSet:
     def __init__(self, folder: Path) -> None:
         self.files = [read_state_dict(path) for path in sorted(folder.glob("*.safetensors"))]
         if not self.files:
-            raise ValueError(f"{folder} holds no pairs; run the stage reflow from its beginning")
+            raise ValueError(f"{folder} holds no pairs; run the stage pairs first")
 
     def batch(self, size: int, rng: random.Random) -> tuple[Tensor, Tensor, list[str]]:
         """(noise, latents [size, 16, h, w] float32 in model space, captions), all of one file."""

@@ -34,8 +34,8 @@ def test_stock_ksampler_and_vae_decode(comfy: ComfyServer, files: graphs.Prompt,
 
 
 def test_the_shipped_miniature_in_stock_nodes(comfy: ComfyServer) -> None:
-    """It has no guidance input, hence no shift in KSampler."""
-    parts = {"model": "", "clip": "-clip", "t5": "-t5", "vae": "-vae"}
+    """mini-pro has no guidance input, hence no shift in KSampler."""
+    parts = {"model": "-pro", "clip": "-clip", "t5": "-t5", "vae": "-vae"}
     names = {part: f"rectiflux-mini{end}.safetensors" for part, end in parts.items()}
     ours = graphs.text_to_image(
         graphs.loaders(**names), prompt="a red circle", width=128, height=128, steps=12, shift="none"

@@ -1,4 +1,4 @@
-"""The shipped workflow: nodes known, links of one type, widgets in bounds, nothing overlapping."""
+"""The shipped workflows: nodes known, links of one type, widgets in bounds, nothing overlapping."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rectiflux
 from PIL import Image
+from rectiflux.flux_core.train.evaluate import FAMILY
 from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
@@ -20,15 +21,8 @@ from . import graphs
 WORKFLOWS = Path(rectiflux.__file__).parent / "workflows"
 PATHS = sorted(WORKFLOWS.glob("*.json"))
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-DEMO = {
-    "width": 128,
-    "height": 128,
-    "batch_size": 1,
-    "steps": 20,
-    "solver": "euler",
-    "cfg_scale": 3.0,
-    "seed": 7,
-}
+NAMES = ("pro_negative_prompt", "schnell_1_step", "schnell_4_steps", "steps_side_by_side", "text_to_image")
+ONE_PICTURE = tuple(name for name in NAMES if name != "steps_side_by_side")
 
 
 def graph(path: Path) -> dict[str, Any]:
@@ -37,7 +31,7 @@ def graph(path: Path) -> dict[str, Any]:
 
 def test_the_folder_holds_workflows_and_their_thumbnails_only() -> None:
     """ComfyUI lists every JSON file here as a template."""
-    assert [path.name for path in PATHS] == ["text_to_image.json"]
+    assert [path.stem for path in PATHS] == list(NAMES)
     others = {path.suffix for path in WORKFLOWS.iterdir()} - {".json"}
     assert others <= {".jpg"}
 
@@ -78,26 +72,68 @@ def test_the_prompt_is_complete_and_in_bounds(path: Path, tmp_path: Path) -> Non
                 assert options["min"] <= value <= options["max"]
 
 
-def test_the_demo_is_what_it_is_said_to_be(tmp_path: Path) -> None:
+def inputs_of(name: str, folder: Path) -> list[tuple[str, Any]]:
+    """(name, value) of every input of every node of a shipped workflow."""
+    info = Registry.of_pack(Folders.under(folder)).object_info()
+    prompt = to_prompt(read_document(WORKFLOWS / f"{name}.json"), info)
+    return [pair for node in prompt.values() for pair in node["inputs"].items()]
+
+
+@pytest.mark.parametrize("name", ONE_PICTURE)
+def test_set_has_one_input_of_each_name_to_set(name: str, tmp_path: Path) -> None:
+    """`run.py render --set NAME=VALUE` must be unambiguous."""
+    inputs = inputs_of(name, tmp_path)
+    for wanted in ("prompt", "seed", "negative_prompt", "steps", "width"):
+        assert sum(wanted == other for other, _ in inputs) == 1
+    assert ("filename_prefix", "rectiflux") in inputs and ("solver", "euler") in inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "steps"),
+    [
+        ("text_to_image", "dev", 28),
+        ("pro_negative_prompt", "pro", 28),
+        ("schnell_4_steps", "schnell", 4),
+        ("schnell_1_step", "schnell", 1),
+    ],
+)
+def test_workflows_use_a_variant_as_it_is_scored(
+    name: str, variant: str, steps: int, tmp_path: Path
+) -> None:
+    inputs, way = inputs_of(name, tmp_path), FAMILY[variant]
+    assert ("model_name", f"rectiflux-mini-{variant}.safetensors") in inputs
+    assert ("steps", steps) in inputs and (steps == way.steps or name == "schnell_1_step")
+    assert ("cfg_scale", way.cfg_scale) in inputs and ("shift", way.shift) in inputs
+    assert way.guidance is None or ("guidance", way.guidance) in inputs
+
+
+def test_side_by_side_differs_in_steps_alone(tmp_path: Path) -> None:
+    """Five schedules of one noise; the labels name them in the order of the pictures."""
     info = Registry.of_pack(Folders.under(tmp_path)).object_info()
-    prompt = to_prompt(read_document(WORKFLOWS / "text_to_image.json"), info)
-    inputs = [(name, value) for node in prompt.values() for name, value in node["inputs"].items()]
-    for name, value in DEMO.items():
-        assert (name, value) in inputs
-    for name in ("prompt", "seed", "negative_prompt", "steps", "width"):  # --set NAME=... must be unambiguous
-        assert sum(name == other for other, _ in inputs) == 1
-    assert ("filename_prefix", "rectiflux") in inputs
+    prompt = to_prompt(read_document(WORKFLOWS / "steps_side_by_side.json"), info)
+    (sheet,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "RectifluxSideBySide")
+    shown, noises = [], set()
+    for column in range(1, 6):
+        decode = prompt[sheet[f"image_{column}"][0]]["inputs"]
+        sampler = prompt[decode["samples"][0]]["inputs"]
+        shown.append(prompt[sampler["sigmas"][0]]["inputs"]["steps"])
+        noises.add((sampler["noise"][0], sampler["latent"][0], sampler["model"][0], sampler["positive"][0]))
+    assert shown == [1, 2, 4, 8, 28] and len(noises) == 1
+    assert sheet["labels"].splitlines() == ["1 step", "2 steps", "4 steps", "8 steps", "28 steps"]
 
 
 @each
 def test_the_thumbnail_is_what_the_workflow_paints(path: Path, tmp_path: Path) -> None:
-    """Four times as large, as JPEG; to be saved anew when the miniature or the workflow changes."""
+    """512 wide, as JPEG; to be saved anew when the miniature or the workflow changes."""
     folders = Folders.under(tmp_path)
     prompt = to_prompt(read_document(path), Registry.of_pack(folders).object_info())
     (save,) = (node for node in prompt.values() if node["class_type"] == "SaveImage")
     with context.using(folders):
         painted = graphs.run(prompt, save["inputs"]["images"][0])[0][0].numpy()
+    height, width = painted.shape[:2]
     with Image.open(path.with_suffix(".jpg")) as thumbnail:
-        assert thumbnail.size == (512, 512)
-        shown = np.asarray(thumbnail.resize((128, 128), Image.Resampling.BOX)) / 255
-    assert np.mean((shown - painted) ** 2) < 10**-3  # 30 dB
+        assert thumbnail.size == (512, round(512 * height / width))
+        shown = np.asarray(thumbnail) / 255
+    picture = Image.fromarray((painted * 255).round().astype(np.uint8))
+    expected = np.asarray(picture.resize(thumbnail.size, Image.Resampling.BICUBIC)) / 255
+    assert np.mean((shown - expected) ** 2) < 10**-3  # 30 dB

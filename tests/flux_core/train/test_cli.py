@@ -50,14 +50,15 @@ def test_all_stages_in_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     amounts = ["--pictures", "40", "--pairs", "1", "--batch", "2"]
     assert cli.main([*steps, *amounts, *places]) == 0
     models = tmp_path / "models"
-    for name, guidance in (("pro", False), ("dev", True), ("schnell", False)):
+    titles = {name: f"mini-{name}" for name in ("pro", "dev", "schnell")} | {"reflow": "mini-pro, reflowed"}
+    for name, title in titles.items():
         path = models / "diffusion_models" / f"rectiflux-mini-{name}.safetensors"
         transformer = load_transformer(path)
         assert transformer.dtype == torch.float16 and transformer.spec.hidden_size == MINI.hidden_size
-        assert transformer.spec.guidance_embed == guidance
+        assert transformer.spec.guidance_embed == (name == "dev")
         metadata = read_metadata(path)
         assert metadata["samples"] == "2" and preview.from_metadata(metadata) is not None
-        assert metadata["modelspec.title"] == f"Rectiflux mini-{name}"
+        assert metadata["modelspec.title"] == f"Rectiflux {title}"
     text = models / "text_encoders"
     load_text_encoders(text / "rectiflux-mini-clip.safetensors", text / "rectiflux-mini-t5.safetensors")
     load_autoencoder(models / "vae" / "rectiflux-mini-vae.safetensors")

@@ -118,7 +118,7 @@ def test_existing_pairs_are_kept(pairs: Path) -> None:
 
 
 def test_a_folder_without_pairs_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no pairs; run the stage reflow from its beginning"):
+    with pytest.raises(ValueError, match=r"holds no pairs; run the stage pairs first"):
         reflow.PairSet(tmp_path)
 
 
