@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rectiflux.benchmarks import adherence
-from rectiflux.benchmarks.adherence import Painted, figures_of, first_pictures, main
+from rectiflux.benchmarks.adherence import first_pictures, main
+from rectiflux.benchmarks.painting import Painted, figures_of, judge_pictures
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories, parse_prompt
 from rectiflux.flux_core.train.draw import draw
 from rectiflux.flux_core.train.world import (
@@ -87,7 +87,7 @@ def test_something_else_scores_nothing(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_every_prompt_of_ours_can_be_painted_rightly() -> None:
     prompts = categories()
-    painted = adherence.judge_pictures(prompts, paint_truly(prompts), 1)
+    painted = judge_pictures(prompts, paint_truly(prompts), 1)
     assert [one.prompt.text for one in painted if not all(one.right)] == []
 
 
