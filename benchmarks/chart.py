@@ -107,8 +107,8 @@ class Pen:
             self.draw.circle(self.at(*place), radius * FINE, colour)
             return
         corners, turn, size = {
-            "square": (4, 45, 1.25),
-            "diamond": (4, 0, 1.3),
+            "square": (4, 0, 1.25),
+            "diamond": (4, 45, 1.3),
             "triangle": (3, 0, 1.35),
         }[kind]
         self.draw.regular_polygon((*self.at(*place), size * radius * FINE), corners, turn, colour)

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..flux_core.train.checkpoint import ProgressLine
 from .chart import Chart, Line, draw_charts, reaching
@@ -85,7 +84,8 @@ def run(args: argparse.Namespace, members: dict[str, Member]) -> dict[str, Any]:
     progress.note = "seconds a picture"
     for (variant, steps), seconds in seconds_of(members, runs, chosen, rounds, progress).items():
         found[variant].setdefault("seconds", {})[steps] = seconds
-    told = f"{len(prompts)} prompts, {seeds} of {SIDE} x {SIDE} pixels each"
+    pictures = "one picture" if seeds == 1 else f"{seeds} pictures"
+    told = f"{len(prompts)} prompts, {pictures} of each, {SIDE} x {SIDE} pixels"
     print(
         f"Adherence / sharpness after so many steps ({told}):",
         table(found),
@@ -256,8 +256,6 @@ def draw_figure(path: Path, found: dict[str, Any], told: str) -> None:
         Chart("Sharpness of edges", lines["sharpness"], 0.0, top, 0.2, (1.0, "as sharp as a render")),
     ]
     twice = [TITLES[variant] for variant, row in found.items() if row["passes_a_step"] == 2]
-    passes = f"; two network passes a step: {', '.join(twice)}, else one" if twice else ""
-    draw_charts(charts, f"{told}, from the same noise{passes}").quantize(256, dither=Image.Dither.NONE).save(
-        path, "PNG", optimize=True
-    )
+    passes = f". {' and '.join(twice)}: two network passes a step, else one" if twice else ""
+    draw_charts(charts, f"{told}, always from the same noise{passes}").save(path, "PNG", optimize=True)
     print(f"figure: {path}\n")
