@@ -109,6 +109,7 @@ def test_the_sheet_has_eight_prompts_a_category() -> None:
         (["--models", "nowhere"], "rectiflux-mini-pro.safetensors; train it (run.py train) or name another"),
         (["--model", "none.safetensors"], "there is no none.safetensors; train it"),
         (["--variant", "dev", "--models", "nowhere"], "rectiflux-mini-dev.safetensors; train it"),
+        (["--variant", "reflow", "--models", "nowhere"], "rectiflux-mini-reflow.safetensors; train it"),
         (["--prompts", "bad.jsonl"], "bad.jsonl, line 1: this is no JSON"),
         (["--prompts", "none.jsonl"], "No such file or directory: 'none.jsonl'"),
     ],
