@@ -1,8 +1,9 @@
 """Does the miniature paint what it is asked for? GenEval's six categories and unseen ones.
 
-    python3 run.py bench adherence [--variant pro|dev|schnell] [--steps N] [--solver S] [--cfg C] [--seeds 4]
-                                   [--prompts FILE] [--size 128x128] [--quick] [--json FILE] [--sheet FILE]
-                                   [--models DIR] [--model FILE] [--vae FILE] [--text CLIP T5]
+    python3 run.py bench adherence [--variant pro|reflow|dev|schnell] [--steps N] [--solver S] [--cfg C]
+                                   [--seeds 4] [--prompts FILE] [--size 128x128] [--quick] [--json FILE]
+                                   [--sheet FILE] [--models DIR] [--model FILE] [--vae FILE]
+                                   [--text CLIP T5]
 
 First the checker's own figures: the share of true renders that it passes, of near misses that it accepts by
 mistake, and of renders that it passes after the autoencoder. Then every prompt is painted from four noises,
@@ -20,8 +21,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +33,15 @@ from PIL import Image
 from ..flux_core.pipeline import latent_size
 from ..flux_core.schedule import SHIFTS
 from ..flux_core.solver import solver_named
-from ..flux_core.train.checker import ATTRIBUTES, inspect, judge, sharpness
 from ..flux_core.train.checkpoint import ProgressLine
-from ..flux_core.train.evaluate import FAMILY, Sampling, draw_captions, sheet
-from ..flux_core.train.loop import device
+from ..flux_core.train.evaluate import FAMILY, Sampling, sheet
 from ..flux_core.vae import AutoEncoder
-from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from .checking import check_the_autoencoder, check_the_checker
-from .prompts import SIX, Prompt, categories, read_prompts
-from .report import add_json, write_report
+from .painting import Files, Painter, figures_of, files_of, judge_pictures, load_models, paint
+from .prompts import Prompt, categories, read_prompts
+from .report import add_json, positive, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH = 16
-Painter = Callable[[Sequence[Prompt]], list[np.ndarray]]
-"""Prompts -> a picture uint8 [H, W, 3] of each."""
-
-
-@dataclass(frozen=True)
-class Painted:
-    """What became of one prompt: a verdict for each seed, and the sharpness of each picture that has one."""
-
-    prompt: Prompt
-    verdicts: list[dict[str, bool]]
-    sharpness: list[float]
-
-    @property
-    def right(self) -> list[bool]:
-        return [all(verdict.values()) for verdict in self.verdicts]
 
 
 def main(argv: list[str], painter: Painter | None = None) -> int:
@@ -111,19 +94,19 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", type=Path, metavar="FILE", help="one JSON object a line, instead of ours"
     )
     parser.add_argument("--variant", choices=tuple(FAMILY), default="pro", help="member of the family")
-    parser.add_argument("--steps", type=_positive, help="steps, else the variant's own number")
+    parser.add_argument("--steps", type=positive, help="steps, else the variant's own number")
     parser.add_argument("--solver", help="solver, else the variant's own")
     parser.add_argument(
         "--cfg", type=float, help="true guidance with the empty prompt, else the variant's own"
     )
     parser.add_argument("--guidance", type=float, help="distilled guidance, else the variant's own")
     parser.add_argument("--shift", choices=SHIFTS, help="shift of the schedule, else the variant's own")
-    parser.add_argument("--seeds", type=_positive, default=4, help="pictures of each prompt")
+    parser.add_argument("--seeds", type=positive, default=4, help="pictures of each prompt")
     parser.add_argument("--size", type=_size, default=(128, 128), metavar="WxH", help="width and height")
     parser.add_argument(
         "--quick", action="store_true", help="an eighth of the prompts, one seed: does it run?"
     )
-    parser.add_argument("--renders", type=_positive, default=1000, help="true renders to try the checker on")
+    parser.add_argument("--renders", type=positive, default=1000, help="true renders to try the checker on")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="a picture of eight prompts a category")
     parser.add_argument(
         "--models", type=Path, default=ROOT / "models", metavar="DIR", help="folder of models"
@@ -131,15 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, metavar="FILE", help="a transformer elsewhere")
     parser.add_argument("--vae", type=Path, metavar="FILE", help="an autoencoder elsewhere")
     parser.add_argument("--text", type=Path, nargs=2, metavar=("CLIP", "T5"), help="text encoders elsewhere")
-    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
     add_json(parser)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
-    return int(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -165,75 +142,18 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def load_painter(args: argparse.Namespace, sampling: Sampling) -> tuple[Painter, AutoEncoder]:
     """The models that paint. Raises what loading raises, and ValueError for a file that is not there."""
-    text, mini = args.models / "text_encoders", "rectiflux-mini"
-    model = args.model or args.models / "diffusion_models" / f"{mini}-{args.variant}.safetensors"
-    vae = args.vae or args.models / "vae" / f"{mini}-vae.safetensors"
-    clip, t5 = args.text or (text / f"{mini}-clip.safetensors", text / f"{mini}-t5.safetensors")
-    for path in (model, vae, clip, t5):
-        if not path.is_file():
-            raise ValueError(f"there is no {path}; train it (run.py train) or name another file")
-    options = {"dtype": torch.float32, "device": device()}
-    transformer, encoders = load_transformer(model, **options), load_text_encoders(clip, t5, **options)
-    autoencoder = load_autoencoder(vae, **options)
+    files = files_of(args.models, args.variant)
+    clip, t5 = args.text or (files.clip, files.t5)
+    models = load_models(Files(args.model or files.transformer, args.vae or files.vae, clip, t5))
 
-    def paint(prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    def painter(prompts: Sequence[Prompt]) -> list[np.ndarray]:
         line = ProgressLine(len(prompts))
-        return draw_captions(
-            transformer,
-            encoders,
-            lambda latents: autoencoder.decode(latents).cpu(),
-            [prompt.text for prompt in prompts],
-            sampling,
-            batch=BATCH,
-            width=args.size[0],
-            height=args.size[1],
-            on_batch=lambda done: line.update(done, "pictures painted"),
+        width, height = args.size
+        return paint(
+            models, prompts, sampling, width, height, lambda done: line.update(done, "pictures painted")
         )
 
-    return paint, autoencoder
-
-
-def judge_pictures(prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seeds: int) -> list[Painted]:
-    """What became of each prompt; its pictures follow one another."""
-    painted = []
-    for i, prompt in enumerate(prompts):
-        mine = pictures[i * seeds : (i + 1) * seeds]
-        found = [inspect(picture) for picture in mine]
-        sharp = [sharpness(picture, finding) for picture, finding in zip(mine, found, strict=True)]
-        verdicts = [judge(finding, prompt.scene).right for finding in found]
-        painted.append(Painted(prompt, verdicts, [value for value in sharp if value is not None]))
-    return painted
-
-
-def figures_of(painted: Sequence[Painted]) -> dict[str, Any]:
-    """Scores by category, overall and by prompt. A category's is the share of its pictures that are right."""
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(one.prompt.category for one in painted):
-        mine = [one for one in painted if one.prompt.category == name]
-        verdicts = [verdict for one in mine for verdict in one.verdicts]
-        told = {key: [verdict[key] for verdict in verdicts if key in verdict] for key in ATTRIBUTES}
-        found[name] = {
-            "prompts": len(mine),
-            "pictures": len(verdicts),
-            "score": float(np.mean([all(verdict.values()) for verdict in verdicts])),
-            "attributes": {key: float(np.mean(values)) for key, values in told.items() if values},
-        }
-    counted = [name for name in SIX if name in found] if set(SIX) <= found.keys() else list(found)
-    sharp = [value for one in painted for value in one.sharpness]
-    return {
-        "overall": float(np.mean([found[name]["score"] for name in counted])),
-        "categories": found,
-        "sharpness": float(np.mean(sharp)) if sharp else float("nan"),
-        "prompts": [
-            {
-                "prompt": one.prompt.text,
-                "category": one.prompt.category,
-                "right": one.right,
-                "wrong": [[key for key, right in verdict.items() if not right] for verdict in one.verdicts],
-            }
-            for one in painted
-        ],
-    }
+    return painter, models.autoencoder
 
 
 def first_pictures(prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seeds: int) -> np.ndarray:

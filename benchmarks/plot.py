@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
+
+from .palette import FAINT, GROUND, INK, PAPER, Colour, font
 
 SIDE, GAP, MARGIN, LABEL = 168, 10, 28, 150  # pixels: a panel, between panels, border, titles of rows
 TITLE, HEAD = 40, 26  # pixels: a block's title, a line of column titles
 FINE = 2  # paths are drawn so much larger, then reduced
 REACH = 5.6  # a panel shows -REACH..REACH
-PAPER, GROUND, INK, FAINT = (255, 255, 255), (246, 247, 250), (33, 37, 48), (112, 118, 134)
 SHADE = (203, 206, 216)  # the data, where it lies under something else
-
-Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,3 @@ def draw_paths(picture: Image.Image, paths: Tensor, colour: Colour) -> Image.Ima
         for x, y in ends:
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill)
     return large.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-
-
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own."""
-    return ImageFont.load_default(size)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the option --json FILE and the file that it writes.
+"""What the benchmarks share: checks of options, --json FILE and the file that it writes.
 
 {"benchmark": its name, "options": as given, "machine": what it ran on, "figures": everything measured}
 """
@@ -21,6 +21,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=writable, metavar="FILE", help="write every figure to this file, as JSON"
     )
+
+
+def positive(text: str) -> int:
+    """The number, for argparse: whole and above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
+    return int(text)
 
 
 def writable(name: str) -> Path:

@@ -35,6 +35,7 @@ class Sampling:
 
 FAMILY = {
     "pro": Sampling(28, cfg_scale=3.0),
+    "reflow": Sampling(4, shift="none"),
     "dev": Sampling(28, guidance=3.0),
     "schnell": Sampling(4, shift="none"),
 }

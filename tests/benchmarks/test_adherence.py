@@ -6,7 +6,6 @@ One paints true renders, which must score 1.00, the other something else, which 
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,53 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rectiflux.benchmarks import adherence
-from rectiflux.benchmarks.adherence import Painted, figures_of, first_pictures, main
+from rectiflux.benchmarks.adherence import first_pictures, main
+from rectiflux.benchmarks.painting import Painted, figures_of, judge_pictures
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories, parse_prompt
-from rectiflux.flux_core.train.draw import draw
-from rectiflux.flux_core.train.world import (
-    COLOURS,
-    SHAPES,
-    Item,
-    Scene,
-)
+from rectiflux.flux_core.train.world import Scene
 
 from ..nodes.tiny import NAMES, SPEC, write_models, write_transformer
-
-
-def whole(told: Scene, rng: random.Random) -> Scene:
-    """The scene with everything set that was left open."""
-    colours = [name for name in COLOURS if name != told.without]
-    items = [
-        Item(item.shape or "star", item.colour or rng.choice(colours), item.size or "medium")
-        for item in told.items
-    ]
-    if told.kind == "count":
-        items = items[:1] * len(items)
-    return replace(
-        told,
-        items=tuple(items),
-        relation=(told.relation or "left") if told.kind == "pair" else None,
-        place=(told.place or "center") if told.kind == "single" else None,
-        background=told.background or "gray",
-    )
-
-
-def paint_truly(asked: Sequence[Prompt]) -> list[np.ndarray]:
-    rng = random.Random(0)
-    return [draw(whole(prompt.scene, rng), rng) for prompt in asked]
-
-
-def paint_falsely(asked: Sequence[Prompt]) -> list[np.ndarray]:
-    """As many objects, each in the world's next shape: never the ones that were asked for."""
-    rng, pictures = random.Random(0), []
-    for prompt in asked:
-        scene = whole(prompt.scene, rng)
-        after = dict(zip(SHAPES, (*SHAPES[1:], SHAPES[0]), strict=True))
-        items = tuple(replace(item, shape=after[str(item.shape)]) for item in scene.items)
-        pictures.append(draw(replace(scene, items=items), rng))
-    return pictures
-
+from .painters import paint_falsely, paint_truly
 
 LINE = '{"prompt": "a star", "objects": [{"shape": "star"}]}'
 
@@ -87,7 +46,7 @@ def test_something_else_scores_nothing(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_every_prompt_of_ours_can_be_painted_rightly() -> None:
     prompts = categories()
-    painted = adherence.judge_pictures(prompts, paint_truly(prompts), 1)
+    painted = judge_pictures(prompts, paint_truly(prompts), 1)
     assert [one.prompt.text for one in painted if not all(one.right)] == []
 
 
@@ -150,6 +109,7 @@ def test_the_sheet_has_eight_prompts_a_category() -> None:
         (["--models", "nowhere"], "rectiflux-mini-pro.safetensors; train it (run.py train) or name another"),
         (["--model", "none.safetensors"], "there is no none.safetensors; train it"),
         (["--variant", "dev", "--models", "nowhere"], "rectiflux-mini-dev.safetensors; train it"),
+        (["--variant", "reflow", "--models", "nowhere"], "rectiflux-mini-reflow.safetensors; train it"),
         (["--prompts", "bad.jsonl"], "bad.jsonl, line 1: this is no JSON"),
         (["--prompts", "none.jsonl"], "No such file or directory: 'none.jsonl'"),
     ],
