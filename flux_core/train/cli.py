@@ -186,7 +186,7 @@ def run_base(folder: Folder, args: argparse.Namespace) -> None:
         args.base_steps,
         seed=args.seed,
         recipe=recipe_of(FlowRecipe, args),
-        picture=shown(folder, MINI, encoders, Sampling(8, cfg_scale=3.0)),
+        picture=shown(folder, MINI, encoders, Sampling(8, cfg_scale=3.5)),
     )
 
 
@@ -208,7 +208,7 @@ def run_guidance(folder: Folder, args: argparse.Namespace) -> None:
         args.guidance_steps,
         seed=args.seed,
         recipe=recipe_of(GuidanceRecipe, args),
-        picture=shown(folder, spec, encoders, Sampling(8, guidance=3.0)),
+        picture=shown(folder, spec, encoders, Sampling(8, guidance=3.5)),
     )
 
 

@@ -34,9 +34,9 @@ class Sampling:
 
 
 FAMILY = {
-    "pro": Sampling(28, cfg_scale=3.0),
+    "pro": Sampling(28, cfg_scale=3.5),
     "reflow": Sampling(4, shift="none"),
-    "dev": Sampling(28, guidance=3.0),
+    "dev": Sampling(28, guidance=3.5),
     "schnell": Sampling(4, shift="none"),
 }
 """How each member is meant to be used."""

@@ -31,7 +31,7 @@ from .text import random_caption
 
 CHUNK = 256
 """Pairs in one file: what a killed run loses at most."""
-TEACHER = Sampling(16, cfg_scale=3.0)
+TEACHER = Sampling(16, cfg_scale=3.5)
 """How the teacher, the undistilled network, paints the pairs."""
 
 

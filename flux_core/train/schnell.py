@@ -35,7 +35,7 @@ class SchnellRecipe(Recipe):
     """Settings: the teacher's guidance, the weight of the pairs, and how often the critic learns."""
 
     lr: float = 5e-4
-    guidance: float = 3.0
+    guidance: float = 3.5
     pairs: float = 0.25
     huber: float = 0.1
     critic_updates: int = 2

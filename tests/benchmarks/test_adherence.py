@@ -35,7 +35,7 @@ def test_true_renders_score_one(tmp_path: Path, capsys: pytest.CaptureFixture[st
     figures = json.loads(report.read_text(encoding="utf-8"))["figures"]
     assert figures["overall"] == 1.0 and len(figures["prompts"]) == len(categories()[::8])
     assert {row["score"] for row in figures["categories"].values()} == {1.0}
-    assert figures["sampling"]["steps"] == 28 and figures["sampling"]["cfg_scale"] == 3.0
+    assert figures["sampling"]["steps"] == 28 and figures["sampling"]["cfg_scale"] == 3.5
     assert sheet.is_file()
 
 

@@ -104,7 +104,7 @@ def test_the_whole_on_members_that_are_known(tmp_path: Path, capsys: pytest.Capt
     assert figures["dev"]["straightness"] == pytest.approx(4 * SQUARES, rel=1e-5)
     assert list(figures["pro"]["steps"]) == ["1", "4", "28"]
     assert figures["dev"]["steps"]["28"]["categories"]["attribute binding"]["score"] == 0.0
-    assert figures["dev"]["sampling"]["guidance"] == 3.0
+    assert figures["dev"]["sampling"]["guidance"] == 3.5
     with Image.open(picture) as drawn:
         assert {colour for _, colour in drawn.getcolors(1 << 20) or []} >= set(HUES.values())
 
