@@ -242,7 +242,7 @@ def test_a_timed_picture_is_the_painted_one(tiny: Path, variant: str) -> None:
 
 
 def test_straightness_is_that_of_the_guided_velocity(tiny: Path) -> None:
-    """Of pro against Euler written out, with both halves of CFG 3.0 computed apart."""
+    """Of pro against Euler written out, with both halves of CFG 3.5 computed apart."""
     member = member_of(tiny, "pro")
     texts = ["a red star", "two blue circle", "green"]
     encode, network = member.models.text_encoders.encode, member.models.transformer
@@ -256,7 +256,7 @@ def test_straightness_is_that_of_the_guided_velocity(tiny: Path) -> None:
         x, passed = noise, list[Tensor]()
         for i in range(24):
             empty = negative(x, 1 - i / 24)
-            passed.append(empty + 3.0 * (positive(x, 1 - i / 24) - empty))
+            passed.append(empty + 3.5 * (positive(x, 1 - i / 24) - empty))
             x = x - passed[-1] / 24
         expected = torch.stack([(noise - x - v).square().mean() for v in passed]).mean().item()
     prompts = [Prompt(text, Scene(), "any") for text in texts]
