@@ -39,11 +39,13 @@ def test_the_models_that_come_with_the_pack_are_listed_after_the_artists_own(com
     assert names == [DEV, "tiny.safetensors", *shipped]
 
 
-def test_the_workflow_is_offered_as_a_template_with_its_picture(comfy: ComfyServer) -> None:
-    assert comfy.get("/api/workflow_templates")["rectiflux"] == ["text_to_image"]
+def test_the_workflows_are_offered_as_templates_with_their_pictures(comfy: ComfyServer) -> None:
+    shipped = {path.stem for path in (PACK / "workflows").glob("*.json")}
+    assert "text_to_image" in shipped and set(comfy.get("/api/workflow_templates")["rectiflux"]) == shipped
+    for name in shipped:
+        with Image.open(io.BytesIO(comfy.fetch(f"/api/workflow_templates/rectiflux/{name}.jpg"))) as shown:
+            assert shown.format == "JPEG" and shown.size[0] == 512
     assert comfy.get("/api/workflow_templates/rectiflux/text_to_image.json")["nodes"]
-    with Image.open(io.BytesIO(comfy.fetch("/api/workflow_templates/rectiflux/text_to_image.jpg"))) as shown:
-        assert shown.format == "JPEG" and shown.size == (512, 512)
 
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.NODE_ID)
