@@ -24,6 +24,7 @@ from ..flux_core.transformer import FluxTransformer
 from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
+from ..flux_core.weights.files import PICKLES
 from . import _wires
 from ._report import Stopwatch, report_text
 
@@ -57,6 +58,8 @@ def comfy() -> ModuleType | None:
 
 # Files
 
+LISTED = 5
+"""Names that a sentence about a missing file tells."""
 
 RENAMED = {"rectiflux-mini.safetensors": "rectiflux-mini-pro.safetensors"}
 """Names of files that the pack shipped once, and what took their place: a saved workflow loads for ever."""
@@ -84,11 +87,17 @@ def model_path(folder: str, name: str) -> Path:
 
 
 def why_no_model(folder: str, name: str) -> str | None:
-    """What is wrong with a model's name, in a sentence, or None: for VALIDATE_INPUTS."""
+    """What is wrong with a model's name, in half a sentence, or None: for VALIDATE_INPUTS."""
+    if str(name).lower().endswith(PICKLES):
+        return f"{name!r} is a pickle, which could run code; convert it to safetensors"
     try:
         model_path(folder, name)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return str(error)
+    except OSError:
+        names = list_models(folder)
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        return f"{name!r} is not in its list, which has {', '.join(names[:LISTED])}{more}"
     return None
 
 

@@ -34,7 +34,8 @@ class ModelLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, model_name):
-        return _host.why_no_model("diffusion_models", model_name) or True
+        wrong = _host.why_no_model("diffusion_models", model_name)
+        return True if wrong is None else f"model_name: {wrong}"
 
     def run(self, model_name, weight_dtype):
         path = _host.model_path("diffusion_models", model_name)

@@ -85,9 +85,10 @@ def test_it_paints_what_is_asked(variant: str, paint: Painter) -> None:
 @pytest.mark.slow
 @each
 def test_it_paints_what_training_never_showed(variant: str, paint: Painter) -> None:
-    prompts = [prompt for prompt in categories() if prompt.category == "unseen"][::2]
-    assert len(prompts) >= 25
-    assert share_right(paint(variant, [prompt.text for prompt in prompts], seed=71_000), prompts) >= 0.7
+    prompts = [prompt for prompt in categories() if prompt.category == "unseen"]
+    assert len(prompts) == 56
+    right = share_right(paint(variant, [prompt.text for prompt in prompts], seed=71_000), prompts)
+    assert right >= 0.62  # the card's 0.78 less three sigma of 56 pictures
 
 
 @pytest.mark.slow
@@ -102,13 +103,15 @@ def test_short_prompts(variant: str, paint: Painter) -> None:
 @pytest.mark.slow
 @each
 def test_other_sizes(variant: str, paint: Painter) -> None:
-    """Wide and high pictures, as training shows them."""
-    scene = Scene((Item("star", "yellow"), Item("heart", "red")), relation="left")
-    captions = ["a yellow star left of a red heart"] * 8
-    for width, height in ((160, 112), (112, 160)):
-        pictures = paint(variant, captions, seed=4, width=width, height=height)
+    """Wide and high pictures, as training shows them: two objects in relation, as well as in square ones."""
+    prompts = [prompt for prompt in categories() if prompt.category == "position"]
+    passes = 0.0
+    for half, (width, height) in enumerate(((160, 112), (112, 160))):
+        part = prompts[half::2]
+        pictures = paint(variant, [prompt.text for prompt in part], seed=4, width=width, height=height)
         assert pictures[0].shape == (height, width, 3)
-        assert score(pictures, [scene] * 8)["strict"] >= 0.75
+        passes += share_right(pictures, part) * len(part)
+    assert passes / len(prompts) >= 0.61  # the card's 0.78 in square ones less three sigma of 56 pictures
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def write_pairs(
     Each file holds noise and latents [CHUNK, 16, h, w] in model space, float16, of one size of pictures, and
     the captions. Files that exist are kept: a killed run goes on where it was.
     """
-    empty = encoders.encode([""] * batch)
+    empty = encoders.encode([""])
     line = ProgressLine(count)
     for number in range((count + CHUNK - 1) // CHUNK):
         path = folder / f"{number:05}.safetensors"
