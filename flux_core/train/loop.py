@@ -64,6 +64,7 @@ def autocast(recipe: Recipe) -> torch.autocast:
 
 def compiled(function: Function, recipe: Recipe) -> Function:
     """The module or function, compiled where the recipe asks for it: once for every size of picture."""
+    # compile's type is a plain callable; what it returns is called as the function is
     return torch.compile(function, dynamic=False) if recipe.compiled else function  # type: ignore[return-value]
 
 

@@ -35,7 +35,10 @@ SQUARES = 575 / 6912
 
 @dataclass(frozen=True)
 class Known(Member):
-    """Paints rightly what belongs to the first `right` of the six categories; its velocity is slope t."""
+    """Paints rightly what belongs to the first `right` of the six categories; its velocity is slope t.
+
+    Nothing here looks at its models, so tests give it None for them.
+    """
 
     right: Callable[[int], int] = lambda steps: 6
     slope: float = 1.0
