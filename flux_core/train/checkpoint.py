@@ -174,7 +174,11 @@ class ProgressLine:
 
     def per_second(self, step: int) -> float:
         """Steps a second since this line began."""
-        return (step - self.start) / max(time.monotonic() - self.began, 1e-9)
+        return (step - self.start) / max(self.seconds(), 1e-9)
+
+    def seconds(self) -> float:
+        """Seconds since this line began."""
+        return time.monotonic() - self.began
 
     def update(self, step: int, note: str = "") -> None:
         now = time.monotonic()

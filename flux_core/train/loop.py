@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..spec import Conditioning
 from ..transformer import FluxTransformer
+from ..weights import read_metadata
 from .checkpoint import (
     Average,
     ProgressLine,
@@ -55,6 +56,13 @@ class Recipe:
 def device() -> torch.device:
     """A CUDA device when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hardware() -> str:
+    """What trains: the CUDA device's name, or how many threads of a CPU."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def autocast(recipe: Recipe) -> torch.autocast:
@@ -119,13 +127,15 @@ def train(
     `trained` names every module whose state is to be kept; `model` is one of them or a part of one. The
     schedule's length is `steps`: a larger number on resuming lengthens the plateau, a smaller one begins the
     descent. `picture` shows what averaged weights paint: at each save it is written beside `out`. Raises
-    ValueError when a loss is no number, and OSError when the disk is full; the last checkpoint stays.
+    ValueError when a loss is no number, and OSError when the disk is full; the last checkpoint stays. The
+    metadata of `out` hold the steps, the samples, the seconds of all runs up to here, and the hardware.
     """
     average = Average(model, recipe.average)
     checkpoint = out.with_name(out.name + ".checkpoint")
-    step = 0
+    step, spent = 0, 0.0
     if checkpoint.exists():
         step = load_checkpoint(checkpoint, trained, average, optimizers, rng)
+        spent = float(read_metadata(out).get("seconds", 0)) if out.exists() else 0.0
     line, smooth = ProgressLine(steps, step), Smooth()
     while step < steps:
         set_rate(optimizers, recipe.lr * rate(step, steps, recipe))
@@ -135,7 +145,12 @@ def train(
         refuse_nan(next(iter(losses.values())), step)
         smooth.update({name: loss.item() for name, loss in losses.items()})
         if step % recipe.save_every == 0 or step == steps:
-            header = {"steps": str(step), "samples": str(step * recipe.batch)}
+            header = {
+                "steps": str(step),
+                "samples": str(step * recipe.batch),
+                "seconds": f"{spent + line.seconds():.0f}",
+                "hardware": hardware(),
+            }
             write_safetensors(out, average.values, header)
             save_checkpoint(checkpoint, step, trained, average, optimizers, rng)
             if picture is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, read_state_dict
 from rectiflux.flux_core.spec import Conditioning
 from rectiflux.flux_core.train import loop
+from rectiflux.flux_core.weights import read_metadata
 
 TINY = FluxSpec(hidden_size=64, num_heads=1, depth=1, depth_single=1, context_in=8, vec_in=8)
 
@@ -103,6 +106,20 @@ def test_what_it_writes_is_a_model_beside_a_picture_of_what_it_paints(tmp_path: 
     assert shown == [{name for name, _ in task.model.named_parameters()}] * 2  # after steps 3 and 4
     with Image.open(tmp_path / "a.png") as image:
         assert image.getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_the_file_says_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds add up over the runs of a training; each clock here starts anew and counts readings."""
+    out, made = tmp_path / "a.safetensors", []
+    for steps in (3, 6):
+        ticks = itertools.count()
+        monkeypatch.setattr(time, "monotonic", lambda ticks=ticks: float(next(ticks)))
+        Task().run(out, steps)
+        made.append(read_metadata(out))
+    assert [(m["steps"], m["samples"]) for m in made] == [("3", "12"), ("6", "24")]
+    first, both = (int(m["seconds"]) for m in made)
+    assert 0 < first < both == 2 * first
+    assert made[0]["hardware"] == f"CPU, {torch.get_num_threads()} threads"
 
 
 def test_the_progress_line_says_losses_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
