@@ -1,0 +1,107 @@
+"""Saved workflows to read, and the class table that they are read by, written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rectiflux.host.workflow import Document, to_prompt
+
+SEED = ["INT", {"default": 0, "control_after_generate": True}]
+INFO: dict[str, dict[str, Any]] = {
+    "Number": {
+        "input": {"required": {"seed": SEED, "scale": ["FLOAT", {"default": 1.5}]}},
+        "display_name": "A Number",
+    },
+    "Mix": {
+        "input": {
+            "required": {
+                "a": ["NUM", {}],
+                "mode": [["add", "mul"], {}],
+                "text": ["STRING", {"default": "-"}],
+            },
+            "optional": {
+                "b": ["NUM", {}],
+                "flag": ["BOOLEAN", {"default": False}],
+                "n": ["INT", {"default": 4}],
+            },
+        },
+        "display_name": "Mix",
+    },
+    "Load": {"input": {"required": {"image": [["x.png"], {"image_upload": True}]}}, "display_name": "Load"},
+}
+
+
+def graph(nodes: list[dict[str, Any]], links: list[Any], **more: Any) -> dict[str, Any]:
+    return {"nodes": nodes, "links": links, "version": 0.4, **more}
+
+
+def node(number: int, kind: str, values: Any = (), wires: dict[str, int] | None = None, **more: Any) -> Any:
+    """A saved node; `wires` {input: link id}, in the order of its sockets. All sockets are NUM."""
+    inputs = [{"name": name, "type": "NUM", "link": link} for name, link in (wires or {}).items()]
+    values = values if isinstance(values, dict) else list(values)
+    outputs = [{"name": "out", "type": "NUM", "links": []}]
+    return {
+        "id": number,
+        "type": kind,
+        "inputs": inputs,
+        "outputs": outputs,
+        "widgets_values": values,
+        **more,
+    }
+
+
+def prompt_of(document: dict[str, Any]) -> dict[str, Any]:
+    """The prompt without titles."""
+    prompt = to_prompt(Document(document, None), INFO)
+    return {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in prompt.items()}
+
+
+def pair(**second: Any) -> dict[str, Any]:
+    """Number (1) wired into Mix (2)."""
+    return graph(
+        [
+            node(1, "Number", [7, "fixed", 2.5]),
+            {**node(2, "Mix", ["mul", "hi", True, 9], {"a": 1}), **second},
+        ],
+        [[1, 1, 0, 2, 0, "NUM"]],
+    )
+
+
+def chain(mode: int) -> dict[str, Any]:
+    """Number (1) -> Mix (2, in this mode) -> Mix (3)."""
+    return graph(
+        [
+            node(1, "Number", [7, "fixed", 2.5]),
+            node(2, "Mix", ["add"], {"a": 1}, mode=mode),
+            node(3, "Mix", ["mul"], {"a": 2}),
+        ],
+        [[1, 1, 0, 2, 0, "NUM"], [2, 2, 0, 3, 0, "NUM"]],
+    )
+
+
+def subgraph(instance_values: list[Any] | None = None, **properties: Any) -> dict[str, Any]:
+    """Number (1) -> subgraph (5): Mix (3), its text promoted -> Mix (2)."""
+    inner = node(3, "Mix", ["mul", "inner", False, 1], {"a": 1, "text": 2})
+    inner["inputs"][1]["widget"] = {"name": "text"}
+    definition = {
+        "id": "uuid",
+        "name": "Group",
+        "inputs": [{"name": "a"}, {"name": "words"}],
+        "outputs": [{"name": "out"}],
+        "nodes": [inner],
+        "links": [
+            {"id": 1, "origin_id": -10, "origin_slot": 0, "target_id": 3, "target_slot": 0},
+            {"id": 2, "origin_id": -10, "origin_slot": 1, "target_id": 3, "target_slot": 1},
+            {"id": 3, "origin_id": 3, "origin_slot": 0, "target_id": -20, "target_slot": 0},
+        ],
+    }
+    instance = node(5, "uuid", instance_values or [], {"a": 1, "words": None}, properties=properties)
+    instance["inputs"][1]["widget"] = {"name": "words"}
+    return graph(
+        [node(1, "Number", [7, "fixed", 2.5]), instance, node(2, "Mix", ["add"], {"a": 2})],
+        [[1, 1, 0, 5, 0, "NUM"], [2, 5, 0, 2, 0, "NUM"]],
+        definitions={"subgraphs": [definition]},
+    )
+
+
+API = {"1": {"class_type": "Number", "inputs": {"seed": 7, "scale": 2.5}}}
