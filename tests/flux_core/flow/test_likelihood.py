@@ -23,14 +23,8 @@ from rectiflux.flux_core.flow import (
 from rectiflux.flux_core.solver import SOLVERS
 from torch import Tensor
 
-MIXTURE = GaussianMixture(
-    torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64),
-    torch.tensor([[-1.5, 0.0], [1.0, 1.0], [0.5, -1.5]], dtype=torch.float64),
-    torch.tensor(
-        [[[0.09, 0.05], [0.05, 0.16]], [[0.1, 0.0], [0.0, 0.1]], [[0.2, -0.1], [-0.1, 0.1]]],
-        dtype=torch.float64,
-    ),
-)
+from .closed_form import MIXTURE
+
 POINTS = MIXTURE.sample(40, torch.Generator().manual_seed(0))
 RECTIFIED = as_velocity(RectifiedPath(), MIXTURE.network(RectifiedPath()))
 KINDS = pytest.mark.parametrize("kind", ["rademacher", "gaussian"])

@@ -17,14 +17,8 @@ from rectiflux.flux_core.flow import (
     linear_betas,
 )
 
-PATHS: dict[str, Path] = {
-    "rectified": RectifiedPath(),
-    "linear": LinearBetaPath(),
-    "cosine": CosinePath(),
-    "linear chain": ChainPath(linear_betas(1000)),
-    "cosine chain": ChainPath(cosine_betas(50)),
-}
-ALL = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+from .closed_form import ALL, PATHS
+
 DIFFUSIONS = pytest.mark.parametrize("path", list(PATHS.values())[1:], ids=list(PATHS)[1:])
 TIMES = torch.linspace(0.013, 0.987, 40, dtype=torch.float64)  # none of them on a chain's grid
 

@@ -14,19 +14,11 @@ from rectiflux.flux_core.flow import (
     RectifiedPath,
     as_velocity,
     convert,
-    cosine_betas,
-    linear_betas,
 )
 from torch import Tensor
 
-PATHS: dict[str, Path] = {
-    "rectified": RectifiedPath(),
-    "linear": LinearBetaPath(),
-    "cosine": CosinePath(),
-    "linear chain": ChainPath(linear_betas(1000)),
-    "cosine chain": ChainPath(cosine_betas(50)),
-}
-ALL = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+from .closed_form import ALL
+
 PAIRS = [(of, to) for of in KINDS for to in KINDS]
 
 GENERATOR = torch.Generator().manual_seed(0)
