@@ -2,9 +2,10 @@
 
 Yin et al. 2024, arXiv:2311.18828 and arXiv:2405.14867 (DMD2): the student's finished pictures are noised
 again, and moved to where the teacher's score is higher than that of a critic, a network that is trained
-beside the student on the student's pictures. Pairs of the teacher's ODE (reflow.py) hold the student to them
-meanwhile. The student begins as the reflow, keeps [schnell]'s wiring, and is trained at the sigmas of its
-four steps on states of its own making, so that it meets in training what it meets in use.
+beside the student on the student's pictures. In half of a batch pairs of the teacher's ODE (reflow.py) hold
+the student to them meanwhile; the other half are noise and captions that nobody has seen. The student begins
+as the reflow, keeps [schnell]'s wiring, and is trained at the sigmas of its four steps on states of its own
+making, so that it meets in training what it meets in use.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from ..transformer import FluxTransformer
 from .flow import draw_sigmas, predict
 from .loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
 from .reflow import PairSet, fold_guidance, pseudo_huber
+from .text import random_caption
 
 STEPS = 4
+STARTS = (2, 1, 1, 1)
+"""How often, in proportion, a lesson begins at each of them: one step to a picture has only the first."""
 
 
 @dataclass(frozen=True)
@@ -113,31 +117,36 @@ def train_schnell(
     critic_loss = compiled(matching.critic_loss, recipe)
 
     def batch() -> tuple[Tensor, Tensor, Conditioning]:
-        noise, latents, captions = data.batch(recipe.batch, rng)
+        """Noise [batch, 16, h, w], the teacher's latents of its first half, and the texts of all of it."""
+        noise, latents, captions = data.batch(recipe.batch // 2, rng)
+        noise = torch.cat([noise, torch.randn(recipe.batch - len(noise), *noise.shape[1:])])
+        captions += [random_caption(rng)[1] for _ in range(recipe.batch - len(captions))]
         return noise.to(device()), latents.to(device()), encoders.encode(captions)
 
-    def teach_critic() -> Tensor:
-        with autocast(recipe), torch.no_grad():
-            noise, _, text = batch()
-            x, sigma = rollout(student, torch.randn_like(noise), text, rng.randrange(STEPS))
-            pictures = x - sigma[:, None, None, None] * predict(student, x, sigma, text)
+    def teach_student(noise: Tensor, latents: Tensor, text: Conditioning) -> tuple[Tensor, Losses]:
+        """The pictures that the student made, and its losses, after its update."""
+        with autocast(recipe):
+            x, sigma = rollout(student, noise, text, rng.choices(range(STEPS), STARTS)[0])
+            sigmas = 0.02 + 0.96 * torch.rand(recipe.batch, device=device())
+            matched, denoised = student_loss(x.float(), sigma, torch.randn_like(noise), sigmas, text)
+            held = pseudo_huber(denoised[: len(latents)] - latents, recipe.huber)
+            loss = matched + recipe.pairs * held
+        descend(loss, student, optimizers[0])
+        return denoised.detach().float(), {"loss": loss.detach(), "pairs": held.detach()}
+
+    def teach_critic(pictures: Tensor, text: Conditioning) -> Tensor:
+        """The critic's error, after its update."""
         with autocast(recipe):
             sigmas = draw_sigmas(recipe.batch).to(device())
-            error = critic_loss(pictures.float(), torch.randn_like(noise), sigmas, text)
+            error = critic_loss(pictures, torch.randn_like(pictures), sigmas, text)
         descend(error, critic, optimizers[1])
         return error.detach()
 
     def update() -> Losses:
-        critic_error = torch.stack([teach_critic() for _ in range(recipe.critic_updates)]).mean()
-        with autocast(recipe):
-            noise, latents, text = batch()
-            x, sigma = rollout(student, noise, text, rng.randrange(STEPS))
-            sigmas = 0.02 + 0.96 * torch.rand(recipe.batch, device=device())
-            matched, denoised = student_loss(x.float(), sigma, torch.randn_like(noise), sigmas, text)
-            held = pseudo_huber(denoised - latents, recipe.huber)
-            loss = matched + recipe.pairs * held
-        descend(loss, student, optimizers[0])
-        return {"loss": loss.detach(), "critic": critic_error, "pairs": held.detach()}
+        noise, latents, text = batch()
+        pictures, losses = teach_student(noise, latents, text)
+        errors = [teach_critic(pictures, text) for _ in range(recipe.critic_updates)]
+        return {**losses, "critic": torch.stack(errors).mean()}
 
     trained: dict[str, nn.Module] = {"student": student, "critic": critic}
     every = [optimizer for pair in optimizers for optimizer in pair]
