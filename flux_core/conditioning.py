@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T5_LENGTH = 512
-"""Tokens that FLUX.1 [dev] pads the T5 text to; [schnell] is used with 256."""
+"""Tokens that FLUX.1 [dev] pads the T5 text to; [schnell] is used with 256, Fill with 128."""
+OWN_LENGTH = 0
+"""In place of a length: as many tokens as the prompt has, so that no padding speaks with it."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,16 @@ class TextEncoders:
         prompts: list[str],
         clip_prompts: list[str] | None = None,
         on_notice: Callable[[str], None] | None = None,
+        txt_length: int | None = None,
     ) -> Conditioning:
         """Conditioning with txt [B, txt_length, C] and pooled [B, P], float32, of B prompts.
 
-        CLIP reads `clip_prompts` where given. A prompt that is too long is cut at its end, and a sentence
+        CLIP reads `clip_prompts` where given. `txt_length` counts T5's tokens, the encoders' own number
+        unless given; with OWN_LENGTH, a prompt's own: the padding, which the model would read too, is left
+        out. A prompt that is too long is cut at its end, and a sentence
         that says so, with the numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError
-        when the lists differ in length.
+        when the lists differ in length, for a negative length, and for prompts of different lengths with
+        OWN_LENGTH, which one tensor cannot hold.
         """
         prompts = [_whole(prompt) for prompt in prompts]
         clip_prompts = prompts if clip_prompts is None else [_whole(prompt) for prompt in clip_prompts]
@@ -75,8 +81,9 @@ class TextEncoders:
             raise ValueError(
                 f"T5 and CLIP need as many prompts as each other, got {len(prompts)} and {len(clip_prompts)}"
             )
+        txt_length = self.length_of(prompts, self.txt_length if txt_length is None else txt_length)
         for prompt, clip_prompt in zip(prompts, clip_prompts, strict=True):
-            for count in self.token_counts(prompt, clip_prompt):
+            for count in self.token_counts(prompt, clip_prompt, txt_length):
                 if count.needed > count.limit:
                     notice = (
                         f"the prompt is too long for {count.encoder}: {count.needed} tokens, "
@@ -85,22 +92,40 @@ class TextEncoders:
                     (on_notice or log.warning)(notice)
         with torch.no_grad():
             return Conditioning(
-                self.encode_t5(self.t5_ids(prompts)), self.encode_clip(self.clip_ids(clip_prompts))
+                self.encode_t5(self.t5_ids(prompts, txt_length)),
+                self.encode_clip(self.clip_ids(clip_prompts)),
             )
 
-    def token_counts(self, prompt: str, clip_prompt: str | None = None) -> tuple[TokenCount, TokenCount]:
+    def length_of(self, prompts: list[str], txt_length: int) -> int:
+        """T5's tokens for these prompts: `txt_length`, or for OWN_LENGTH what each of them has."""
+        if txt_length < 0:
+            raise ValueError(f"a text needs a number of T5 tokens above 0, got {txt_length}")
+        if txt_length != OWN_LENGTH:
+            return txt_length
+        lengths = sorted({len(self.t5_tokenizer.encode(prompt).ids) for prompt in prompts})
+        if len(lengths) != 1:
+            raise ValueError(
+                f"texts without padding must be of one length, got {', '.join(map(str, lengths))} tokens; "
+                "encode one prompt at a time"
+            )
+        return min(lengths[0], self.txt_length)
+
+    def token_counts(
+        self, prompt: str, clip_prompt: str | None = None, txt_length: int | None = None
+    ) -> tuple[TokenCount, TokenCount]:
         """Tokens needed and read, of T5 and of CLIP."""
         clip_prompt = prompt if clip_prompt is None else clip_prompt
+        limit = self.txt_length if txt_length is None else txt_length
         return (
-            TokenCount("T5", len(self.t5_tokenizer.encode(prompt).ids), self.txt_length),
+            TokenCount("T5", len(self.t5_tokenizer.encode(prompt).ids), limit),
             TokenCount("CLIP", len(self.clip_tokenizer.encode(clip_prompt).ids), self.clip_length),
         )
 
-    def t5_ids(self, prompts: list[str]) -> Tensor:
+    def t5_ids(self, prompts: list[str], txt_length: int | None = None) -> Tensor:
         """Token ids [B, txt_length], cut so that the end mark stays, padded with T5's 0."""
         return _pad(
             [self.t5_tokenizer.encode(p).ids for p in prompts],
-            self.txt_length,
+            self.txt_length if txt_length is None else txt_length,
             self.t5.config.pad_token_id or 0,
         )
 

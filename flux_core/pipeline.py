@@ -22,6 +22,8 @@ from .transformer import FluxTransformer, pack, unpack
 from .vae import AutoEncoder, to_vae_space
 
 LATENT_CHANNELS = 16
+NOISE_CONVENTIONS = {"comfyui": torch.float32, "reference": torch.bfloat16}
+"""Who draws noise in which dtype: ComfyUI, or BFL's and diffusers' own pipelines with a generator on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,25 @@ def latent_size(width: int, height: int) -> tuple[int, int]:
     return height // 8, width // 8
 
 
-def draw_noise(seed: int, batch: int, h: int, w: int) -> Tensor:
+def draw_noise(seed: int, batch: int, h: int, w: int, convention: str = "comfyui") -> Tensor:
     """Standard normal noise [batch, 16, h, w], float32 on the CPU, in one draw.
 
     The numbers are those of torch.manual_seed(seed) and torch.randn, as ComfyUI draws them, without
-    touching the global generator. Raises ValueError for an empty batch and for a seed outside 0..2^64 - 1.
+    touching the global generator; with "reference" in bfloat16, as black-forest-labs/flux
+    (src/flux/sampling.py: get_noise) and diffusers' FluxPipeline draw them. Raises ValueError for an empty
+    batch, for a seed outside 0..2^64 - 1 and for another convention.
     """
     if batch < 1:
         raise ValueError(f"a batch needs at least 1 picture, got {batch}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"a seed must lie between 0 and 2^64 - 1, got {seed}")
-    return torch.randn(batch, LATENT_CHANNELS, h, w, generator=torch.Generator("cpu").manual_seed(seed))
+    if convention not in NOISE_CONVENTIONS:
+        raise ValueError(
+            f"noise is drawn by the convention {' or '.join(NOISE_CONVENTIONS)}, got {convention!r}"
+        )
+    generator = torch.Generator("cpu").manual_seed(seed)
+    dtype = NOISE_CONVENTIONS[convention]
+    return torch.randn(batch, LATENT_CHANNELS, h, w, generator=generator, dtype=dtype).float()
 
 
 @torch.no_grad()

@@ -113,16 +113,17 @@ def with_guidance(entries: Entries, guidance: float | None) -> Entries:
 
 @dataclass(frozen=True)
 class SeededNoise:
-    """A NOISE: standard normal noise of a latent's shape, drawn on the CPU from `seed`."""
+    """A NOISE: standard normal noise of a latent's shape, drawn on the CPU from `seed` by a `convention`."""
 
     seed: int
+    convention: str = "comfyui"
 
     def generate_noise(self, latent: Latent) -> Tensor:
         """Noise [B, 16, h, w], float32. "batch_index" says which pictures of a batch the latent holds."""
         samples = raw_samples(latent)
         batch, _, h, w = samples.shape
         chosen = latent.get("batch_index") or list(range(batch))
-        return draw_noise(self.seed, max(chosen) + 1, h, w)[chosen]
+        return draw_noise(self.seed, max(chosen) + 1, h, w, self.convention)[chosen]
 
 
 def checked_image(image: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..flux_core.pipeline import NOISE_CONVENTIONS
 from ._wires import SeededNoise
 
 
@@ -22,10 +23,18 @@ class Noise:
     def INPUT_TYPES(cls):
         tooltip = "The number that the noise is drawn from. Another seed, another picture of the same prompt."
         seed = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True, "tooltip": tooltip}
-        return {"required": {"seed": ("INT", seed)}}
+        convention = (
+            "Whose noise a seed means. comfyui: that of ComfyUI's own nodes. reference: that of Black Forest "
+            "Labs' code and of diffusers in bf16, with the seed's generator on the CPU."
+        )
+        names = {"default": "comfyui", "advanced": True, "tooltip": convention}
+        return {
+            "required": {"seed": ("INT", seed)},
+            "optional": {"convention": (list(NOISE_CONVENTIONS), names)},
+        }
 
-    def run(self, seed):
-        return (SeededNoise(seed),)
+    def run(self, seed, convention="comfyui"):
+        return (SeededNoise(seed, convention),)
 
 
 NODES = (Noise,)

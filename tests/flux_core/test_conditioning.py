@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.flux_core.conditioning import TextEncoders, clip_of_size, t5_of_size
+from rectiflux.flux_core.conditioning import OWN_LENGTH, TextEncoders, clip_of_size, t5_of_size
 from rectiflux.flux_core.weights import load_text_encoders
 
 from .text_reference import CLIP_LENGTH, TXT_LENGTH, WORDS, clip_model, save_text_encoders, t5_model
@@ -71,6 +71,34 @@ def test_truncation_is_said_with_its_numbers(
     assert [record.getMessage() for record in caplog.records] == notices
     assert torch.equal(long.txt, encoders.encode(["a red fox on a blue square of"]).txt)
     assert torch.equal(long.pooled, encoders.encode(["a red fox on a"]).pooled)
+
+
+def test_a_length_of_ones_own_choice(encoders: TextEncoders) -> None:
+    """Longer and shorter than the encoders' own, and the prompt's: what transformers gives for these ids."""
+    words = "a red circle </s>"
+    for asked, length in ((12, 12), (6, 6), (OWN_LENGTH, 4)):
+        txt = encoders.encode(["a red circle"], txt_length=asked).txt
+        assert torch.equal(txt, t5_model()(input_ids=ids(words, length, "<pad>")).last_hidden_state)
+    notices: list[str] = []
+    short = encoders.encode(["a red circle"], txt_length=3, on_notice=notices.append)
+    assert notices == ["the prompt is too long for T5: 4 tokens, of which it reads the first 3"]
+    assert torch.equal(short.txt, encoders.encode(["a red"], txt_length=3).txt)
+
+
+def test_without_padding_a_text_is_what_masked_padding_makes_it(encoders: TextEncoders) -> None:
+    own = encoders.encode(["a red circle"], txt_length=OWN_LENGTH).txt
+    padded = ids("a red circle </s>", 9, "<pad>")
+    masked = t5_model()(input_ids=padded, attention_mask=(padded != 0).long()).last_hidden_state[:, :4]
+    assert torch.allclose(own, masked, atol=1e-6)
+
+
+def test_lengths_that_cannot_be(encoders: TextEncoders) -> None:
+    with pytest.raises(ValueError, match="must be of one length, got 2, 3 tokens; encode one prompt at a"):
+        encoders.encode(["a", "a red"], txt_length=OWN_LENGTH)
+    with pytest.raises(ValueError, match="a number of T5 tokens above 0, got -1"):
+        encoders.encode(["a"], txt_length=-1)
+    long = "a red fox on a blue square of green"
+    assert encoders.encode([long], txt_length=OWN_LENGTH).txt.shape[1] == TXT_LENGTH
 
 
 def test_token_counts(encoders: TextEncoders) -> None:

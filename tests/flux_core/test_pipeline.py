@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,24 @@ def test_noise_is_what_comfyui_draws() -> None:
     assert torch.equal(draw_noise(42, 3, 4, 6), expected)
     assert torch.equal(torch.randn(1), after)
     assert torch.isfinite(draw_noise(2**64 - 1, 1, 2, 2)).all()
+
+
+def test_the_references_noise_is_what_diffusers_draws() -> None:
+    """FluxPipeline.prepare_latents in bfloat16; and on the CPU these are ComfyUI's numbers, rounded."""
+    ours = draw_noise(42, 2, 6, 4, "reference")
+    theirs, _ = FluxPipeline.prepare_latents(
+        SimpleNamespace(
+            vae_scale_factor=8,
+            _pack_latents=FluxPipeline._pack_latents,
+            _prepare_latent_image_ids=FluxPipeline._prepare_latent_image_ids,
+        ),
+        *(2, 16, 48, 32, torch.bfloat16, torch.device("cpu"), torch.Generator("cpu").manual_seed(42)),
+    )
+    assert ours.dtype == torch.float32
+    assert torch.equal(pack(ours), theirs.float())
+    assert torch.equal(ours, draw_noise(42, 2, 6, 4).bfloat16().float())
+    with pytest.raises(ValueError, match="by the convention comfyui or reference, got 'bfl'"):
+        draw_noise(42, 1, 4, 4, "bfl")
 
 
 def recording(model) -> list[int]:
