@@ -68,12 +68,12 @@ class TextEncoders:
     ) -> Conditioning:
         """Conditioning with txt [B, txt_length, C] and pooled [B, P], float32, of B prompts.
 
-        CLIP reads `clip_prompts` where given. `txt_length` counts T5's tokens, the encoders' own number
-        unless given; with OWN_LENGTH, a prompt's own: the padding, which the model would read too, is left
-        out. A prompt that is too long is cut at its end, and a sentence
-        that says so, with the numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError
-        when the lists differ in length, for a negative length, and for prompts of different lengths with
-        OWN_LENGTH, which one tensor cannot hold.
+        CLIP reads `clip_prompts` where given. `txt_length` counts T5's tokens: the encoders' own number
+        unless given, and never more; with OWN_LENGTH, a prompt's own, without the padding that the model
+        would read too. A prompt that is too long is cut at its end, and a sentence that says so, with the
+        numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError when the lists differ
+        in length, for a negative length, and for prompts of different lengths with OWN_LENGTH, which one
+        tensor cannot hold.
         """
         prompts = [_whole(prompt) for prompt in prompts]
         clip_prompts = prompts if clip_prompts is None else [_whole(prompt) for prompt in clip_prompts]
@@ -101,7 +101,7 @@ class TextEncoders:
         if txt_length < 0:
             raise ValueError(f"a text needs a number of T5 tokens above 0, got {txt_length}")
         if txt_length != OWN_LENGTH:
-            return txt_length
+            return min(txt_length, self.txt_length)
         lengths = sorted({len(self.t5_tokenizer.encode(prompt).ids) for prompt in prompts})
         if len(lengths) != 1:
             raise ValueError(

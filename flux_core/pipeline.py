@@ -23,7 +23,7 @@ from .vae import AutoEncoder, to_vae_space
 
 LATENT_CHANNELS = 16
 NOISE_CONVENTIONS = {"comfyui": torch.float32, "reference": torch.bfloat16}
-"""Who draws noise in which dtype: ComfyUI, or BFL's and diffusers' own pipelines with a generator on the CPU."""
+"""Who draws noise in which dtype: ComfyUI; BFL's and diffusers' pipelines with a generator on the CPU."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ class Conditioning:
     guidance: float | None = None
 
 
+FILL_CHANNELS = 384
+"""A token's inputs in FLUX.1 Fill: 64 noise, 64 masked picture, 256 mask."""
+
+
 @dataclass(frozen=True)
 class FluxSpec:
     """Sizes of a FLUX.1 transformer (black-forest-labs/flux, src/flux/model.py: FluxParams).
@@ -65,6 +69,13 @@ class FluxSpec:
         first = self.head_dim // 8
         rest = (self.head_dim - first) // 2
         return first, rest, rest
+
+    @property
+    def txt_length(self) -> int:
+        """T5's tokens that FLUX.1's pipelines give such a model: 512, [schnell] 256, Fill 128."""
+        if self.in_channels >= FILL_CHANNELS:
+            return 128
+        return 512 if self.guidance_embed else 256
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> FluxSpec:

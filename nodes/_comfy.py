@@ -8,6 +8,7 @@ comfy/sd.py CLIP and VAE, comfy/ops.py. Sampling is in _comfy_sampling.py.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..flux_core import preview
 from ..flux_core.pipeline import LATENT_CHANNELS
-from ..flux_core.spec import FluxSpec
+from ..flux_core.spec import FLUX_SCHNELL, FluxSpec
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata, read_state_dict
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import CLIP, T5, expect
@@ -36,7 +37,11 @@ __all__ = [
     "make_sampler",
     "model_path",
     "sample",
+    "t5_length",
 ]
+
+T5_PAD, T5_END = 0, 1
+"""T5's ids for padding and for the end of a text."""
 
 # Files
 
@@ -192,7 +197,16 @@ def _no_weights_yet(record: logging.LogRecord) -> bool:
 # Running
 
 
-def encode_text(clip: Any, prompt: str, clip_prompt: str, guidance: float | None) -> _wires.Entries:
+def t5_length(model: Any) -> int:
+    """T5's tokens that a FLUX.1 MODEL, ours or a stock loader's, is used with."""
+    config = model.model.model_config.unet_config
+    channels = config["in_channels"] * ComfyNetwork.patch_size**2
+    return replace(FLUX_SCHNELL, in_channels=channels, guidance_embed=config["guidance_embed"]).txt_length
+
+
+def encode_text(
+    clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
+) -> _wires.Entries:
     """A CONDITIONING by any CLIP of FLUX.1, ours or a stock loader's."""
     tokens, t5_tokens = clip.tokenize(clip_prompt), clip.tokenize(prompt)
     if "l" not in tokens or "t5xxl" not in t5_tokens:
@@ -201,8 +215,28 @@ def encode_text(clip: Any, prompt: str, clip_prompt: str, guidance: float | None
             "connect Load FLUX Text Encoders"
         )
     tokens["t5xxl"] = t5_tokens["t5xxl"]
+    if length is not None:
+        ours = isinstance(tokens["t5xxl"], str)
+        tokens |= {"t5_length": length} if ours else {"t5xxl": of_length(tokens["t5xxl"], length)}
     extra = {} if guidance is None else {"guidance": guidance}
     return clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
+
+
+def of_length(batches: list[list[tuple[Any, ...]]], length: int) -> list[list[tuple[Any, ...]]]:
+    """ComfyUI's T5 tokens, (id or embedding, weight), cut or padded to `length`, their own at OWN_LENGTH.
+
+    The end mark stays at the end.
+    """
+    cut = []
+    for batch in batches:
+        ids = [token[0] if isinstance(token[0], int) else None for token in batch]
+        end = max((i for i, number in enumerate(ids) if number == T5_END), default=len(batch) - 1)
+        words = batch[: end + 1]
+        wanted = length or len(words)
+        if len(words) > wanted:
+            words = [*words[: wanted - 1], words[-1]]
+        cut.append(words + [(T5_PAD, 1.0)] * (wanted - len(words)))
+    return cut
 
 
 def notice(text: str) -> None:

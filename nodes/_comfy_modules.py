@@ -259,9 +259,10 @@ class TextModule(nn.Module):
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """FLUX.1 reads CLIP's last layer, whatever layer is asked for (as ComfyUI's own FLUX encoders do)."""
 
-    def encode_token_weights(self, tokens: dict[str, str]) -> tuple[Tensor, Tensor]:
+    def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(txt [1, L, C], pooled [1, P]), on the CPU, of what `PromptTokens` made."""
-        encoded = self.encoders.encode([tokens["t5xxl"]], [tokens["l"]], on_notice=self.on_notice)
+        length = tokens.get("t5_length")
+        encoded = self.encoders.encode([tokens["t5xxl"]], [tokens["l"]], self.on_notice, length)
         return encoded.txt.cpu(), encoded.pooled.cpu()
 
 

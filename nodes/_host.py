@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..flux_core import preview
-from ..flux_core.conditioning import TextEncoders
+from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.solver import Report, Solver, Step
 from ..flux_core.transformer import FluxTransformer
@@ -37,6 +37,8 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+T5_LENGTHS: dict[str, int | None] = {"auto": None, "512": 512, "256": 256, "128": 128, "prompt": OWN_LENGTH}
 
 
 @dataclass(frozen=True)
@@ -161,18 +163,31 @@ def _device() -> torch.device:
 # Running
 
 
+def t5_length(choice: str, model: Any | None) -> int | None:
+    """T5's tokens for one of T5_LENGTHS: for auto those that the MODEL is used with, None without one."""
+    if choice != "auto" or model is None:
+        return T5_LENGTHS[choice]
+    if (host := comfy()) is not None:
+        return host.t5_length(model)
+    _expect(model, EmbeddedModel, "MODEL", "Load FLUX Model")
+    return model.network.spec.txt_length
+
+
 @torch.no_grad()
 def encode_text(
-    clip: Any, prompt: str, clip_prompt: str = "", guidance: float | None = None
+    clip: Any, prompt: str, clip_prompt: str = "", guidance: float | None = None, length: int | None = None
 ) -> _wires.Entries:
-    """A CONDITIONING of one prompt; `clip_prompt`, when not empty, is what CLIP reads in its place."""
+    """A CONDITIONING of one prompt; `clip_prompt`, when not empty, is what CLIP reads in its place.
+
+    `length` counts T5's tokens, at most as many as the encoders are made for; None is their own number.
+    """
     clip_prompt = clip_prompt or prompt
     if (host := comfy()) is not None:
-        return host.encode_text(clip, prompt, clip_prompt, guidance)
+        return host.encode_text(clip, prompt, clip_prompt, guidance, length)
     from ..host import context
 
     _expect(clip, TextEncoders, "CLIP", "Load FLUX Text Encoders")
-    encoded = clip.encode([prompt], [clip_prompt], on_notice=context.notice)
+    encoded = clip.encode([prompt], [clip_prompt], context.notice, length)
     extra = {"pooled_output": encoded.pooled.cpu()}
     if guidance is not None:
         extra["guidance"] = guidance

@@ -23,10 +23,15 @@ class TextEncode:
         prompt = "What the picture shows. An empty prompt is allowed: the model then paints what it likes."
         guidance = (
             "How closely FLUX.1 [dev] follows the prompt; 3.5 is usual, 1.5 to 2.5 looks more natural. "
-            "Models without this input, [schnell] and the miniature, ignore it."
+            "Models without this input, [schnell] and undistilled ones, ignore it."
         )
         clip_prompt = (
             "A separate, short text for CLIP, which sets the overall look. Empty: the prompt itself."
+        )
+        t5_length = (
+            "T5's tokens, which padding fills up; the model reads the padding too. auto: what the connected "
+            "model is used with (512 for [dev], 256 for [schnell], 128 for Fill), or else the text encoders' "
+            "own number. prompt: only the prompt's own tokens, which gives short prompts more weight."
         )
         return {
             "required": {
@@ -42,11 +47,17 @@ class TextEncode:
                     "STRING",
                     {"multiline": True, "default": "", "advanced": True, "tooltip": clip_prompt},
                 ),
+                "t5_length": (
+                    list(_host.T5_LENGTHS),
+                    {"default": "auto", "advanced": True, "tooltip": t5_length},
+                ),
+                "model": ("MODEL", {"tooltip": "The model that will paint, for t5_length auto."}),
             },
         }
 
-    def run(self, clip, prompt, guidance, clip_prompt=""):
-        return (_host.encode_text(clip, prompt, clip_prompt, guidance),)
+    def run(self, clip, prompt, guidance, clip_prompt="", t5_length="auto", model=None):
+        length = _host.t5_length(t5_length, model)
+        return (_host.encode_text(clip, prompt, clip_prompt, guidance, length),)
 
 
 class NegativePrompt:

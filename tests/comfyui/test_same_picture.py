@@ -46,6 +46,20 @@ def test_same_prompt_same_picture(
     assert largest_difference(comfy.pictures(prompt, "save"), expected) <= 1
 
 
+@pytest.mark.parametrize("text", [{"t5_length": "prompt"}, {"model": ["model", 0]}], ids=["prompt", "auto"])
+def test_the_same_length_of_text_and_convention_of_noise(
+    comfy: ComfyServer, files: graphs.Prompt, embedded: Folders, text: dict[str, Any]
+) -> None:
+    prompt = graphs.text_to_image(files)
+    usual = to_pixels(graphs.run(prompt, "decode")[0])
+    prompt["positive"]["inputs"] |= text
+    prompt["noise"]["inputs"]["convention"] = "reference"
+    expected = to_pixels(graphs.run(prompt, "decode")[0])
+    assert ("t5_length" in text) == (largest_difference(expected, usual) > 8)
+    prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="length")
+    assert largest_difference(comfy.pictures(prompt, "save"), expected) <= 1
+
+
 def test_inpainting_keeps_to_the_mask_alike(
     comfy: ComfyServer, files: graphs.Prompt, embedded: Folders
 ) -> None:

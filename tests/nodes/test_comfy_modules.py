@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from rectiflux.flux_core.conditioning import OWN_LENGTH
 from rectiflux.flux_core.pipeline import guided_velocity
 from rectiflux.flux_core.spec import Conditioning, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.nodes import _comfy
 from rectiflux.nodes._comfy_modules import ComfyNetwork
 
 from .tiny import random_weights
@@ -187,3 +189,15 @@ def test_this_file_stands_in_for_comfyui_only_here() -> None:
     assert Path(sys.modules["comfy"].__name__).name == "comfy" and not hasattr(
         sys.modules["comfy"], "__file__"
     )
+
+
+def test_a_stock_clips_tokens_take_another_length() -> None:
+    """Ids with their weights, 1 the end mark, 0 padding; an embedding stands where its word stood."""
+    embedding = torch.ones(4)
+    words = [(21, 1.0), (embedding, 1.0), (1031, 1.2), (1, 1.0)]
+    batches = [words + [(0, 1.0)] * 4]
+    assert _comfy.of_length(batches, OWN_LENGTH) == [words]
+    assert _comfy.of_length(batches, 6) == [words + [(0, 1.0)] * 2]
+    assert _comfy.of_length(batches, 3) == [[*words[:2], (1, 1.0)]]
+    without_end = [words[:3]]
+    assert _comfy.of_length(without_end, 4) == [[*words[:3], (0, 1.0)]]

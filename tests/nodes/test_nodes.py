@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +138,36 @@ def test_noise_of_part_of_a_batch_is_that_part_of_the_noise() -> None:
     part = noise.generate_noise({**latent(batch_size=2), "batch_index": [3, 1]})
     assert torch.equal(part, whole[[3, 1]])
     assert torch.equal(whole, torch.randn(4, 16, 6, 8, generator=torch.Generator().manual_seed(11)))
+
+
+def test_noise_by_the_references_convention_is_drawn_in_bfloat16() -> None:
+    noise = call("RectifluxNoise", seed=11, convention="reference").generate_noise(latent())
+    expected = torch.randn(
+        1, 16, 6, 8, generator=torch.Generator().manual_seed(11), dtype=torch.bfloat16
+    ).float()
+    assert torch.equal(noise, expected)
+
+
+@pytest.mark.parametrize(("choice", "length"), [("auto", 16), ("512", 16), ("prompt", 4)])
+def test_t5_reads_as_many_tokens_as_chosen(embedded: Folders, choice: str, length: int) -> None:
+    """Never more than the encoders are made for; `prompt` is three words and the end mark."""
+    clip = call("RectifluxTextEncoderLoader", clip_name=NAMES["clip"], t5_name=NAMES["t5"])
+    encoded = call("RectifluxTextEncode", clip=clip, prompt="a red circle", guidance=3.5, t5_length=choice)
+    expected = clip.encode_t5(clip.t5_ids(["a red circle"], length))
+    assert encoded[0][0].shape[1] == length and torch.equal(encoded[0][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    [({"guidance_embed": True}, 512), ({}, 256), ({"guidance_embed": True, "in_channels": 384}, 128)],
+    ids=["dev", "schnell", "fill"],
+)
+def test_the_connected_model_says_how_many_tokens_it_is_used_with(sizes: dict[str, Any], length: int) -> None:
+    model = _host.EmbeddedModel(SimpleNamespace(spec=replace(flux_core.FLUX_SCHNELL, **sizes)))
+    assert _host.t5_length("auto", model) == length
+    assert _host.t5_length("auto", None) is None and _host.t5_length("128", model) == 128
+    with pytest.raises(TypeError, match="MODEL"):
+        _host.t5_length("auto", "no model")
 
 
 def test_schedule_counts_the_latents_tokens() -> None:
