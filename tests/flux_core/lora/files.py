@@ -1,7 +1,7 @@
 """LoRA files of known numbers in every convention, and what merging them by hand would give.
 
 A `Change` is a low-rank change of one of BFL's layers, or of a piece of it. Each writer below puts changes
-into a state dict as one trainer does; `merged` adds s * (alpha / rank) * B A to a copy of the model's weights.
+into a state dict as one trainer does; `merged` adds s * (alpha / rank) * B A to a copy's weights.
 """
 
 from __future__ import annotations
