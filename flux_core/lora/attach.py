@@ -142,6 +142,8 @@ def _why_not(entry: Entry, module: nn.Module) -> str | None:
         return _why_not_here(entry, module)
     out, width = int(cast(Any, module).out_features), int(cast(Any, module).in_features)
     rows = out if entry.rows is None else entry.rows[1]
+    if "diff" in entry.roles and entry.adapter is None:
+        return f"{entry.module} has a weight of {[rows, width]} here, the file has one line of numbers"
     if (adapter := entry.adapter) is not None:
         fits_width = adapter.shape[1] in (0, width) or _may_widen(entry, adapter.shape[1])
         if adapter.shape[0] != rows or not fits_width:

@@ -98,7 +98,7 @@ def read_lora(
             unmatched += keys.values()
         else:
             entries.append(entry)
-    if not entries:
+    if all(key.endswith(".scale") for entry in entries for key in entry.keys):  # a whole model has norms too
         first = f" (its first key is {next(iter(tensors))[:100]})" if tensors else ""
         raise ValueError(
             f"no key of {name} belongs to FLUX.1: it is {what_it_is(tensors)}{first}; "
@@ -132,15 +132,15 @@ def _entry(
 ) -> Entry | None:
     """The entry, or None where the tensors make no adapter that is known."""
     roles = {role: tensors[key] for role, key in keys.items()}
-    if "alpha" not in roles and "lora_down.weight" in roles:
-        alpha = _peft_alpha(stem, roles["lora_down.weight"].shape[0], settings)
-        if alpha is not None:
-            roles["alpha"] = torch.tensor(alpha)
     try:
+        if "alpha" not in roles and "lora_down.weight" in roles:
+            alpha = _peft_alpha(stem, roles["lora_down.weight"].shape[0], settings)
+            if alpha is not None:
+                roles["alpha"] = torch.tensor(alpha)
         if target.swapped:
             roles = swap_halves(roles)
         entry = Entry(target.part, target.module, target.rows, roles, tuple(keys.values()))
-        useful = entry.adapter is not None or entry.bias is not None or "set_weight" in roles
+        useful = entry.adapter is not None or entry.bias is not None or {"diff", "set_weight"} & roles.keys()
     except (ValueError, IndexError, RuntimeError):
         return None
     return entry if useful and not ("set_weight" in roles and target.rows) else None

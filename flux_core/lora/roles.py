@@ -23,12 +23,15 @@ _BESIDE = {"alpha", "dora_scale", "diff_b", "up_bias", "set_weight", "reshape_we
 
 
 def build_adapter(roles: Roles) -> Adapter | None:
-    """The adapter that the roles of one linear layer make, or None where they only set or add."""
+    """The adapter that the roles of one layer make, or None where they only set or add.
+
+    A `diff` of one dim is a norm's, and no adapter.
+    """
     found = [kind for kind in _KINDS if kind & roles.keys()]
     unknown = roles.keys() - _BESIDE - set().union(*found)
     if len(found) > 1 or unknown:
         raise ValueError(f"one layer cannot hold {', '.join(sorted(roles))} together")
-    if not found:
+    if not found or ("diff" in roles and roles["diff"].ndim < 2):
         return None
     if found[0] is _OFT:
         return _rotation(roles)
