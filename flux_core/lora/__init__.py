@@ -9,8 +9,10 @@
   terms.py       the few kinds of arithmetic that it takes; arithmetic.py gathers them for a layer
   linear.py      a linear layer with adapters, whatever form its weight is stored in
   blocks.py      strengths of single blocks, as text
+  fit.py         whether a change fits a module
   attach.py      a model and LoRAs -> a copy that shares the model's numbers
   report.py      what became of the keys
+  canonical.py   an adapter's tensors for a host that merges by itself
 
     lora = read_lora("style.safetensors", model.spec)
     styled, report = with_lora(model, [LoraUse(lora, 0.8)])
@@ -20,7 +22,9 @@
 
 from .attach import LoraUse, with_lora, with_text_lora
 from .blocks import parse_blocks
+from .canonical import canonical_tensors
 from .file import LoraFile, read_lora
+from .fit import why_not
 from .linear import AdaptedLinear, dense_weight
 from .report import Report
 
@@ -29,9 +33,11 @@ __all__ = [
     "LoraFile",
     "LoraUse",
     "Report",
+    "canonical_tensors",
     "dense_weight",
     "parse_blocks",
     "read_lora",
+    "why_not",
     "with_lora",
     "with_text_lora",
 ]

@@ -19,6 +19,7 @@ from ..conditioning import TextEncoders
 from ..transformer import FluxTransformer
 from .blocks import parse_blocks
 from .file import Entry, LoraFile
+from .fit import why_not
 from .linear import AdaptedLinear, Part, dense_weight, is_linear
 from .names import CLIP, T5, TRANSFORMER, transformer_modules
 from .report import FileReport, Misfit, Report
@@ -67,7 +68,7 @@ def with_lora(model: FluxTransformer, loras: Sequence[LoraUse]) -> tuple[FluxTra
             if entry.part == TRANSFORMER:
                 strength = use.strength * blocks.of(entry.module)
                 misfits += _plan(entry, entry.module, modules, strength, plans)
-        files.append(_report(use.file, frozenset({TRANSFORMER}), misfits))
+        files.append(FileReport(use.file, frozenset({TRANSFORMER}), tuple(misfits)).checked())
     twin = _carried_out(model, plans)
     inputs = int(cast(Any, twin.img_in).in_features)
     twin.spec = replace(model.spec, in_channels=inputs)
@@ -91,22 +92,11 @@ def with_text_lora(encoders: TextEncoders, loras: Sequence[LoraUse]) -> tuple[Te
                 nested = f"text_model.{entry.module}"  # transformers 4 wraps CLIP, 5 does not
                 name = nested if nested in inside else entry.module
                 misfits += _plan(entry, name, inside, use.text_strength, plans[entry.part])
-        files.append(_report(use.file, frozenset(models), misfits))
+        files.append(FileReport(use.file, frozenset(models), tuple(misfits)).checked())
     twin = copy.copy(encoders)
     twin.clip = cast(Any, _carried_out(models[CLIP], plans[CLIP]))
     twin.t5 = cast(Any, _carried_out(models[T5], plans[T5]))
     return twin, Report(tuple(files))
-
-
-def _report(file: LoraFile, parts: frozenset[str], misfits: Sequence[Misfit]) -> FileReport:
-    """The report; ValueError where a file has something for these parts and nothing of it fits."""
-    report = FileReport(file, parts, tuple(misfits))
-    if misfits and not report.matched():
-        raise ValueError(
-            f"nothing in {file.name} fits this model: {misfits[0].why}; "
-            "choose a LoRA that was made for a model of these sizes"
-        )
-    return report
 
 
 # What is to be done
@@ -117,7 +107,7 @@ def _plan(
 ) -> list[Misfit]:
     """Add an entry to the plans; a list of one Misfit where it does not fit the module of that name."""
     module = modules.get(name)
-    why = f"this model has no {entry.module}" if module is None else _why_not(entry, module)
+    why = why_not(entry, *(_sizes(module) if module is not None else (None, None)))
     if module is None or why is not None:
         return [Misfit(entry.part, entry.keys, why or "")]
     if strength == 0.0:
@@ -136,50 +126,13 @@ def _plan(
     return []
 
 
-def _why_not(entry: Entry, module: nn.Module) -> str | None:
-    """Why an entry cannot be attached to a module, in half a sentence, or None."""
-    if not is_linear(module):
-        return _why_not_here(entry, module)
-    out, width = int(cast(Any, module).out_features), int(cast(Any, module).in_features)
-    rows = out if entry.rows is None else entry.rows[1]
-    if "diff" in entry.roles and entry.adapter is None:
-        return f"{entry.module} has a weight of {[rows, width]} here, the file has one line of numbers"
-    if (adapter := entry.adapter) is not None:
-        fits_width = adapter.shape[1] in (0, width) or _may_widen(entry, adapter.shape[1])
-        if adapter.shape[0] != rows or not fits_width:
-            got = [*adapter.shape] if adapter.shape[1] else f"{adapter.shape[0]} rows"
-            return f"{entry.module} has a weight of {[rows, width]} here, the file's is for {got}"
-    if entry.bias is not None and entry.bias.numel() != rows:
-        return f"{entry.module} has {rows} outputs here, the file's bias has {entry.bias.numel()}"
-    weight = entry.roles.get("set_weight")
-    if weight is not None and tuple(weight.shape) != (out, width):
-        return f"{entry.module} has a weight of {[out, width]} here, the file's is {[*weight.shape]}"
-    return None
-
-
-def _may_widen(entry: Entry, width: int) -> bool:
-    """Whether an adapter may read another number of inputs than its layer: latent channels alone may differ.
-
-    More inputs are a control LoRA's; fewer are those of a LoRA that does not know of the model's own.
-    """
-    return entry.module == "img_in" and entry.part == TRANSFORMER and {*entry.roles} <= _THIN and width > 0
-
-
-_THIN = {"lora_down.weight", "lora_up.weight", "alpha", "diff_b", "up_bias", "reshape_weight"}
-
-
-def _why_not_here(entry: Entry, module: nn.Module) -> str | None:
-    """Why values cannot be put into a module that is not linear (a norm), or None."""
-    if entry.roles.keys() - {"diff", "diff_b", "set_weight", "alpha"}:
-        return f"{entry.module} is a {type(module).__name__}, to which no adapter can be attached"
-    for role, parameter in (("diff", _main(module)), ("diff_b", "bias"), ("set_weight", _main(module))):
-        if role in entry.roles:
-            own = getattr(module, parameter, None)
-            if not isinstance(own, Tensor) or own.numel() != entry.roles[role].numel():
-                has = [*own.shape] if isinstance(own, Tensor) else "nothing"
-                got = [*entry.roles[role].shape]
-                return f"{entry.module} has {has} as its {parameter} here, the file has {got}"
-    return None
+def _sizes(module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shapes of a module's weight (a norm's one vector) and of its bias."""
+    if is_linear(module):
+        out, width = int(cast(Any, module).out_features), int(cast(Any, module).in_features)
+        return (out, width), (out,)
+    bias = getattr(module, "bias", None)
+    return tuple(module.get_parameter(_main(module)).shape), None if bias is None else tuple(bias.shape)
 
 
 def _main(module: nn.Module) -> str:

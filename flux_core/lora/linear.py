@@ -149,6 +149,11 @@ class AdaptedLinear(nn.Module):
     # At every call
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"a layer with this LoRA reads {self.in_features} values, got {x.shape[-1]}; "
+                "a control LoRA needs the control picture's latent behind the noise"
+            )
         inputs = x.reshape(-1, x.shape[-1])
         inner = inputs[:, : self._base_inputs]
         if self.gains is None:

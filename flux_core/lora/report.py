@@ -40,6 +40,15 @@ class FileReport:
         """Keys that mean nothing in FLUX.1, and those that do not fit this model."""
         return (*self.file.unmatched, *(key for misfit in self.misfits for key in misfit.keys))
 
+    def checked(self) -> FileReport:
+        """The report itself; ValueError where the file has something for these parts but nothing fits."""
+        if self.misfits and not self.matched():
+            raise ValueError(
+                f"nothing in {self.file.name} fits this model: {self.misfits[0].why}; "
+                "choose a LoRA that was made for a model of these sizes"
+            )
+        return self
+
     def text(self) -> str:
         """Lines that tell convention, kinds, counts, and the first keys that came to nothing."""
         unmatched = self.unmatched()
@@ -72,6 +81,17 @@ class Report:
                 for a, b in zip(self.files, other.files, strict=True)
             )
         )
+
+    def checked(self) -> Report:
+        """The report itself; ValueError for a LoRA of which nothing was attached to what is connected."""
+        for file in self.files:
+            if not file.checked().matched():
+                parts = " and ".join(_PARTS[part] for part in sorted(file.file.parts()))
+                raise ValueError(
+                    f"{file.file.name} changes only {parts}, which is not connected here; "
+                    "connect a CLIP to it"
+                )
+        return self
 
     def text(self) -> str:
         """Each LoRA's lines."""

@@ -166,7 +166,7 @@ NORM = "diffusion_model.double_blocks.0.img_attn.norm.query_norm"
         ({"diff_b": torch.zeros(32)}, "has nothing as its bias here, the file has [32]"),
         (
             {"lora_A.weight": torch.zeros(1, 32), "lora_B.weight": torch.zeros(32, 1)},
-            "is a RMSNorm, to which no adapter can be attached",
+            "is a norm, to which no adapter can be attached",
         ),
     ],
 )
@@ -249,6 +249,15 @@ def test_two_tensors_for_one_role_are_not_guessed_between() -> None:
         f"{PROJ}.lora_down.weight": torch.zeros(2, H),
     }
     assert read_lora(tensors, SPEC).unmatched == (f"{PROJ}.lora_down.weight",)
+
+
+def test_a_lora_of_the_encoders_alone_is_an_error_where_none_is_connected() -> None:
+    stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{stem}.lora_down.weight": torch.zeros(2, 8), f"{stem}.lora_up.weight": torch.zeros(8, 2)}
+    report = report_of(tensors)
+    message = "a.safetensors changes only CLIP-L, which is not connected here; connect a CLIP to it"
+    with pytest.raises(ValueError, match=message):
+        report.checked()
 
 
 def test_reports_of_other_loras_are_not_joined() -> None:
