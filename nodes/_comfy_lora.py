@@ -7,11 +7,9 @@ load_lora, ModelPatcher.add_patches, and the names of FLUX.1's weights in ComfyU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ..flux_core.lora import LoraFile, Report, canonical_tensors, parse_blocks, read_lora, why_not
 from ..flux_core.lora.names import CLIP, T5, TRANSFORMER, transformer_modules
@@ -26,7 +24,10 @@ FRONTS = {
 }
 """What stands before our names in a model's state dict."""
 
+IMG_IN = "diffusion_model.img_in.weight"
+
 Patches = dict[Any, Any]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def add_lora(
@@ -39,12 +40,13 @@ def add_lora(
     spec = _spec_of(model)
     lora = read_lora(path, spec)
     strengths = parse_blocks(blocks, transformer_modules(spec))
+    shapes = _shapes(model.model) | {IMG_IN: (spec.hidden_size, _inputs(model, spec))}
     model, report = _patched(
-        model, model.model.state_dict(), lora, {TRANSFORMER}, lambda m: strength_model * strengths.of(m)
+        model, shapes, lora, {TRANSFORMER}, lambda module: strength_model * strengths.of(module)
     )
     if clip is not None:
-        weights = clip.cond_stage_model.state_dict()
-        clip, told = _patched(clip, weights, lora, {CLIP, T5}, lambda _: strength_clip)
+        shapes = _shapes(clip.cond_stage_model)
+        clip, told = _patched(clip, shapes, lora, {CLIP, T5}, lambda _: strength_clip)
         report = report.joined(told)
     return model, clip, report.checked().text()
 
@@ -71,9 +73,25 @@ def _spec_of(model: Any) -> FluxSpec:
     )
 
 
+def _shapes(model: Any) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _inputs(model: Any, spec: FluxSpec) -> int:
+    """Inputs of `img_in` with the MODEL's patches: a control LoRA among them has widened it.
+
+    The weight itself cannot be asked: it has the patches of the MODEL that ran last.
+    """
+    widths = [spec.in_channels]
+    for _, patch, *_ in model.patches.get(IMG_IN, []):
+        shape = patch.calculate_shape(IMG_IN) if hasattr(patch, "calculate_shape") else None
+        widths += [] if shape is None else [shape[1]]
+    return max(widths)
+
+
 def _patched(
     target: Any,
-    weights: Mapping[str, Tensor],
+    shapes: Shapes,
     lora: LoraFile,
     parts: set[str],
     strength_of: Callable[[str], float],
@@ -85,11 +103,10 @@ def _patched(
         if entry.part not in parts:
             continue
         stem = FRONTS[entry.part] + entry.module
-        main = next((f"{stem}.{name}" for name in ("weight", "scale") if f"{stem}.{name}" in weights), None)
-        weight = None if main is None else weights[main].shape
-        bias = weights.get(f"{stem}.bias")
-        why = why_not(entry, weight, None if bias is None else bias.shape)
-        if why is not None or main is None or weight is None:
+        main = f"{stem}.scale" if f"{stem}.scale" in shapes else f"{stem}.weight"
+        weight = shapes.get(main)
+        why = why_not(entry, weight, shapes.get(f"{stem}.bias"))
+        if why is not None or weight is None:
             misfits.append(Misfit(entry.part, entry.keys, why or ""))
         elif (strength := strength_of(entry.module)) != 0.0:
             patches = by_strength.setdefault(strength, [])

@@ -6,7 +6,7 @@ from . import _host
 
 
 class LoraLoader:
-    """Adds a LoRA to a FLUX.1 model, in any of the formats in which trainers write them, and says if it fits."""
+    """Adds a LoRA to a FLUX.1 model, in whatever format its trainer wrote it, and says whether it fits."""
 
     NODE_ID = "RectifluxLora"
     TITLE = "Load FLUX LoRA"

@@ -88,8 +88,8 @@ class Report:
             if not file.checked().matched():
                 parts = " and ".join(_PARTS[part] for part in sorted(file.file.parts()))
                 raise ValueError(
-                    f"{file.file.name} changes only {parts}, which is not connected here; "
-                    "connect a CLIP to it"
+                    f"{file.file.name} changes nothing of what is connected here, only {parts}; "
+                    "connect the CLIP too"
                 )
         return self
 

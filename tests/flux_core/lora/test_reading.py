@@ -255,7 +255,7 @@ def test_a_lora_of_the_encoders_alone_is_an_error_where_none_is_connected() -> N
     stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     tensors = {f"{stem}.lora_down.weight": torch.zeros(2, 8), f"{stem}.lora_up.weight": torch.zeros(8, 2)}
     report = report_of(tensors)
-    message = "a.safetensors changes only CLIP-L, which is not connected here; connect a CLIP to it"
+    message = "a.safetensors changes nothing of what is connected here, only CLIP-L; connect the CLIP too"
     with pytest.raises(ValueError, match=message):
         report.checked()
 
