@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .rotation import Rotation
-from .terms import KroneckerTerm, Terms
+from .terms import HadamardTerm, KroneckerTerm, Terms
 
 Weight = Callable[[], Tensor]
 """Gives the base's rows [rows, in], float32, when an adapter needs them."""
@@ -104,14 +104,8 @@ class Hadamard(Additive):
         return self.scale * first * (self.up2.to(dtype) @ self.down2.to(dtype))
 
     def terms(self, strength: float, weight: Weight) -> Terms:
-        """Two thin products of rank r1 r2 (Khatri-Rao), or the dense change where these are not thin."""
-        rows, width = self.shape
-        rank = self.down1.shape[0] * self.down2.shape[0]
-        if rank * (rows + width) >= rows * width:
-            return Terms(dense=(strength * self.change(),))
-        down = torch.einsum("in,jn->ijn", self.down1.float(), self.down2.float()).flatten(0, 1)
-        up = torch.einsum("mi,mj->mij", self.up1.float(), self.up2.float()).flatten(1)
-        return Terms(low_rank=((down, strength * self.scale * up),))
+        up1 = strength * self.scale * self.up1.float()
+        return Terms(hadamard=(HadamardTerm(self.down1.float(), up1, self.down2.float(), self.up2.float()),))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .names import Rows
-from .terms import Terms, kronecker_product, rotated
+from .terms import Terms, hadamard_product, kronecker_product, rotated
 
 Placed = Sequence[tuple[Rows, Terms]]
 """Terms, and the rows of the layer's outputs that they change."""
@@ -85,6 +85,25 @@ class DenseSum(_Kept):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         for i, (start, count) in enumerate(self.rows):
             y[:, start : start + count].addmm_(x, self.kept("change", i).to(x.dtype).mT)
+        return y
+
+
+class HadamardSum(_Kept):
+    """Elementwise products of two low-rank matrices, kept as their factors."""
+
+    def __init__(self, placed: Placed, dtype: torch.dtype) -> None:
+        super().__init__()
+        found = [(rows, term) for rows, terms in placed for term in terms.hadamard]
+        self.rows = [rows for rows, _ in found]
+        self.keep("down1_", [term.down1 for _, term in found], dtype)
+        self.keep("up1_", [term.up1 for _, term in found], dtype)
+        self.keep("down2_", [term.down2 for _, term in found], dtype)
+        self.keep("up2_", [term.up2 for _, term in found], dtype)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for i, (start, count) in enumerate(self.rows):
+            factors = [self.kept(name, i).to(x.dtype) for name in ("down1_", "up1_", "down2_", "up2_")]
+            y[:, start : start + count] += hadamard_product(x[:, : factors[0].shape[1]], *factors)
         return y
 
 

@@ -120,8 +120,9 @@ def _plan(
         return []
     for role, parameter in (("diff", _main(module)), ("diff_b", "bias"), ("set_weight", _main(module))):
         if role in entry.roles:
-            value = entry.roles[role].float().reshape(module.get_parameter(parameter).shape)
-            old = plan.changes.get(parameter, module.get_parameter(parameter).float().cpu())
+            own = module.get_parameter(parameter)
+            value = entry.roles[role].float().reshape(own.shape).to(own.device)
+            old = plan.changes.get(parameter, own.float())
             plan.changes[parameter] = value if role == "set_weight" else old + strength * value
     return []
 

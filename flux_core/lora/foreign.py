@@ -45,11 +45,13 @@ _MMDIT_WIDTHS = {1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3.5", 6144:
 
 def seems_for(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
     """What a file is that is surely none for FLUX.1, as it reads after "is", or None."""
+    if (relative := _by_width(tensors, spec)) is not None:
+        return relative
     for pattern, name in _SIGNS:
         search = re.compile(pattern).search
         if any(search(key) for key in tensors):
             return name or _unet(tensors)
-    return _by_count(tensors, spec) or _by_width(tensors, spec)
+    return _by_count(tensors, spec)
 
 
 def _unet(tensors: Mapping[str, Tensor]) -> str:

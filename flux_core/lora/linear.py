@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .arithmetic import DenseSum, InputGains, KroneckerSum, LowRankStack, Turns, widened
+from .arithmetic import DenseSum, HadamardSum, InputGains, KroneckerSum, LowRankStack, Turns, widened
 from .names import Rows
 
 
@@ -106,6 +106,8 @@ class AdaptedLinear(nn.Module):
         self.adding = nn.ModuleList()  # what acts on x
         if any(terms.low_rank for terms in every):
             self.adding.append(LowRankStack(placed, width, dtype))
+        if any(terms.hadamard for terms in every):
+            self.adding.append(HadamardSum(placed, dtype))
         if any(terms.kronecker for terms in every):
             self.adding.append(KroneckerSum(placed, dtype))
         if any(terms.dense for terms in every):

@@ -19,6 +19,16 @@ class KroneckerTerm:
 
 
 @dataclass(frozen=True, eq=False)
+class HadamardTerm:
+    """(up1 down1) * (up2 down2) as its four factors, ups [rows, r], downs [r, in]."""
+
+    down1: Tensor
+    up1: Tensor
+    down2: Tensor
+    up2: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class RotationTerm:
     """strength (gain * R W x - W x): `stages` [m, k, n, n] are the factors of R, `gain` [rows] or None."""
 
@@ -32,11 +42,12 @@ class RotationTerm:
 class Terms:
     """The sum of its parts, float32. W x is the base's product without the bias.
 
-    `low_rank` pairs (down [r, in], up [rows, r]), `kronecker` and `dense` [rows, in] act on x; `input_gain`
-    [in] adds W (input_gain * x); `output_gain` [rows] adds output_gain * W x; `rotation` turns W x.
+    `low_rank` pairs (down [r, in], up [rows, r]), `hadamard`, `kronecker` and `dense` [rows, in] act on x;
+    `input_gain` [in] adds W (input_gain * x), `output_gain` [rows] output_gain * W x; `rotation` turns W x.
     """
 
     low_rank: tuple[tuple[Tensor, Tensor], ...] = ()
+    hadamard: tuple[HadamardTerm, ...] = ()
     kronecker: tuple[KroneckerTerm, ...] = ()
     dense: tuple[Tensor, ...] = ()
     input_gain: Tensor | None = field(default=None)
@@ -48,6 +59,7 @@ class Terms:
         return replace(
             self,
             low_rank=tuple((down, gain[:, None] * up) for down, up in self.low_rank),
+            hadamard=tuple(replace(term, up1=gain[:, None] * term.up1) for term in self.hadamard),
             kronecker=tuple(replace(term, out_gain=gain) for term in self.kronecker),
             dense=tuple(gain[:, None] * change for change in self.dense),
         )
@@ -57,6 +69,7 @@ class Terms:
         return replace(
             self,
             low_rank=tuple((gain * down, up) for down, up in self.low_rank),
+            hadamard=tuple(replace(term, down1=gain * term.down1) for term in self.hadamard),
             kronecker=tuple(replace(term, in_gain=gain) for term in self.kronecker),
             dense=tuple(gain * change for change in self.dense),
         )
@@ -71,6 +84,21 @@ def kronecker_product(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     else:
         out = (first @ grid) @ second.mT
     return out.flatten(-2)
+
+
+def hadamard_product(x: Tensor, down1: Tensor, up1: Tensor, down2: Tensor, up2: Tensor) -> Tensor:
+    """((up1 down1) * (up2 down2)) x over the last dim of x [n, in] -> [n, rows].
+
+    The product has rank r1 r2 at most, by its rows' and columns' Khatri-Rao factors: two thin products where
+    that is less work than one with the dense change. Either is made anew at every call, because it is many
+    times as large as the four factors.
+    """
+    rank, (rows, width) = down1.shape[0] * down2.shape[0], (up1.shape[0], down1.shape[1])
+    if rank * (rows + width) >= rows * width:
+        return x @ ((up1 @ down1) * (up2 @ down2)).mT
+    down = (down1[:, None] * down2[None]).flatten(0, 1)
+    up = (up1[:, :, None] * up2[:, None]).flatten(1)
+    return x @ down.mT @ up.mT
 
 
 def rotated(wx: Tensor, stages: Tensor, butterfly: bool) -> Tensor:

@@ -11,9 +11,9 @@ from rectiflux.flux_core.transformer import FluxTransformer
 from torch import Tensor
 
 from ..reference import SPEC, flux_transformer, relative_error, text
-from .files import Change, kohya, make_change, merged, peft
+from .files import Change, dotted, kohya, make_change, merged, peft, xlabs
 from .stored import store
-from .test_conventions import BLOCKS, H, paint, whole
+from .test_conventions import BLOCKS, H, onetrainer, paint, whole, x_flux
 
 
 def lora_of(
@@ -67,6 +67,20 @@ def test_loras_stack_in_one_call_in_any_order_and_in_several_calls() -> None:
     assert isinstance(layer, AdaptedLinear) and not isinstance(layer.base, AdaptedLinear)
 
 
+def test_fused_layers_and_their_pieces_stack_on_one_layer() -> None:
+    """kohya's qkv whole, OneTrainer's and diffusers' q, k, v apart: rows of several kinds at once."""
+    model = flux_transformer()
+    fused, pieces = whole(model), onetrainer(model)
+    uses = [
+        LoraUse(read_lora(kohya(fused), SPEC), 0.5),
+        LoraUse(read_lora(dotted(pieces, "transformer."), SPEC), -0.3),
+        LoraUse(read_lora(xlabs(x_flux(model, True)), SPEC), 0.2),
+    ]
+    expected = merged(merged(model, fused, 0.5), pieces, -0.3)
+    expected = merged(expected, x_flux(model, True), 0.2)
+    assert relative_error(paint(with_lora(model, uses)[0]), paint(expected)) < 1e-5
+
+
 def test_a_model_whose_weights_are_stored_in_another_form() -> None:
     """The base is never made dense: its layers are the same objects' numbers, and the sum is exact."""
     model = flux_transformer()
@@ -96,6 +110,27 @@ def test_releasing_the_modulation_of_the_copy_leaves_the_base_whole() -> None:
         adapted.prepare(text(1), [0.6], 4, 6)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.prepare(text(1), [0.6], 4, 6).txt.shape == (1, 5, H)
+
+
+def test_what_is_attached_lies_on_the_models_device() -> None:
+    """The files' numbers are on the CPU; the meta device stands for any other."""
+    model = flux_transformer()
+    _, use = lora_of(model, 1)
+    control = LoraUse(read_lora(control_file(model), SPEC))
+    elsewhere = flux_transformer().to("meta")
+    adapted, _ = with_lora(elsewhere, [use, control])
+    assert {buffer.device.type for buffer in adapted.buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in adapted.parameters()} == {"meta"}
+    velocity = adapted.img_in(torch.zeros(1, 6, 2 * SPEC.in_channels, device="meta"))
+    assert velocity.device.type == "meta" and velocity.shape == (1, 6, H)
+
+
+def test_a_control_lora_without_the_control_picture_is_one_sentence() -> None:
+    model = flux_transformer()
+    adapted, _ = with_lora(model, [LoraUse(read_lora(control_file(model), SPEC))])
+    message = r"a layer with this LoRA reads 128 values, got 64; a control LoRA needs the control picture's"
+    with pytest.raises(ValueError, match=message):
+        adapted.img_in(torch.zeros(1, 6, SPEC.in_channels))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

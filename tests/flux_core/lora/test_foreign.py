@@ -58,6 +58,13 @@ FOREIGN: dict[str, tuple[str, dict[str, Tensor]]] = {
         "a LoRA for Stable Diffusion 3",
         tensors(("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", 4, 1536)),
     ),
+    "SD3.5 medium, its second attention": (
+        "a LoRA for Stable Diffusion 3",
+        tensors(
+            ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", 4, 1536),
+            ("transformer.transformer_blocks.0.attn2.to_q.lora_A.weight", 4, 1536),
+        ),
+    ),
     "SD3.5 large, diffusers": (
         "a LoRA for Stable Diffusion 3.5",
         tensors(("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", 4, 2432)),
