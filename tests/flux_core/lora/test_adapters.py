@@ -1,4 +1,4 @@
-"""Each kind of adapter against its published formula: a layer with it against the merged weight (cases.py)."""
+"""Each kind of adapter against its published formula: a layer with it is one with the merged weight."""
 
 from __future__ import annotations
 
