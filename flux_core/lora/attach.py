@@ -20,7 +20,7 @@ from ..transformer import FluxTransformer
 from .blocks import parse_blocks
 from .file import Entry, LoraFile
 from .fit import why_not
-from .linear import AdaptedLinear, Part, dense_weight, is_linear
+from .linear import AdaptedLinear, Part, is_linear
 from .names import CLIP, T5, TRANSFORMER, transformer_modules
 from .report import FileReport, Misfit, Report
 
@@ -147,7 +147,7 @@ def _main(module: nn.Module) -> str:
 def _carried_out(model: Module, plans: dict[str, _Plan]) -> Module:
     """A copy of the module tree in which the plans are carried out."""
     twin = shallow_copy(model)
-    default = next((p.dtype for p in model.parameters() if _computes(p)), torch.float32)
+    default = cast(Any, model).dtype
     for name, plan in plans.items():
         module = twin.get_submodule(name)
         parent_name, _, last = name.rpartition(".")
@@ -155,11 +155,11 @@ def _carried_out(model: Module, plans: dict[str, _Plan]) -> Module:
             old = module.get_parameter(parameter)
             new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
             module.register_parameter(parameter, new)
+        weight = getattr(module, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) and _computes(weight) else default
         if plan.weight is not None:
-            module = _with_weight(module, plan.weight)
+            module = _with_weight(module, plan.weight, dtype)
         if plan.parts:
-            weight = getattr(module, "weight", None)
-            dtype = weight.dtype if isinstance(weight, Tensor) and _computes(weight) else default
             module = AdaptedLinear(module, plan.parts, dtype)
         if is_linear(module):
             setattr(twin.get_submodule(parent_name), last, module.train(model.training))
@@ -171,15 +171,15 @@ def _computes(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize >= 2
 
 
-def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+def _with_weight(layer: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
     """A plain layer with another weight and the same bias, and with the adapters that it had."""
     if isinstance(layer, AdaptedLinear):
-        base = _with_weight(layer.base, weight)
-        return AdaptedLinear(base, layer.parts, cast(Tensor, base.weight).dtype)
-    old = dense_weight(layer)
-    plain = nn.Linear(old.shape[1], old.shape[0], bias=False, device="meta")
-    plain.weight = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
-    plain.bias = cast(Any, layer.bias)
+        return AdaptedLinear(_with_weight(layer.base, weight, dtype), layer.parts, dtype)
+    device = next(tensor.device for tensor in (*layer.parameters(), *layer.buffers()))
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(cast(Tensor, layer.bias).detach().to(dtype), requires_grad=False)
     return plain
 
 

@@ -18,17 +18,19 @@ from .adapters import Adapter
 from .arithmetic import DenseSum, HadamardSum, InputGains, KroneckerSum, LowRankStack, Turns, widened
 from .names import Rows
 
+_CPU = torch.device("cpu")
+
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [out, in] of a linear layer in `dtype` (its own unless given), dequantised where need be.
 
     A layer that keeps its weight in another form has a method `dense_weight(dtype)`. Raises TypeError for a
-    layer that has neither it nor a weight of two dims.
+    layer that has neither it nor a weight of numbers in two dims.
     """
     if hasattr(layer, "dense_weight"):
         return cast(Any, layer).dense_weight(dtype or torch.float32)
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise TypeError(f"a linear layer with a dense weight is needed, got {type(layer).__name__}")
     return weight if dtype is None else weight.to(dtype)
 
@@ -66,12 +68,25 @@ class AdaptedLinear(nn.Module):
         self._base_inputs = int(cast(Any, base).in_features)
         widths = [part.adapter.shape[1] for part in parts if part.adapter is not None]
         self.in_features = max([self._base_inputs, *widths])
+        self._dtype = dtype
         self._compile(dtype)
 
     @property
+    def device(self) -> torch.device:
+        """Where the base computes."""
+        return next((tensor.device for tensor in (*self.base.parameters(), *self.base.buffers())), _CPU)
+
+    @property
     def weight(self) -> Tensor:
-        """The base's weight, as it is: what a layer's dtype and device are read from."""
-        return cast(Tensor, self.base.weight)
+        """What a layer's dtype and device are read from: the base's weight, where that is dense and there.
+
+        Else numbers without memory or meaning, in the dtype that the adapters are kept in.
+        """
+        weight = getattr(self.base, "weight", None)
+        if isinstance(weight, Tensor) and weight.device == self.device:
+            return weight
+        empty = torch.empty((), dtype=self._dtype, device=self.device)
+        return empty.expand(self.out_features, self.in_features)
 
     @property
     def bias(self) -> Tensor | None:
@@ -140,13 +155,11 @@ class AdaptedLinear(nn.Module):
 
     def _follow_base(self) -> None:
         """Move what was compiled to where the base computes."""
-        tensors = [*self.base.parameters(), *self.base.buffers()]
-        if tensors and tensors[0].device.type != "cpu":
-            for module in (self.adding, self.turns, self.gains):
-                if module is not None:
-                    module.to(tensors[0].device)
-            if self.bias_change is not None:
-                self.bias_change = cast(Tensor, self.bias_change).to(tensors[0].device)
+        for module in (self.adding, self.turns, self.gains):
+            if module is not None:
+                module.to(self.device)
+        if self.bias_change is not None:
+            self.bias_change = cast(Tensor, self.bias_change).to(self.device)
 
     # At every call
 

@@ -23,6 +23,11 @@ class StoredLinear(nn.Module):
         codes = torch.round(layer.weight.detach() / scales).to(torch.int8)
         return cls(codes, scales, None if layer.bias is None else layer.bias.detach())
 
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without memory, for code that asks for a layer's dtype."""
+        return torch.empty(self.out_features, self.in_features, device="meta")
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         return (self.codes * self.scales).to(dtype)
 
@@ -30,9 +35,9 @@ class StoredLinear(nn.Module):
         return F.linear(x, self.dense_weight(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def store(model: nn.Module) -> None:
-    """Put stored layers in place of the linear layers of all blocks."""
+def store(model: nn.Module, part: str = "blocks") -> None:
+    """Put stored layers in place of the linear layers that have `part` in their names."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "blocks" in name:
+        if isinstance(module, nn.Linear) and part in name:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, StoredLinear.of(module))

@@ -159,8 +159,12 @@ def test_a_bias_of_the_up_layer_is_scaled_and_a_difference_of_the_bias_is_not() 
 
 
 def test_dense_weight_of_what_has_none() -> None:
-    with pytest.raises(TypeError, match=r"a linear layer with a dense weight is needed, got LayerNorm"):
-        dense_weight(nn.LayerNorm(3))
+    packed = nn.Linear(2, 2)
+    packed.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    for layer in (nn.LayerNorm(3), packed):
+        message = f"a linear layer with a dense weight is needed, got {type(layer).__name__}"
+        with pytest.raises(TypeError, match=message):
+            dense_weight(layer)
 
 
 def test_dense_weight_of_a_stored_layer() -> None:

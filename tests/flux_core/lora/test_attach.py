@@ -13,7 +13,7 @@ from torch import Tensor
 from ..reference import SPEC, flux_transformer, relative_error, text
 from .files import Change, dotted, kohya, make_change, merged, peft, xlabs
 from .stored import store
-from .test_conventions import BLOCKS, H, onetrainer, paint, whole, x_flux
+from .test_conventions import BLOCKS, LINEAR, H, onetrainer, paint, whole, x_flux
 
 
 def lora_of(
@@ -93,6 +93,32 @@ def test_a_model_whose_weights_are_stored_in_another_form() -> None:
     adapted, _ = with_lora(model, [use])
     assert relative_error(paint(adapted), paint(merged(dense, changes, 0.5))) < 1e-5
     assert adapted.get_submodule(BLOCKS[0]).base.codes is model.get_submodule(BLOCKS[0]).codes
+
+
+def test_a_model_of_which_every_layer_is_stored_and_adapted() -> None:
+    """What the transformer asks of its first layers, dtype and device, an adapted layer answers for them."""
+    model, dense = flux_transformer(), flux_transformer()
+    store(model, part="")
+    for name in LINEAR:
+        dense.get_submodule(name).weight.copy_(model.get_submodule(name).dense_weight(torch.float32))
+    changes = whole(dense)
+    adapted, _ = with_lora(model, [LoraUse(read_lora(kohya(changes), SPEC), 0.5)])
+    assert adapted.device == torch.device("cpu") and adapted.dtype == torch.float32
+    assert relative_error(paint(adapted), paint(merged(dense, changes, 0.5))) < 1e-5
+    adapted.release_modulation()
+    with pytest.raises(ValueError, match="the modulation weights were released"):
+        adapted.prepare(text(1), [0.6], 4, 6)
+    assert model.get_submodule("time_in.in_layer").codes.device.type == "cpu"
+
+
+def test_a_stored_layer_whose_weight_is_replaced_becomes_a_plain_one() -> None:
+    model = flux_transformer()
+    store(model)
+    weight = torch.randn(H, H, generator=torch.Generator().manual_seed(1))
+    name = "double_blocks.0.img_attn.proj"
+    adapted, _ = with_lora(model, [LoraUse(read_lora({f"{name}.set_weight": weight}, SPEC), 0.5)])
+    layer = adapted.get_submodule(name)
+    assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, model.get_submodule(name).bias)
 
 
 def test_releasing_the_modulation_of_the_copy_leaves_the_base_whole() -> None:
