@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..spec import FluxSpec
-from ..weights.files import read_metadata, read_state_dict
+from ..weights import read_metadata, read_state_dict
 from .adapters import Adapter
 from .foreign import seems_for, what_it_is
 from .keys import parse_key

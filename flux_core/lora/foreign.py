@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..spec import FLUX_DEV, FluxSpec
-from ..weights.kinds import kind_of
+from ..weights import kind_of
 
 _BEGIN = r"(?:^|[._])"
 _SIGNS: tuple[tuple[str, str | None], ...] = (
