@@ -98,7 +98,9 @@ def read_lora(
             unmatched += keys.values()
         else:
             entries.append(entry)
-    if all(key.endswith(".scale") for entry in entries for key in entry.keys):  # a whole model has norms too
+    if all(
+        key.endswith((".scale", ".weight")) and "set_weight" in e.roles for e in entries for key in e.keys
+    ):
         first = f" (its first key is {next(iter(tensors))[:100]})" if tensors else ""
         raise ValueError(
             f"no key of {name} belongs to FLUX.1: it is {what_it_is(tensors)}{first}; "

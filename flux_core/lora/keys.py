@@ -12,6 +12,9 @@ import re
 _PEFT = r"(?:\.default(?:_\d+)?)?(?:\.weight)?"
 """PEFT may put its adapter's name and `.weight` behind a tensor's name."""
 
+_NORM = r"(?<=query_norm|..key_norm)\.scale|(?<=\.norm_[qk])\.weight|(?<=\.norm_added_[qk])\.weight"
+"""Control LoRAs give norms whole, under BFL's names and, as diffusers writes them again, under its own."""
+
 _ENDINGS: tuple[tuple[str, str], ...] = (
     (rf"\.lora_(?:down|A){_PEFT}", "lora_down.weight"),
     (rf"\.lora_(?:up|B){_PEFT}", "lora_up.weight"),
@@ -29,7 +32,7 @@ _ENDINGS: tuple[tuple[str, str], ...] = (
     (r"\.rescale", ""),
     (r"\.(?:diff|w_norm)", "diff"),
     (r"\.(?:diff_b|b_norm)", "diff_b"),
-    (r"(?<=_norm)\.scale|\.set_weight", "set_weight"),  # BFL's control LoRAs give norms whole
+    (rf"{_NORM}|\.set_weight", "set_weight"),
     (r"\.reshape_weight", "reshape_weight"),
 )
 _KEY = re.compile(

@@ -255,6 +255,29 @@ def test_a_control_lora_widens_img_in_and_replaces_norms() -> None:
     assert relative_error(paint(adapted), paint(with_control_merged(model, tensors, 0.8))) < 1e-5
 
 
+def test_a_control_lora_as_diffusers_writes_it_again() -> None:
+    """Under diffusers' names, the last modulation's halves swapped, norms as `weight`."""
+    model = flux_transformer()
+    tensors = control_file(model)
+    renamed: dict[str, Tensor] = {}
+    theirs = {"img_in": "x_embedder", "final_layer.linear": "proj_out"}
+    for i in range(SPEC.depth):
+        theirs[f"double_blocks.{i}.img_attn.norm.query_norm"] = f"transformer_blocks.{i}.attn.norm_q"
+        theirs[f"double_blocks.{i}.txt_attn.norm.key_norm"] = f"transformer_blocks.{i}.attn.norm_added_k"
+        theirs[f"double_blocks.{i}.txt_attn.proj"] = f"transformer_blocks.{i}.attn.to_add_out"
+    for i in range(SPEC.depth_single):
+        theirs[f"single_blocks.{i}.norm.key_norm"] = f"single_transformer_blocks.{i}.attn.norm_k"
+    for key, tensor in tensors.items():
+        for ours, other in theirs.items():
+            if key.startswith(f"{ours}."):
+                renamed[f"transformer.{other}{key.removeprefix(ours).replace('.scale', '.weight')}"] = tensor
+    kept = {key: t for key, t in tensors.items() if any(key.startswith(f"{ours}.") for ours in theirs)}
+    lora = read_lora(renamed, SPEC)
+    adapted, report = with_lora(model, [LoraUse(lora, 0.8)])
+    assert report.files[0].matched() == len(renamed) == len(kept) and not lora.unmatched
+    assert relative_error(paint(adapted), paint(with_control_merged(model, kept, 0.8))) < 1e-5
+
+
 def test_a_control_lora_works_beside_an_ordinary_one_in_either_order() -> None:
     model = flux_transformer()
     tensors = control_file(model)
