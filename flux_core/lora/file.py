@@ -98,18 +98,22 @@ def read_lora(
             unmatched += keys.values()
         else:
             entries.append(entry)
-    if all(
-        key.endswith((".scale", ".weight")) and "set_weight" in e.roles for e in entries for key in e.keys
-    ):
+    if not _changes_anything(entries):
         first = f" (its first key is {next(iter(tensors))[:100]})" if tensors else ""
         raise ValueError(
             f"no key of {name} belongs to FLUX.1: it is {what_it_is(tensors)}{first}; "
             "choose a LoRA that was made for FLUX.1"
         )
     order = {key: i for i, key in enumerate(tensors)}
-    return LoraFile(
-        name, _convention(tensors), tuple(entries), tuple(sorted(unmatched, key=order.__getitem__))
-    )
+    unmatched.sort(key=order.__getitem__)
+    return LoraFile(name, _convention(tensors), tuple(entries), tuple(unmatched))
+
+
+def _changes_anything(entries: list[Entry]) -> bool:
+    """Whether there is more than norms under a model's own names, which a whole model has too."""
+    keys = (key for entry in entries for key in entry.keys if "set_weight" in entry.roles)
+    plain = sum(key.endswith((".scale", ".weight")) for key in keys)
+    return plain < sum(len(entry.keys) for entry in entries)
 
 
 def _by_stem(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, str]], list[str]]:
