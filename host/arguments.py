@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
             action="append",
             default=[],
             metavar="DIR",
-            help="a folder with diffusion_models/, text_encoders/ and vae/ in it; may be given several times",
+            help="a folder with diffusion_models/, text_encoders/, vae/, loras/ in it; may be given again",
         )
 
 

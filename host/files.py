@@ -30,7 +30,7 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True)
 class Folders:
-    """Where everything lies. `models`: folders that hold diffusion_models/, text_encoders/ and vae/."""
+    """Where everything lies. `models`: folders that hold diffusion_models/, text_encoders/, vae/, loras/."""
 
     input: Path
     output: Path

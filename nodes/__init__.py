@@ -1,6 +1,7 @@
 """The nodes, one file per stage in the order in which data passes; a node's mathematics is in flux_core/.
 
   loader.py         files -> MODEL, CLIP, VAE
+  lora.py           file, MODEL, CLIP -> MODEL, CLIP, report
   conditioning.py   CLIP, prompt -> CONDITIONING
   latent.py         width, height -> LATENT
   noise.py          seed -> NOISE
@@ -12,16 +13,17 @@
   _wires.py         what travels between nodes, checked and converted to what flux_core takes
   _report.py        what a run was like, as text
   _host.py          which host runs the nodes; the embedded editor's side
-  _comfy.py         ComfyUI's side, with _comfy_sampling.py, and with _comfy_modules.py, our networks in the
-                    form in which it calls them
+  _comfy.py         ComfyUI's side, with _comfy_sampling.py, _comfy_lora.py, and with _comfy_modules.py, our
+                    networks in the form in which it calls them
 
-Only _host.py and the three _comfy files know a host. Node ids never change; titles may.
+Only _host.py and the four _comfy files know a host. Node ids never change; titles may.
 """
 
-from . import conditioning, latent, loader, noise, sampler, schedule, sheet, solver, vae
+from . import conditioning, latent, loader, lora, noise, sampler, schedule, sheet, solver, vae
 
 NODES = (
     *loader.NODES,
+    *lora.NODES,
     *conditioning.NODES,
     *latent.NODES,
     *noise.NODES,

@@ -23,10 +23,12 @@ from ..flux_core.weights import load_autoencoder, load_transformer, read_metadat
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import CLIP, T5, expect
 from . import _wires
+from ._comfy_lora import add_lora
 from ._comfy_modules import ComfyNetwork, PromptTokens, TextModule, VAEModule
 from ._comfy_sampling import make_sampler, sample
 
 __all__ = [
+    "add_lora",
     "decode",
     "encode",
     "encode_text",

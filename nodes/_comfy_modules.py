@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..flux_core.conditioning import TextEncoders
 from ..flux_core.layers import Chunks, Rope, rope_table
+from ..flux_core.spec import FluxSpec
 from ..flux_core.transformer import FluxTransformer, Modulations, pack, position_ids, unpack
 from ..flux_core.vae import AutoEncoder
 
@@ -54,6 +55,10 @@ class ComfyNetwork(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self._network[0].dtype
+
+    @property
+    def spec(self) -> FluxSpec:
+        return self._network[0].spec
 
     def begin(self, patcher: Any) -> None:
         """A sampling run begins: its results may be kept from step to step."""

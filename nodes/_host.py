@@ -8,7 +8,7 @@ an `AutoEncoder` and a SAMPLER a `Solver`.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..flux_core import preview
 from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
+from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.solver import Report, Solver, Step
 from ..flux_core.transformer import FluxTransformer
@@ -154,6 +155,25 @@ def load_vae(path: Path) -> Any:
         return host.load_vae(path)
     device = _device()
     return load_autoencoder(path, torch.float32 if device.type == "cpu" else None, device)
+
+
+def add_lora(
+    model: Any, clip: Any, path: Path, strength_model: float, strength_clip: float, blocks: str
+) -> tuple[Any, Any, str]:
+    """MODEL and CLIP (or None) with a LoRA, those that came in untouched, and a report of what fitted.
+
+    Raises what flux_core.lora's read_lora and with_lora raise, and ValueError where nothing was attached.
+    """
+    if (host := comfy()) is not None:
+        return host.add_lora(model, clip, path, strength_model, strength_clip, blocks)
+    _expect(model, EmbeddedModel, "MODEL", "Load FLUX Model")
+    uses = [LoraUse(read_lora(path, model.network.spec), strength_model, strength_clip, blocks)]
+    network, report = with_lora(model.network, uses)
+    if clip is not None:
+        _expect(clip, TextEncoders, "CLIP", "Load FLUX Text Encoders")
+        clip, told = with_text_lora(clip, uses)
+        report = report.joined(told)
+    return replace(model, network=network), clip, report.checked().text()
 
 
 def _device() -> torch.device:

@@ -11,14 +11,14 @@ from types import ModuleType
 
 import pytest
 from rectiflux import flux_core
-from rectiflux.flux_core import flow, solver, weights
+from rectiflux.flux_core import flow, lora, solver, weights
 
 ROOT = Path(flux_core.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 STAGES = ("conditioning", "schedule", "solver", "transformer", "vae")
 OUTSIDE = {"torch", "einops", "safetensors", "tokenizers", "transformers", "numpy", "PIL"}
 ONLY_IN = {"scipy": ("flow", "train")}  # assignment: of a coupling, of what is seen to what was asked for
-PACKAGES = (flux_core, flow, solver, weights)
+PACKAGES = (flux_core, flow, lora, solver, weights)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)

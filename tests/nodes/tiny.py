@@ -25,6 +25,7 @@ NAMES = {
     "vae": "tiny-vae.safetensors",
     "clip": "tiny-clip.safetensors",
     "t5": "tiny-t5.safetensors",
+    "loras": "tiny-lora.safetensors",
 }
 TXT_LENGTH, TXT_WIDTH, POOLED_WIDTH = 16, 32, 64
 SPEC = FluxSpec(256, 2, 2, 2, context_in=TXT_WIDTH, vec_in=POOLED_WIDTH)
@@ -62,14 +63,35 @@ def write_transformer(path: Path, spec: FluxSpec, metadata: dict[str, str] | Non
     save_file(random_weights(transformer, 1), path, metadata)
 
 
+def lora_tensors(spec: FluxSpec = SPEC, seed: int = 5) -> dict[str, torch.Tensor]:
+    """A LoRA of rank 4 in kohya's format: every linear layer of the blocks, one layer of each encoder."""
+    with torch.device("meta"):
+        transformer = FluxTransformer(spec)
+    shapes = {
+        f"lora_unet_{name.replace('.', '_')}": (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and "blocks" in name
+    }
+    shapes["lora_te1_text_model_encoder_layers_0_self_attn_q_proj"] = (POOLED_WIDTH, POOLED_WIDTH)
+    shapes["lora_te3_encoder_block_1_layer_1_DenseReluDense_wi_0"] = (64, TXT_WIDTH)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for stem, (rows, width) in shapes.items():
+        tensors[f"{stem}.lora_down.weight"] = 0.1 * torch.randn(4, width, generator=generator)
+        tensors[f"{stem}.lora_up.weight"] = 0.1 * torch.randn(rows, 4, generator=generator)
+        tensors[f"{stem}.alpha"] = torch.tensor(3.0)
+    return tensors
+
+
 def write_models(root: Path, spec: FluxSpec = SPEC, metadata: dict[str, str] | None = None) -> Path:
-    """The four files and two tokenizers below `root`, in ComfyUI's folders; returns `root`."""
-    for folder in ("diffusion_models", "vae", "text_encoders"):
+    """The four files, two tokenizers and a LoRA below `root`, in ComfyUI's folders; returns `root`."""
+    for folder in ("diffusion_models", "vae", "text_encoders", "loras"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     write_transformer(root / "diffusion_models" / NAMES["diffusion_models"], spec, metadata)
     with torch.device("meta"):
         autoencoder = AutoEncoder(VAE_SPEC)
     save_file(random_weights(autoencoder, 2), root / "vae" / NAMES["vae"])
+    save_file(lora_tensors(spec), root / "loras" / NAMES["loras"])
     texts = root / "text_encoders"
     write_tokenizer(texts / "tiny-t5.tokenizer.json", None, "</s>", "<pad>")
     eos = write_tokenizer(texts / "tiny-clip.tokenizer.json", "<start>", "<end>", None)
