@@ -106,7 +106,7 @@ def _q2_k(blocks: Tensor) -> Tensor:
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
-    """256 high bits, 256 low pairs, 16 scales of six bits around 32, d. A high bit that is missing takes 4."""
+    """256 high bits, 256 low pairs, 16 scales of six bits around 32, d. A missing high bit takes 4."""
     high, low, scales = blocks[:, :32], blocks[:, 32:96], blocks[:, 96:108]
     six = _fields(scales[:, :8], 4, 8) | (_fields(scales[:, 8:], 2, 4) << 4)
     scale = (_half(blocks, 108) * (six.float() - 32))[..., None]
@@ -115,7 +115,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 
 def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """8 scales and 8 minima of six bits, each [n, 8] float32, of the 12 bytes that Q4_K and Q5_K keep them in.
+    """8 scales and 8 minima of six bits, each [n, 8] float32, of the 12 bytes that Q4_K and Q5_K have.
 
     The first four of each lie whole in the low bits of bytes 0-3 and 4-7; the last four have their low halves
     in bytes 8-11 and their high pairs in the top bits of the first eight bytes.
@@ -127,7 +127,7 @@ def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_minima(blocks: Tensor, numbers: Tensor) -> Tensor:
-    """Numbers [n, 256] in eight groups, scaled and shifted by the head (d, dmin, 12 bytes) of their blocks."""
+    """Numbers [n, 256] in eight groups, scaled and shifted by their blocks' heads (d, dmin, 12 bytes)."""
     scales, minima = _scales_and_minima(blocks[:, 4:16])
     scale = (_half(blocks, 0) * scales)[..., None]
     minimum = (_half(blocks, 2) * minima)[..., None]

@@ -68,7 +68,16 @@ def test_quantised_weights(kind: str) -> None:
     data = packed(weights, kind)
     ours = dequantise(torch.from_numpy(data), kind)
     assert torch.equal(ours, expected(data, kind))
-    steps = {"F32": 1e30, "F16": 2**11, "BF16": 2**8, "Q8_0": 127, "Q5_1": 31, "Q5_0": 16, "Q4_1": 15, "Q4_0": 8}
+    steps = {
+        "F32": 1e30,
+        "F16": 2**11,
+        "BF16": 2**8,
+        "Q8_0": 127,
+        "Q5_1": 31,
+        "Q5_0": 16,
+        "Q4_1": 15,
+        "Q4_0": 8,
+    }
     assert np.abs(ours.numpy() - weights).max() <= 1.1 * np.abs(weights).max() / steps[kind]
 
 

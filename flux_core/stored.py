@@ -1,0 +1,329 @@
+"""Weights that stay in memory as their file has them, and become numbers when a layer is used.
+
+A `Stored` is a weight in one of the ways that files keep it; a `StoredLinear` is a linear layer over one. The
+tensors inside may be the mapped file itself: opening copies nothing, and each use makes one layer's numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dequantise import BLOCK_TYPES, dequantise
+
+SLICE = 1 << 22
+"""Numbers that are unpacked at a time: what is made on the way stays small, and in the processor's cache."""
+
+DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8 e4m3fn",
+    torch.float8_e5m2: "fp8 e5m2",
+    torch.int8: "int8",
+}
+"""How the dtypes that files hold are called."""
+
+
+@dataclass(frozen=True)
+class Stored(ABC):
+    """A weight as its file has it: tensors, and how they become numbers."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Shape of the numbers."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The format's name: "bf16", "fp8 e4m3fn scaled", "GGUF Q4_K", ..."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The numbers, rounded once, from float32 to `dtype`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Stored:
+        """The same weight with its tensors elsewhere."""
+        return replace(self, **tensors)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """The weight's rows from `start` up to before `stop`."""
+        return Plain(self.dense(torch.float32)[start:stop])
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+
+def _in_slices(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, make: Callable[[int, int], Tensor]
+) -> Tensor:
+    """Rows of `shape` in `dtype`, of float32 rows that `make(start, stop)` makes a few at a time."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    height = shape[0] if shape else 1
+    step = max(1, SLICE * height // max(1, shape.numel()))
+    for start in range(0, height, step):
+        result[start : start + step] = make(start, min(height, start + step))
+    return result
+
+
+@dataclass(frozen=True)
+class Plain(Stored):
+    """Floating-point numbers of any dtype, fp8 among them, computed in another."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def label(self) -> str:
+        return DTYPE_NAMES.get(self.values.dtype, str(self.values.dtype))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.values.to(dtype)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        return Plain(self.values[start:stop])
+
+
+@dataclass(frozen=True)
+class Scaled(Stored):
+    """Codes (fp8 or int8) [out, in] times a float32 scale: one for all, or [out, 1]."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def label(self) -> str:
+        return f"{DTYPE_NAMES.get(self.codes.dtype, self.codes.dtype)} scaled"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        def make(start: int, stop: int) -> Tensor:
+            return self.codes[start:stop].float() * self._scale(start, stop)
+
+        return _in_slices(self.shape, dtype, self.device, make)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        return Scaled(self.codes[start:stop], self._scale(start, stop))
+
+    def _scale(self, start: int, stop: int) -> Tensor:
+        return self.scale if self.scale.ndim == 0 else self.scale[start:stop]
+
+
+@dataclass(frozen=True)
+class Blocks(Stored):
+    """Packed bytes [out, bytes a row] of a GGUF type."""
+
+    packed: Tensor
+    kind: str
+
+    @property
+    def shape(self) -> torch.Size:
+        block = BLOCK_TYPES[self.kind]
+        *rest, width = self.packed.shape
+        return torch.Size([*rest, width // block.bytes * block.size])
+
+    @property
+    def label(self) -> str:
+        return f"GGUF {self.kind}"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        if self.packed.ndim < 2:
+            return dequantise(self.packed, self.kind).to(dtype)
+
+        def make(start: int, stop: int) -> Tensor:
+            return dequantise(self.packed[start:stop], self.kind)
+
+        return _in_slices(self.shape, dtype, self.device, make)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        return Blocks(self.packed[start:stop], self.kind)
+
+
+@dataclass(frozen=True)
+class FourBit(Stored):
+    """bitsandbytes' 4-bit codes (NF4, FP4), two a byte, the first in the high half, blocks over flat numbers.
+
+    A block's scale is `absmax` itself; or, where scales are quantised too, the byte `absmax` numbers a level
+    of `nested_code`, in units of `nested_absmax` (one for every `nested_block` scales), above `offset`.
+    Layout: bitsandbytes/backends/default/ops.py, _dequantize_4bit_impl and _gemm_4bit_default_impl.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    size: tuple[int, ...]
+    block: int
+    name: str = "nf4"
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_block: int = 256
+    offset: float = 0.0
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.size)
+
+    @property
+    def label(self) -> str:
+        return f"bitsandbytes {self.name.upper()}"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        scales = self._scales()
+        result = torch.empty(self.numel(), dtype=dtype, device=self.device)
+        step = SLICE // self.block * self.block or self.block
+        for start in range(0, self.numel(), step):
+            stop = min(self.numel(), start + step)
+            packed = self.packed.view(-1)[start // 2 : (stop + 1) // 2]
+            numbers = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1)[: stop - start]
+            blocks = scales[start // self.block : -(-stop // self.block)]
+            spread = blocks.repeat_interleave(self.block)[: stop - start]
+            result[start:stop] = self.code[numbers.int()] * spread
+        return result.view(self.size)
+
+    def _scales(self) -> Tensor:
+        """A float32 scale for every block."""
+        if self.nested_absmax is None or self.nested_code is None:
+            return self.absmax
+        units = self.nested_absmax.repeat_interleave(self.nested_block)[: self.absmax.numel()]
+        return self.nested_code[self.absmax.int()] * units + self.offset
+
+
+@dataclass(frozen=True)
+class Joined(Stored):
+    """Weights one below the other, for files that keep q, k and v apart: each part in a form of its own."""
+
+    parts: tuple[Stored, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        first = self.parts[0].shape
+        return torch.Size([sum(part.shape[0] for part in self.parts), *first[1:]])
+
+    @property
+    def label(self) -> str:
+        return max(self.parts, key=lambda part: part.numel()).label
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}_{n}": t for i, part in enumerate(self.parts) for n, t in part.tensors().items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Stored:
+        moved = [
+            part.with_tensors({name: tensors[f"{i}_{name}"] for name in part.tensors()})
+            for i, part in enumerate(self.parts)
+        ]
+        return Joined(tuple(moved))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        result = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for part, rows in zip(self.parts, result.split([p.shape[0] for p in self.parts]), strict=True):
+            rows.copy_(part.dense(dtype))
+        return result
+
+
+class StoredLinear(nn.Module):
+    """A linear layer whose weight stays as the file has it and becomes numbers when it is used.
+
+    What is kept are buffers, which may alias the mapped file. The layer moves between devices as any other;
+    a change of dtype changes what it computes in (`dtype`), never what is kept. No gradient reaches the
+    weight.
+    """
+
+    def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = stored.shape
+        self._dtype = dtype
+        tensors = stored.tensors()
+        self._form = stored.with_tensors({name: t.to("meta") for name, t in tensors.items()})
+        for name, tensor in tensors.items():
+            self.register_buffer(f"stored_{name}", tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+    @property
+    def stored(self) -> Stored:
+        """The weight as it is kept, where it is kept."""
+        return self._form.with_tensors({n: getattr(self, f"stored_{n}") for n in self._form.tensors()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without memory (on the meta device), for code that asks for a layer's dtype and shape."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight's numbers [out, in] in `dtype`, made anew."""
+        return self.stored.dense(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dense_weight(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self._form.label}, computed in {self.dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+        """What `to`, `cuda` and `half` come down to. A fp8 code must not become a bf16 number on the way."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        kept, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)
+        self._buffers = {name: None if t is None else t.to(probe.device) for name, t in kept.items()}
+        self._dtype = probe.dtype
+        return self
+
+
+def computing_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a linear layer, stored or of torch, computes in."""
+    return layer.dtype if isinstance(layer, StoredLinear) else _weight(layer).dtype
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """The device that a linear layer, stored or of torch, is on."""
+    return layer.device if isinstance(layer, StoredLinear) else _weight(layer).device
+
+
+def weight_count(module: nn.Module) -> int:
+    """The numbers that a module holds, in parameters or stored; those on the meta device are none."""
+    count = sum(p.numel() for p in module.parameters() if not p.is_meta)
+    layers = (layer for layer in module.modules() if isinstance(layer, StoredLinear))
+    return count + sum(
+        layer.in_features * layer.out_features for layer in layers if layer.device.type != "meta"
+    )
+
+
+def _weight(layer: Any) -> Tensor:
+    return layer.weight
