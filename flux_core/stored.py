@@ -208,6 +208,16 @@ class FourBit(Stored):
             result[start:stop] = self.code[numbers.int()] * spread
         return result.view(self.size)
 
+    def rows(self, start: int, stop: int) -> Stored:
+        """As they are where they begin and end with a block, else as numbers."""
+        width = self.numel() // self.size[0]
+        first, last = start * width, stop * width
+        if first % self.block or (last % self.block and last != self.numel()):
+            return super().rows(start, stop)
+        packed = self.packed.view(-1)[first // 2 : (last + 1) // 2]
+        scales = self._scales()[first // self.block : -(-last // self.block)]
+        return FourBit(packed, scales, self.code, (stop - start, *self.size[1:]), self.block, self.name)
+
     def _scales(self) -> Tensor:
         """A float32 scale for every block."""
         if self.nested_absmax is None or self.nested_code is None:

@@ -8,9 +8,10 @@
 No numerics live here, and no pickle is ever opened.
 """
 
-from .files import read_metadata, read_state_dict
+from .files import read_state_dict
 from .kinds import kind_of
 from .loaders import load_autoencoder, load_transformer
+from .source import read_metadata, read_weights
 from .text import load_text_encoders
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "load_transformer",
     "read_metadata",
     "read_state_dict",
+    "read_weights",
 ]

@@ -13,6 +13,9 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What stands before the transformer's names in all-in-one checkpoints."""
 
+MAX_HEADER = 1 << 24
+"""Bytes of a safetensors header that are read: FLUX.1's takes 0.1 MB, and a thumbnail may lie beside it."""
+
 MAGIC = {
     b"PK\x03\x04": "a pickle inside a zip (torch.save); convert it to safetensors",
     **{bytes([0x80, protocol]): "a pickle; convert it to safetensors" for protocol in range(2, 6)},
@@ -30,7 +33,7 @@ def read_state_dict(path: str | Path, prefixes: Sequence[str] = TRANSFORMER_PREF
     without it. Raises FileNotFoundError for a missing file, and ValueError for a folder, a pickle, a file
     that is empty, cut short or damaged, or of another format.
     """
-    path = _checked(path)
+    path = _opened(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
@@ -40,9 +43,9 @@ def read_state_dict(path: str | Path, prefixes: Sequence[str] = TRANSFORMER_PREF
         raise ValueError(_what_is_wrong(path)) from error
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
+def safetensors_metadata(path: str | Path) -> dict[str, str]:
     """The file's metadata, empty when it has none. Raises as `read_state_dict`."""
-    path = _checked(path)
+    path = _opened(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return dict(file.metadata() or {})
@@ -50,8 +53,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise ValueError(_what_is_wrong(path)) from error
 
 
-def _checked(path: str | Path) -> Path:
-    """The path, when a safetensors file may be there."""
+def _opened(path: str | Path) -> Path:
+    """The path, when a safetensors file may be there whose header is no larger than a model's can be."""
+    path = checked(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER < length < path.stat().st_size:
+        raise ValueError(
+            f"the header of {path.name} is {length:,} bytes long, no model's is above {MAX_HEADER:,}; "
+            "choose another file"
+        )
+    return path
+
+
+def checked(path: str | Path) -> Path:
+    """The path, when a model's file may be there. Raises what `read_state_dict` raises for the rest."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(

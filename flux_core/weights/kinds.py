@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from ..spec import Shaped
 
 PREFIX = re.compile(r"(model\.diffusion_model|diffusion_model|first_stage_model|vae)\.")
 """What may stand before the names in all-in-one checkpoints, and does not count."""
@@ -51,7 +51,7 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def kind_of(state_dict: Mapping[str, Tensor]) -> str:
+def kind_of(state_dict: Mapping[str, Shaped]) -> str:
     """What a state dict holds, as it reads after "is": "a VAE", "a LoRA", ..., or "of an unknown kind"."""
     names = [PREFIX.sub("", name, count=1) if PREFIX.match(name) else name for name in state_dict]
     for kind in KINDS:
@@ -61,14 +61,13 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
     return "of an unknown kind"
 
 
-def expect(state_dict: Mapping[str, Tensor], kind: Kind, file: str) -> None:
+def expect(state_dict: Mapping[str, Shaped], kind: Kind, file: str) -> None:
     """Raise ValueError, naming what `file` is instead, unless the state dict is of that kind."""
     found = kind_of(state_dict)
     if found == kind.name:
         return
-    if found in (DIFFUSERS_TRANSFORMER.name, DIFFUSERS_VAE.name):
+    if found == "a LoRA":
         raise ValueError(
-            f"{file} is {found}, which are not read here; "
-            "choose the single file that Black Forest Labs publish"
+            f"{file} is a LoRA, not {kind.name}; use the LoRA node for it, and choose {kind.name} here"
         )
     raise ValueError(f"{file} is {found}, not {kind.name}; choose {kind.name} here")

@@ -14,15 +14,15 @@ import torch
 from tokenizers import Tokenizer
 
 from ..conditioning import T5_LENGTH, TextEncoders, clip_of_size, t5_of_size
-from .files import read_metadata, read_state_dict
+from .fill import fill
 from .kinds import CLIP, T5, expect
-from .loaders import fill, sizes_of
+from .loaders import sizes_of
+from .quantised import assemble
+from .source import CLIP_PART, T5_PART, WeightFile, read_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, T5EncoderModel
 
-T5_PREFIXES = ("text_encoders.t5xxl.transformer.",)
-CLIP_PREFIXES = ("text_encoders.clip_l.transformer.",)
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
 
@@ -48,32 +48,34 @@ def _load_t5(
     path: str | Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> tuple[T5EncoderModel, int]:
     """The encoder of a T5 file, and the length to pad to. A file has the embedding under one name or two."""
-    tensors = read_state_dict(path, T5_PREFIXES)
-    expect(tensors, T5, Path(path).name)
+    file = read_weights(path, T5_PART)
+    tensors = assemble(file)
+    expect(tensors, T5, file.name)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
     for name, other in (EMBEDDINGS, EMBEDDINGS[::-1]):
         if other in tensors:
             tensors.setdefault(name, tensors[other])
-    with sizes_of(Path(path).name, T5, tensors):
+    with sizes_of(file.name, T5, tensors):
         model = t5_of_size(tensors)
-    model = fill(model, tensors, Path(path).name, dtype, device)
+    model = fill(model, tensors, file.name, dtype, device)
     model.tie_weights()
-    return model, _number(path, "txt_length") or T5_LENGTH
+    return model, _number(file, "txt_length") or T5_LENGTH
 
 
 def _load_clip(path: str | Path, dtype: torch.dtype | None, device: torch.device | str) -> CLIPTextModel:
     """The text half of a CLIP file, without the projection, which FLUX.1 does not use."""
-    tensors = read_state_dict(path, CLIP_PREFIXES)
-    expect(tensors, CLIP, Path(path).name)
+    file = read_weights(path, CLIP_PART)
+    tensors = assemble(file)
+    expect(tensors, CLIP, file.name)
     tensors = {name.removeprefix("text_model."): t for name, t in tensors.items()}
     for unused in ("embeddings.position_ids", "text_projection.weight", "logit_scale"):
         tensors.pop(unused, None)
-    eos_token_id = _number(path, "eos_token_id")
-    with sizes_of(Path(path).name, CLIP, tensors):
+    eos_token_id = _number(file, "eos_token_id")
+    with sizes_of(file.name, CLIP, tensors):
         model = clip_of_size(tensors, eos_token_id)
     if hasattr(model, "text_model"):  # transformers before 5
         tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
-    return fill(model, tensors, Path(path).name, dtype, device)
+    return fill(model, tensors, file.name, dtype, device)
 
 
 def read_tokenizer(model_path: str | Path, vocabulary: int) -> Tokenizer:
@@ -100,13 +102,11 @@ def read_tokenizer(model_path: str | Path, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _number(path: str | Path, key: str) -> int | None:
+def _number(file: WeightFile, key: str) -> int | None:
     """A positive whole number from the file's metadata, or None where it is not given."""
-    value = read_metadata(path).get(key)
+    value = file.metadata.get(key)
     if value is None:
         return None
     if not value.isdecimal() or int(value) < 1:
-        raise ValueError(
-            f"{key} in the metadata of {Path(path).name} must be a number above 0, got {value!r}"
-        )
+        raise ValueError(f"{key} in the metadata of {file.name} must be a number above 0, got {value!r}")
     return int(value)

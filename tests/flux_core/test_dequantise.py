@@ -21,15 +21,15 @@ QUANTISABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """What the package can make out of numbers; the other types it can only read."""
 
 
-def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
-    """Bytes [rows, blocks * bytes] with every bit random but for scales in -0.1..0.1, a few of them zero."""
+def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0, largest: float = 0.1) -> np.ndarray:
+    """Bytes [rows, blocks * bytes], every bit random but for scales up to `largest`, a few of them zero."""
     rng = np.random.default_rng(seed)
     size = BLOCK_TYPES[kind].bytes
     if kind in ("F32", "F16", "BF16"):
         return packed(rng.standard_normal((rows, blocks)).astype(np.float32), kind)
     data = rng.integers(0, 256, (rows * blocks, size), dtype=np.uint8)
     for start in HALVES[kind]:
-        scale = rng.uniform(-0.1, 0.1, (rows * blocks, 1)).astype(np.float16)
+        scale = rng.uniform(-largest, largest, (rows * blocks, 1)).astype(np.float16)
         scale[::7] = 0
         data[:, start : start + 2] = scale.view(np.uint8)
     return data.reshape(rows, blocks * size)

@@ -102,6 +102,13 @@ def test_blocks_that_end_in_the_middle_of_a_row() -> None:
     weight = weights(5, 38)
     form, numbers = nf4(weight)
     assert torch.equal(form.dense(torch.float32), numbers)
+    assert isinstance(form.rows(1, 3), Plain)
+    assert torch.equal(form.rows(1, 3).dense(torch.float32), numbers[1:3])
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "joined"])
+def test_rows_are_kept_in_their_form(form: str) -> None:
+    assert type(FORMS[form][0].rows(7, 31)) is type(FORMS[form][0])
 
 
 def test_a_gradient_passes_to_the_input() -> None:

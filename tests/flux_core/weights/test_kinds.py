@@ -68,13 +68,9 @@ def test_whole_models() -> None:
 def test_refusals_name_both(kind: Kind) -> None:
     lora = {"lora_unet_single_blocks_0_linear1.alpha": torch.zeros(1)}
     with pytest.raises(
-        ValueError, match=f"style.safetensors is a LoRA, not {kind.name}; choose {kind.name} here"
+        ValueError,
+        match=f"^style.safetensors is a LoRA, not {kind.name}; use the LoRA node for it, and choose",
     ):
         expect(lora, kind, "style.safetensors")
-
-
-def test_diffusers_names_get_a_hint() -> None:
-    with pytest.raises(
-        ValueError, match="with diffusers' names, which are not read here; choose the single file that Black"
-    ):
-        expect({"single_transformer_blocks.0.proj_out.weight": torch.zeros(1)}, TRANSFORMER, "f.safetensors")
+    with pytest.raises(ValueError, match=f"^x is an SDXL UNet, not {kind.name}; choose {kind.name} here$"):
+        expect({"label_emb.0.0.weight": torch.zeros(1)}, kind, "x")
