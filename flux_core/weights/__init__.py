@@ -7,7 +7,7 @@
   diffusers.py    diffusers' names -> Black Forest Labs'
   kinds.py        which model a file holds, told by its keys
   loaders.py      file -> FluxTransformer, AutoEncoder; fill.py: without a random initialisation in between
-  text.py         two files and two tokenizers -> TextEncoders
+  text.py         two files -> TextEncoders, with what tokenizer.py finds and spiece.py builds
   about.py        a line on what a file is
 
 No numerics live here, and no pickle is ever opened.

@@ -50,13 +50,15 @@ def fill(
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
     dense: dict[str, Tensor] = {}
     stored: dict[str, Stored] = {}
-    for name in list(tensors):
-        tensor = tensors.pop(name)
+    twins: dict[int, Tensor] = {}  # T5 has one embedding under two names
+    for name, tensor in tensors.items():
         if name in linear and (_quantised(tensor) or (lazily and _needs_copy(tensor, dtype))):
             stored[name] = _moved(tensor, device)
+        elif id(tensor) in twins:
+            dense[name] = twins[id(tensor)]
         else:
             numbers = tensor.dense(dtype) if isinstance(tensor, Stored) else tensor
-            dense[name] = numbers.to(device=device, dtype=dtype)
+            dense[name] = twins[id(tensor)] = numbers.to(device=device, dtype=dtype)
         done += tensor.nbytes
         if on_progress is not None:
             on_progress(done, total)
