@@ -12,6 +12,7 @@ from rectiflux.flux_core.stored import (
     StoredLinear,
     computing_dtype,
     device_of,
+    make_dense,
     weight_count,
 )
 from torch import nn
@@ -95,6 +96,31 @@ def test_without_a_bias() -> None:
     layer = StoredLinear(Plain(weights().half()), None, torch.float32)
     x = weights(3, seed=2)
     assert torch.equal(layer(x), x @ weights().half().float().T)
+
+
+def test_layers_can_be_made_torchs_own() -> None:
+    """Same numbers, same places, no stored layer left."""
+    stored, numbers = FORMS["bitsandbytes NF4"]
+    bias = torch.linspace(-1, 1, 48)
+    model = nn.Sequential(
+        nn.Sequential(StoredLinear(stored, bias, torch.float32)), StoredLinear(stored, None, torch.float32)
+    ).eval()
+    make_dense(model, torch.bfloat16)
+    layers = [model.get_submodule("0.0"), model.get_submodule("1")]
+    for layer in layers:
+        assert type(layer) is nn.Linear and not layer.training and not layer.weight.requires_grad
+        assert torch.equal(layer.weight, numbers.bfloat16())
+    assert torch.equal(layers[0].bias, bias.bfloat16())
+    assert layers[1].bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_fp8_number(dtype: torch.dtype) -> None:
+    """All 256 codes are torch's, the ones that are no number too."""
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).view(16, 16)
+    torch.testing.assert_close(
+        Plain(codes).dense(torch.float32), codes.float(), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_blocks_that_end_in_the_middle_of_a_row() -> None:

@@ -126,8 +126,8 @@ def test_the_order(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as nowhere:
         found_for(weights, [host])
     assert str(nowhere.value) == (
-        "t5.tokenizer.json does not exist beside t5.safetensors; put the encoder's tokenizer.json there under "
-        "that name, or spiece.model into the same folder"
+        "t5.tokenizer.json does not exist beside t5.safetensors; put the encoder's tokenizer.json there "
+        "under that name, or spiece.model into the same folder"
     )
     for mark, path in places.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def test_clips_files_and_sentence(weights: Path) -> None:
     found = find_tokenizer(read_weights(weights), CLIP_ENCODER, 1000)
     assert found.encode("red").tokens == ["<|startoftext|>", "red</w>", "<|endoftext|>"]
     (weights.parent / "merges.txt").write_text("a b c\n")
-    with pytest.raises(ValueError, match="^vocab.json beside merges.txt makes no tokenizer .*; download it"):
+    with pytest.raises(ValueError, match="^vocab.json beside merges.txt makes no tokenizer .*; download"):
         find_tokenizer(read_weights(weights), CLIP_ENCODER, 1000)
 
 
