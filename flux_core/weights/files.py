@@ -69,14 +69,15 @@ def _mapped(path: Path, file: Any, names: dict[str, str]) -> dict[str, Tensor]:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
     storage: Any = UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
     tensors = {}
     for name, new in names.items():
         dtype, shape = DTYPES.get(header[name]["dtype"]), header[name]["shape"]
-        start = 8 + length + header[name]["data_offsets"][0]
+        start, stop = (8 + length + offset for offset in header[name]["data_offsets"])
         if dtype is None or start % dtype.itemsize:  # an older file may not be aligned
             tensors[new] = file.get_tensor(name)
         else:
-            tensors[new] = torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape)
+            tensors[new] = whole[start:stop].view(dtype).view(shape)
     return tensors
 
 
