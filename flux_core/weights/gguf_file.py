@@ -48,8 +48,12 @@ def gguf_value(reader: GGUFReader, key: str) -> Any:
 
 def open_gguf(path: Path) -> GGUFReader:
     """The package's reader, over pages that are private to us: what is written to them stays off the disk."""
-    from gguf import GGUFReader  # here, because ComfyUI imports the pack at its start
-
+    try:
+        from gguf import GGUFReader  # here, because ComfyUI imports the pack at its start
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path.name} is a GGUF file, which needs the Python package gguf; install it: pip install gguf"
+        ) from error
     check_gguf(path)
     try:
         return GGUFReader(path, "c")

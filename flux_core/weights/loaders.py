@@ -23,6 +23,7 @@ from .quantised import assemble
 from .source import TRANSFORMER_PART, VAE_PART, Weight, read_weights
 
 LATENT_CHANNELS = 16
+MAX_BLOCKS = 1000
 
 
 def load_transformer(
@@ -45,8 +46,16 @@ def load_transformer(
         tensors = transformer_names(tensors, file.name)
     expect(tensors, TRANSFORMER, file.name)
     with sizes_of(file.name, TRANSFORMER, tensors), torch.device("meta"):
-        model = FluxTransformer(FluxSpec.from_state_dict(tensors))
+        model = FluxTransformer(_bounded(FluxSpec.from_state_dict(tensors)))
     return fill(model, tensors, file.name, dtype, device, on_progress)
+
+
+def _bounded(spec: FluxSpec) -> FluxSpec:
+    """The spec, when it asks for no more blocks than are built in a second."""
+    blocks = spec.depth + spec.depth_single
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"it counts {blocks:,} blocks, FLUX.1 has 57; download it again")
+    return spec
 
 
 def load_autoencoder(

@@ -25,6 +25,9 @@ from .source import Weight, WeightFile
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 INT8 = "int8_tensorwise"
+QUANT_STATE = ".quant_state."
+"""What stands between a 4-bit weight's name and its description's."""
+
 SCALES = ("scale_weight", "weight_scale")
 UNUSED = ("scaled_fp8", "scale_input", "input_scale", "weight_format", "comfy_quant")
 """Last parts of names that tell nothing more once the weights are put together."""
@@ -39,10 +42,14 @@ def assemble(file: WeightFile) -> dict[str, Weight]:
     """
     told = _formats(file)
     tensors = dict(file.tensors)
+    states = {n.split(QUANT_STATE, 1)[0]: n for n in tensors if QUANT_STATE in n}
     for name in [name for name in tensors if name.endswith(".weight")]:
-        layer = name.removesuffix(".weight")
-        weight = tensors[name]
-        if isinstance(weight, Tensor):
+        layer, weight = name.removesuffix(".weight"), tensors[name]
+        if not isinstance(weight, Tensor):
+            continue
+        if name in states:
+            tensors[name] = _four_bit(tensors, name, weight, states[name], file.name)
+        else:
             tensors[name] = _whole(tensors, layer, weight, told.get(layer), file.name)
     if any(isinstance(tensor, (Scaled, FourBit)) for tensor in tensors.values()) or told:
         tensors = {n: t for n, t in tensors.items() if n.rsplit(".", 1)[-1] not in UNUSED}
@@ -51,9 +58,6 @@ def assemble(file: WeightFile) -> dict[str, Weight]:
 
 def _whole(tensors: dict[str, Weight], layer: str, weight: Tensor, form: str | None, file: str) -> Weight:
     """A layer's weight with what lies beside it, which is taken out of `tensors`."""
-    state = next((n for n in tensors if n.startswith(f"{layer}.weight.quant_state.")), None)
-    if state is not None:
-        return _four_bit(tensors, f"{layer}.weight", weight, state, file)
     if f"{layer}.SCB" in tensors and weight.dtype == torch.int8:
         scale = _float32(tensors.pop(f"{layer}.SCB"), layer, file) / 127
         return Scaled(weight, _fitting(scale, weight, layer, file))

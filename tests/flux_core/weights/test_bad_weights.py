@@ -137,6 +137,16 @@ def test_a_folder_of_another_part_is_named(tmp_path: Path) -> None:
         load_transformer(tmp_path)
 
 
+def test_more_blocks_than_can_be(tmp_path: Path) -> None:
+    """Told before any is built."""
+    state = dict(flux_transformer().state_dict())
+    state |= {f"single_blocks.{i}.x": torch.zeros(1) for i in range(1200)}
+    save_file(state, tmp_path / "f.safetensors")
+    says = "^f.safetensors: it counts 1,202 blocks, FLUX.1 has 57; download it again$"
+    with pytest.raises(ValueError, match=says):
+        load_transformer(tmp_path / "f.safetensors")
+
+
 def test_a_missing_part_of_a_joined_layer(tmp_path: Path) -> None:
     state = diffusers_state_dict(flux_transformer())
     del state["single_transformer_blocks.1.proj_mlp.weight"]

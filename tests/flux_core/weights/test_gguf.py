@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,6 +215,15 @@ def test_every_flipped_byte_of_a_header_is_survived(tmp_path: Path) -> None:
                 read_weights(tmp_path / "f")
             except ValueError as refused:
                 assert "download it again" in str(refused) or "choose" in str(refused)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_bytes(sound())
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        ValueError, match="^f is a GGUF file, which needs .* gguf; install it: pip install gguf$"
+    ):
+        read_weights(tmp_path / "f")
 
 
 def test_a_language_model_is_named(tmp_path: Path) -> None:
