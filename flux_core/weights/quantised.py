@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str,
 
 def _check_four_bit(weight: FourBit) -> None:
     """Raise ValueError unless codes, scales and levels are as many as the shape needs."""
-    count, block = weight.numel(), weight.block
+    count, block = prod(weight.size), weight.block  # torch's own count of numbers may overflow
     fits = (
         min(weight.size, default=0) > 0
         and block > 0

@@ -224,6 +224,7 @@ def state(**about: object) -> State:
         ("NF4", state(shape=[64, 33], blocksize=64), FITS),
         ("NF4", state(shape=[64, 32], blocksize=0), FITS),
         ("NF4", state(shape=[-64, -32], blocksize=64), FITS),
+        ("NF4", state(shape=[2**61 + 256, 8], blocksize=64), FITS),  # 64 * 32 modulo 2^64
         ("NF4", {"txt_in.weight.absmax": torch.ones(3)}, FITS),
         ("NF4", {"txt_in.weight.quant_map": torch.ones(3)}, FITS),
         ("nested NF4", {"txt_in.weight.nested_quant_map": torch.ones(3)}, FITS),

@@ -226,6 +226,20 @@ def test_quantised_files_are_computed_in_bfloat16_unless_told(tmp_path: Path) ->
         velocity(model)
 
 
+@pytest.mark.parametrize("inputs", [384, 128])
+@pytest.mark.parametrize("names", ["bfl", "diffusers"])
+def test_fill_canny_and_depth_read_more_than_they_write(tmp_path: Path, inputs: int, names: str) -> None:
+    """The first layer is wide, the velocity is a latent's."""
+    original = flux_transformer(in_channels=inputs)
+    save_file(
+        original.state_dict() if names == "bfl" else diffusers_state_dict(original),
+        tmp_path / "f.safetensors",
+    )
+    model = load_transformer(tmp_path / "f.safetensors")
+    assert (model.spec.in_channels, model.spec.out_channels) == (inputs, 64)
+    assert torch.equal(velocity(model), velocity(original))
+
+
 def test_progress_counts_the_files_bytes(tmp_path: Path) -> None:
     original = flux_transformer()
     save_file(original.state_dict(), tmp_path / "f.safetensors")

@@ -135,14 +135,15 @@ def test_dtype_is_the_files_or_the_asked_one(tmp_path: Path, dtype: torch.dtype)
 
 
 def test_mixed_and_eight_bit_files_get_one_dtype(tmp_path: Path) -> None:
-    """The one that most numbers have; 8-bit floats, which torch cannot multiply, become bfloat16."""
+    """The one that most numbers have; 8-bit floats, which torch cannot multiply, compute in bfloat16."""
     tensors = flux_transformer().state_dict()
     mixed = {n: t if t.ndim == 1 else t.to(torch.float16) for n, t in tensors.items()}
-    assert {p.dtype for p in load_transformer(saved(tmp_path, mixed, "m.st")).parameters()} == {torch.float16}
+    model = load_transformer(saved(tmp_path, mixed, "m.st"))
+    assert {model.dtype, *(p.dtype for p in model.parameters())} == {torch.float16}
     eight = {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}
-    assert {p.dtype for p in load_transformer(saved(tmp_path, eight, "e.st")).parameters()} == {
-        torch.bfloat16
-    }
+    model = load_transformer(saved(tmp_path, eight, "e.st"))
+    assert {model.dtype, *(p.dtype for p in model.parameters())} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in model.buffers()} == {torch.float8_e4m3fn}
 
 
 @pytest.mark.parametrize(
