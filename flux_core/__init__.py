@@ -9,7 +9,7 @@
   pipeline.py      all of these in eight numbered steps: text to image
   preview.py       a latent as a small picture, cheaply
   weights/         files in, modules out
-  stored.py        linear layers whose weights stay as their file has them (dequantise.py: GGUF's numbers)
+  stored.py        linear layers over weights as their file keeps them (forms.py, dequantise.py)
   flow/            the theory: paths, predictions, objectives, couplings, likelihoods
   train/           how the miniature in models/ is made
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..forms import DTYPE_NAMES, Joined
 from ..spec import FLUX_DEV, FluxSpec
-from ..stored import DTYPE_NAMES, Joined
 from .diffusers import transformer_names
 from .kinds import DIFFUSERS_TRANSFORMER, TRANSFORMER, kind_of
 from .quantised import assemble

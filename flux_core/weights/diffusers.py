@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..stored import Joined, Plain, Stored
+from ..forms import Joined, Plain, Stored
 from .source import Weight
 
 OUTER = {

@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..stored import Joined, Plain, Stored, StoredLinear
+from ..forms import Joined, Plain, Stored
+from ..stored import StoredLinear
 from .source import Weight
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..stored import Stored
+from ..forms import Stored
 from .files import TRANSFORMER_PREFIXES, checked, read_state_dict, safetensors_metadata
 from .gguf_file import is_gguf, read_gguf
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
-from rectiflux.flux_core.stored import Blocks, FourBit, Joined, Plain, Scaled, Stored
+from rectiflux.flux_core.forms import Blocks, FourBit, Joined, Plain, Scaled, Stored
 from torch import Tensor
 
 NF4 = [

@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rectiflux.flux_core import stored as stored_module
-from rectiflux.flux_core.stored import (
-    Plain,
-    Stored,
-    StoredLinear,
-    computing_dtype,
-    device_of,
-    make_dense,
-    weight_count,
-)
+from rectiflux.flux_core import forms as forms_module
+from rectiflux.flux_core.forms import Plain, Stored
+from rectiflux.flux_core.stored import StoredLinear, computing_dtype, device_of, make_dense, weight_count
 from torch import nn
 
 from .stored_reference import every_form, nf4, weights
@@ -33,7 +26,7 @@ def test_numbers(stored: Stored, numbers: torch.Tensor) -> None:
 
 @each_form
 def test_slices_do_not_show(stored: Stored, numbers: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_module, "SLICE", 5 * 64)
+    monkeypatch.setattr(forms_module, "SLICE", 5 * 64)
     assert torch.equal(stored.dense(torch.float32), numbers)
 
 

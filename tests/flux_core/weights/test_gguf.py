@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from rectiflux.flux_core.stored import Blocks
+from rectiflux.flux_core.forms import Blocks
 from rectiflux.flux_core.weights import load_transformer, read_metadata, read_weights
 
 from ..test_dequantise import packed
