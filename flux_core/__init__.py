@@ -10,6 +10,7 @@
   preview.py       a latent as a small picture, cheaply
   weights/         files in, modules out
   lora/            LoRAs in, a model with them attached out
+  stored.py        linear layers over weights as their file keeps them (forms.py, dequantise.py)
   flow/            the theory: paths, predictions, objectives, couplings, likelihoods
   train/           how the miniature in models/ is made
 

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .spec import Conditioning
+from .spec import Conditioning, Shaped
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, T5EncoderModel
@@ -153,7 +153,7 @@ def _pad(rows: list[list[int]], length: int, filler: int) -> Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in cut], dtype=torch.long)
 
 
-def t5_of_size(state_dict: Mapping[str, Tensor]) -> T5EncoderModel:
+def t5_of_size(state_dict: Mapping[str, Shaped]) -> T5EncoderModel:
     """T5 v1.1 encoder without numbers (on the meta device), its sizes read off the shapes of a state dict.
 
     Raises ValueError when the state dict is no gated T5 encoder.
@@ -182,7 +182,7 @@ def t5_of_size(state_dict: Mapping[str, Tensor]) -> T5EncoderModel:
         return T5EncoderModel(config)
 
 
-def clip_of_size(state_dict: Mapping[str, Tensor], eos_token_id: int | None = None) -> CLIPTextModel:
+def clip_of_size(state_dict: Mapping[str, Shaped], eos_token_id: int | None = None) -> CLIPTextModel:
     """CLIP text model without numbers (on the meta device), its sizes read off the shapes of a state dict.
 
     Names are those of `transformers`' text model, without its prefix `text_model.`. A head has 64 dims, as
@@ -217,5 +217,5 @@ def clip_of_size(state_dict: Mapping[str, Tensor], eos_token_id: int | None = No
     return model
 
 
-def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
     return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})

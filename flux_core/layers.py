@@ -15,6 +15,28 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .spec import FluxSpec
+from .stored import computing_dtype, device_of, weight_count
+
+__all__ = [
+    "Chunks",
+    "DoubleStreamBlock",
+    "LastLayer",
+    "MLPEmbedder",
+    "Modulation",
+    "QKNorm",
+    "RMSNorm",
+    "Rope",
+    "SelfAttention",
+    "SingleStreamBlock",
+    "attention",
+    "computing_dtype",
+    "device_of",
+    "modulated_norm",
+    "rope_table",
+    "rotate",
+    "sinusoidal_embedding",
+    "weight_count",
+]
 
 Chunks = tuple[Tensor, ...]
 """Modulation of one stream in one block, each [B, 1, hidden]: (shift, 1 + scale, gate), once or twice."""

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]
 """(x, sigma) -> dx/dsigma = noise - image, of the shape of x: all that a solver needs to know of a model."""
+
+
+class Shaped(Protocol):
+    """A tensor, or a weight that is stored in another form: all that sizes are read off."""
+
+    @property
+    def shape(self) -> torch.Size: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class FluxSpec:
         return 512 if self.guidance_embed else 256
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> FluxSpec:
+    def from_state_dict(cls, state_dict: Mapping[str, Shaped]) -> FluxSpec:
         """Sizes read off the shapes of a state dict with BFL's names.
 
         Raises ValueError when it is no FLUX.1 transformer.
@@ -113,7 +122,7 @@ class FluxSpec:
         )
 
 
-def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
     """How many numbered blocks the state dict holds under `prefix`."""
     return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
 

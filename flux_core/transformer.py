@@ -23,8 +23,11 @@ from .layers import (
     MLPEmbedder,
     Rope,
     SingleStreamBlock,
+    computing_dtype,
+    device_of,
     rope_table,
     sinusoidal_embedding,
+    weight_count,
 )
 from .spec import Conditioning, FluxSpec
 
@@ -114,11 +117,11 @@ class FluxTransformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the tokens are computed in."""
-        return self.img_in.weight.dtype
+        return computing_dtype(self.img_in)
 
     @property
     def device(self) -> torch.device:
-        return self.img_in.weight.device
+        return device_of(self.img_in)
 
     # What does not depend on the image
 
@@ -127,7 +130,7 @@ class FluxTransformer(nn.Module):
 
         A model with a guidance embedder needs guidance (ValueError); one without ignores it.
         """
-        dtype = self.time_in.in_layer.weight.dtype
+        dtype = computing_dtype(self.time_in.in_layer)
         vec = self.time_in(sinusoidal_embedding(sigma).to(dtype)) + self.vector_in(pooled.to(dtype))
         if self.guidance_in is None:
             return vec
@@ -195,7 +198,7 @@ class FluxTransformer(nn.Module):
 
     def _check_modulation(self) -> None:
         """Raise ValueError once `release_modulation` has freed the weights."""
-        if self.time_in.in_layer.weight.is_meta:
+        if device_of(self.time_in.in_layer).type == "meta":
             raise ValueError(
                 "the modulation weights were released; load the model again to prepare another run"
             )
@@ -210,7 +213,7 @@ class FluxTransformer(nn.Module):
         freed = 0
         for part in parts:
             if part is not None:
-                freed += sum(p.numel() for p in part.parameters() if not p.is_meta)
+                freed += weight_count(part)
                 part.to("meta")
         return freed
 

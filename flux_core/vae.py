@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .spec import Shaped
+
 SCALE = 0.3611
 SHIFT = 0.1159
 
@@ -48,7 +50,7 @@ class AutoEncoderSpec:
         return 1 if self.ch % 32 else 32
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> AutoEncoderSpec:
+    def from_state_dict(cls, state_dict: Mapping[str, Shaped]) -> AutoEncoderSpec:
         """Sizes read off a state dict with BFL's names.
 
         Raises ValueError when it is no autoencoder of FLUX.1's kind.
@@ -80,7 +82,7 @@ class AutoEncoderSpec:
         )
 
 
-def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
     return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..flux_core import preview
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.spec import FLUX_SCHNELL, FluxSpec
+from ..flux_core.stored import make_dense
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata, read_state_dict
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import CLIP, T5, expect
@@ -75,6 +76,7 @@ def load_model(path: Path, dtype: torch.dtype | None) -> Any:
 
     device = management.get_torch_device()
     network = load_transformer(path, dtype)
+    make_dense(network, network.dtype)  # stock LoRA loaders patch weights, which they must find
     config = _config_for(network.spec)
     known = config.supported_inference_dtypes
     if dtype is None and (chosen := _dtype_for(network, known, device)) != network.dtype:

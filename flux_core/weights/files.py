@@ -5,13 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What stands before the transformer's names in all-in-one checkpoints."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""The dtypes of model files by their names in a safetensors header; others the library reads itself."""
+
+MAX_HEADER = 1 << 24
+"""Bytes of a safetensors header that are read: FLUX.1's takes 0.1 MB, and a thumbnail may lie beside it."""
 
 MAGIC = {
     b"PK\x03\x04": "a pickle inside a zip (torch.save); convert it to safetensors",
@@ -30,19 +49,41 @@ def read_state_dict(path: str | Path, prefixes: Sequence[str] = TRANSFORMER_PREF
     without it. Raises FileNotFoundError for a missing file, and ValueError for a folder, a pickle, a file
     that is empty, cut short or damaged, or of another format.
     """
-    path = _checked(path)
+    path = _opened(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
             prefix = next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
-            return {n[len(prefix) :]: file.get_tensor(n) for n in names if n.startswith(prefix)}
+            return _mapped(path, file, {n: n[len(prefix) :] for n in names if n.startswith(prefix)})
     except SafetensorError as error:
         raise ValueError(_what_is_wrong(path)) from error
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
+def _mapped(path: Path, file: Any, names: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file whose header the library has checked, under their new names.
+
+    Asked for one by one, the library touches a byte of each tensor, and the system reads ahead from there:
+    up to half of a large file comes off the disk that nobody needs yet. Laid over one map, nothing does.
+    """
+    with path.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    storage: Any = UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    tensors = {}
+    for name, new in names.items():
+        dtype, shape = DTYPES.get(header[name]["dtype"]), header[name]["shape"]
+        start, stop = (8 + length + offset for offset in header[name]["data_offsets"])
+        if dtype is None or start % dtype.itemsize:  # an older file may not be aligned
+            tensors[new] = file.get_tensor(name)
+        else:
+            tensors[new] = whole[start:stop].view(dtype).view(shape)
+    return tensors
+
+
+def safetensors_metadata(path: str | Path) -> dict[str, str]:
     """The file's metadata, empty when it has none. Raises as `read_state_dict`."""
-    path = _checked(path)
+    path = _opened(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return dict(file.metadata() or {})
@@ -50,8 +91,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise ValueError(_what_is_wrong(path)) from error
 
 
-def _checked(path: str | Path) -> Path:
-    """The path, when a safetensors file may be there."""
+def _opened(path: str | Path) -> Path:
+    """The path, when a safetensors file may be there whose header is no larger than a model's can be."""
+    path = checked(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER < length < path.stat().st_size:
+        raise ValueError(
+            f"the header of {path.name} is {length:,} bytes long, no model's is above {MAX_HEADER:,}; "
+            "choose another file"
+        )
+    return path
+
+
+def checked(path: str | Path) -> Path:
+    """The path, when a model's file may be there. Raises what `read_state_dict` raises for the rest."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.flux_core.weights import read_metadata, read_state_dict
+from rectiflux.flux_core.weights.files import DTYPES
 from safetensors.torch import save_file
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -44,6 +45,30 @@ def test_tensors_are_the_mapped_file(file: Path) -> None:
         opened.seek(offset)
         opened.write(torch.tensor(7.0).numpy().tobytes())
     assert first[0, 0] == 7.0
+
+
+def test_tensors_that_are_not_aligned(tmp_path: Path) -> None:
+    """Older writers did not pad the header, and small tensors may stand before large ones."""
+    entries = {
+        "a": {"dtype": "I8", "shape": [3], "data_offsets": [0, 3]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
+        "c": {"dtype": "U16", "shape": [1], "data_offsets": [11, 13]},
+    }
+    body = bytes([1, 2, 255]) + torch.tensor([1.5, -2.0]).numpy().tobytes() + bytes([7, 1])
+    (tmp_path / "f").write_bytes(hostile(json.dumps(entries).encode(), body))
+    read = read_state_dict(tmp_path / "f")
+    assert [tensor.tolist() for tensor in read.values()] == [[1, 2, -1], [1.5, -2.0], [263]]
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
+def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Scalars and matrices, as the library writes them."""
+    tensors = {"scalar": torch.tensor(2.0).to(dtype), "matrix": torch.arange(6.0).view(2, 3).to(dtype)}
+    save_file(tensors, tmp_path / "f")
+    read = read_state_dict(tmp_path / "f")
+    for name, tensor in tensors.items():
+        assert read[name].dtype == dtype and read[name].shape == tensor.shape
+        assert torch.equal(read[name].float(), tensor.float())
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])

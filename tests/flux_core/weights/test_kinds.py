@@ -37,6 +37,28 @@ CIRCULATING = {
     "vision_model.embeddings.patch_embedding.weight": "a CLIP vision model",
     "transformer.resblocks.0.attn.in_proj_weight": "an OpenCLIP text encoder",
     "conv_first.weight": "of an unknown kind",
+    "lora_transformer_transformer_blocks_0_attn_to_q.dora_scale": "a LoRA",
+    "transformer_blocks.0.attn.to_q.oft_blocks": "a LoRA",
+    "diffusion_model.img_in.diff": "a LoRA",
+    "ip_adapter_proj_model.proj.weight": "an IP-Adapter",
+    "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": "an IP-Adapter",
+    "redux_up.weight": "a FLUX.1 Redux adapter",
+    "pulid_ca.0.norm1.weight": "a PuLID adapter",
+    "controlnet_x_embedder.weight": "a ControlNet",
+    "emb_params": "a textual inversion",
+    "clip_l": "a textual inversion",
+    "transformer_blocks.0.norm1_context.linear.weight": "an SD3 transformer",
+    "transformer_blocks.0.img_mod.1.weight": "a Qwen-Image transformer",
+    "model.diffusion_model.blocks.0.cross_attn.norm_q.weight": "a Wan transformer",
+    "noise_refiner.0.attention.qkv.weight": "a Lumina or Z-Image transformer",
+    "double_stream_blocks.0.block.attn1.to_q.weight": "a HiDream transformer",
+    "double_layers.0.attn.w1q.weight": "an AuraFlow transformer",
+    "transformer_blocks.0.scale_shift_table": "an LTX-Video transformer",
+    "t_block.1.weight": "a PixArt transformer",
+    "enc.blk.0.attn_q.weight": "a T5 text encoder with llama.cpp's names",
+    "blk.0.attn_q.weight": "a language model",
+    "model.layers.0.self_attn.q_proj.weight": "a language model",
+    "model.1.sub.0.RDB1.conv1.0.weight": "an upscaler",
 }
 
 
@@ -68,13 +90,9 @@ def test_whole_models() -> None:
 def test_refusals_name_both(kind: Kind) -> None:
     lora = {"lora_unet_single_blocks_0_linear1.alpha": torch.zeros(1)}
     with pytest.raises(
-        ValueError, match=f"style.safetensors is a LoRA, not {kind.name}; choose {kind.name} here"
+        ValueError,
+        match=f"^style.safetensors is a LoRA, not {kind.name}; use the LoRA node for it, and choose",
     ):
         expect(lora, kind, "style.safetensors")
-
-
-def test_diffusers_names_get_a_hint() -> None:
-    with pytest.raises(
-        ValueError, match="with diffusers' names, which are not read here; choose the single file that Black"
-    ):
-        expect({"single_transformer_blocks.0.proj_out.weight": torch.zeros(1)}, TRANSFORMER, "f.safetensors")
+    with pytest.raises(ValueError, match=f"^x is an SDXL UNet, not {kind.name}; choose {kind.name} here$"):
+        expect({"label_emb.0.0.weight": torch.zeros(1)}, kind, "x")

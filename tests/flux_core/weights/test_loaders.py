@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
-from rectiflux.flux_core.weights import loaders as loaders_module
+from rectiflux.flux_core.weights import (
+    load_autoencoder,
+    load_text_encoders,
+    load_transformer,
+    read_state_dict,
+)
+from rectiflux.flux_core.weights import source as source_module
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -56,8 +61,8 @@ def assert_same(ours: State, expected: State) -> None:
 def test_text_encoders_out_of_one_checkpoint(tmp_path: Path) -> None:
     clip_path, t5_path = save_text_encoders(tmp_path)
     parts = {
-        "clip_l": loaders_module.read_state_dict(clip_path),
-        "t5xxl": loaders_module.read_state_dict(t5_path),
+        "clip_l": read_state_dict(clip_path),
+        "t5xxl": read_state_dict(t5_path),
     }
     whole = {
         f"text_encoders.{p}.transformer.{n}": t.clone() for p, part in parts.items() for n, t in part.items()
@@ -100,14 +105,14 @@ def test_parameters_are_the_mapped_tensors(tmp_path: Path, monkeypatch: pytest.M
     """No second copy: each parameter lies at the address of the tensor that was read."""
     path = saved(tmp_path, flux_transformer().state_dict())
     addresses: dict[str, int] = {}
-    original = loaders_module.read_state_dict
+    original = source_module.read_state_dict
 
-    def spy(path: Path) -> State:
-        read = original(path)
+    def spy(path: Path, prefixes: tuple[str, ...]) -> State:
+        read = original(path, prefixes)
         addresses.update({name: tensor.data_ptr() for name, tensor in read.items()})
         return read
 
-    monkeypatch.setattr(loaders_module, "read_state_dict", spy)
+    monkeypatch.setattr(source_module, "read_state_dict", spy)
     model = load_transformer(path)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == addresses
 
@@ -130,14 +135,15 @@ def test_dtype_is_the_files_or_the_asked_one(tmp_path: Path, dtype: torch.dtype)
 
 
 def test_mixed_and_eight_bit_files_get_one_dtype(tmp_path: Path) -> None:
-    """The one that most numbers have; 8-bit floats, which torch cannot multiply, become bfloat16."""
+    """The one that most numbers have; 8-bit floats, which torch cannot multiply, compute in bfloat16."""
     tensors = flux_transformer().state_dict()
     mixed = {n: t if t.ndim == 1 else t.to(torch.float16) for n, t in tensors.items()}
-    assert {p.dtype for p in load_transformer(saved(tmp_path, mixed, "m.st")).parameters()} == {torch.float16}
+    model = load_transformer(saved(tmp_path, mixed, "m.st"))
+    assert {model.dtype, *(p.dtype for p in model.parameters())} == {torch.float16}
     eight = {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}
-    assert {p.dtype for p in load_transformer(saved(tmp_path, eight, "e.st")).parameters()} == {
-        torch.bfloat16
-    }
+    model = load_transformer(saved(tmp_path, eight, "e.st"))
+    assert {model.dtype, *(p.dtype for p in model.parameters())} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in model.buffers()} == {torch.float8_e4m3fn}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +224,7 @@ def test_tokenizers_and_metadata(tmp_path: Path) -> None:
     ):
         load_text_encoders(clip_path, t5_path)
     tokenizer.write_text(text)
-    save_file(loaders_module.read_state_dict(t5_path), tmp_path / "new.safetensors", {"txt_length": "many"})
+    save_file(read_state_dict(t5_path), tmp_path / "new.safetensors", {"txt_length": "many"})
     (tmp_path / "new.safetensors").replace(t5_path)
     with pytest.raises(
         ValueError, match="txt_length in the metadata of t5.safetensors must be .*, got 'many'"
@@ -254,7 +260,7 @@ SIZED = {
 def test_shapes_of_no_model_are_the_files_fault(tmp_path: Path, shape: Tensor) -> None:
     """One sentence with the file's name, and what to do."""
     clip_path, t5_path = save_text_encoders(tmp_path)
-    clip, t5 = loaders_module.read_state_dict(clip_path), loaders_module.read_state_dict(t5_path)
+    clip, t5 = read_state_dict(clip_path), read_state_dict(t5_path)
     cases = {
         "flux": (flux_transformer().state_dict(), load_transformer, {}),
         "vae": (autoencoder().state_dict(), load_autoencoder, {}),
@@ -281,7 +287,7 @@ def test_a_size_that_is_not_there(tmp_path: Path) -> None:
 
 def test_without_metadata_the_length_is_flux_dev(tmp_path: Path) -> None:
     clip_path, t5_path = save_text_encoders(tmp_path)
-    save_file(loaders_module.read_state_dict(t5_path), tmp_path / "new.safetensors")
+    save_file(read_state_dict(t5_path), tmp_path / "new.safetensors")
     (tmp_path / "new.safetensors").replace(t5_path)
     assert load_text_encoders(clip_path, t5_path).txt_length == 512
 

@@ -1,0 +1,266 @@
+"""The forms that files keep weights in, and how each becomes numbers.
+
+A `Stored` is a weight in one of them. The tensors inside may be the mapped file itself: holding one copies
+nothing, and each `dense` makes one weight's numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .dequantise import BLOCK_TYPES, dequantise
+
+SLICE = 1 << 20
+"""Numbers that are unpacked at a time: what is made on the way stays small, and in the processor's cache."""
+
+DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8 e4m3fn",
+    torch.float8_e5m2: "fp8 e5m2",
+    torch.int8: "int8",
+}
+"""How the dtypes that files hold are called."""
+
+
+@dataclass(frozen=True)
+class Stored(ABC):
+    """A weight as its file has it: tensors, and how they become numbers."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Shape of the numbers."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The format's name: "bf16", "fp8 e4m3fn scaled", "GGUF Q4_K", ..."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The numbers, rounded once, from float32 to `dtype`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Stored:
+        """The same weight with its tensors elsewhere."""
+        return replace(self, **tensors)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """The weight's rows from `start` up to before `stop`."""
+        return Plain(self.dense(torch.float32)[start:stop])
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+
+def _in_slices(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, make: Callable[[int, int], Tensor]
+) -> Tensor:
+    """Rows of `shape` in `dtype`, of float32 rows that `make(start, stop)` makes a few at a time."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    height = shape[0] if shape else 1
+    step = max(1, SLICE * height // max(1, shape.numel()))
+    for start in range(0, height, step):
+        result[start : start + step] = make(start, min(height, start + step))
+    return result
+
+
+def _floats(codes: Tensor) -> Tensor:
+    """Codes as float32. On a CPU a table of all 256 fp8 numbers is twice as fast as torch's conversion."""
+    if codes.device.type != "cpu" or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return codes.float()
+    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
+
+
+@dataclass(frozen=True)
+class Plain(Stored):
+    """Floating-point numbers of any dtype, fp8 among them, computed in another."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def label(self) -> str:
+        return DTYPE_NAMES.get(self.values.dtype, str(self.values.dtype))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        if self.values.itemsize > 1 or not self.values.ndim:
+            return self.values.to(dtype)
+        return _in_slices(self.shape, dtype, self.device, lambda a, b: _floats(self.values[a:b]))
+
+    def rows(self, start: int, stop: int) -> Stored:
+        return Plain(self.values[start:stop])
+
+
+@dataclass(frozen=True)
+class Scaled(Stored):
+    """Codes (fp8 or int8) [out, in] times a float32 scale: one for all, or [out, 1]."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def label(self) -> str:
+        return f"{DTYPE_NAMES.get(self.codes.dtype, self.codes.dtype)} scaled"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        def make(start: int, stop: int) -> Tensor:
+            return _floats(self.codes[start:stop]) * self._scale(start, stop)
+
+        return _in_slices(self.shape, dtype, self.device, make)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        return Scaled(self.codes[start:stop], self._scale(start, stop))
+
+    def _scale(self, start: int, stop: int) -> Tensor:
+        return self.scale if self.scale.ndim == 0 else self.scale[start:stop]
+
+
+@dataclass(frozen=True)
+class Blocks(Stored):
+    """Packed bytes [out, bytes a row] of a GGUF type."""
+
+    packed: Tensor
+    kind: str
+
+    @property
+    def shape(self) -> torch.Size:
+        block = BLOCK_TYPES[self.kind]
+        *rest, width = self.packed.shape
+        return torch.Size([*rest, width // block.bytes * block.size])
+
+    @property
+    def label(self) -> str:
+        return f"GGUF {self.kind}"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        if self.packed.ndim < 2:
+            return dequantise(self.packed, self.kind).to(dtype)
+
+        def make(start: int, stop: int) -> Tensor:
+            return dequantise(self.packed[start:stop], self.kind)
+
+        return _in_slices(self.shape, dtype, self.device, make)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        return Blocks(self.packed[start:stop], self.kind)
+
+
+@dataclass(frozen=True)
+class FourBit(Stored):
+    """bitsandbytes' 4-bit codes (NF4, FP4), two a byte, the first in the high half, blocks over flat numbers.
+
+    A block's scale is `absmax` itself; or, where scales are quantised too, the byte `absmax` numbers a level
+    of `nested_code`, in units of `nested_absmax` (one for every `nested_block` scales), above `offset`.
+    Layout: bitsandbytes/backends/default/ops.py, _dequantize_4bit_impl and _gemm_4bit_default_impl.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    size: tuple[int, ...]
+    block: int
+    name: str = "nf4"
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_block: int = 256
+    offset: float = 0.0
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.size)
+
+    @property
+    def label(self) -> str:
+        return f"bitsandbytes {self.name.upper()}"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        scales = self._scales()
+        result = torch.empty(self.numel(), dtype=dtype, device=self.device)
+        step = SLICE // self.block * self.block or self.block
+        for start in range(0, self.numel(), step):
+            stop = min(self.numel(), start + step)
+            packed = self.packed.view(-1)[start // 2 : (stop + 1) // 2]
+            numbers = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1)[: stop - start]
+            blocks = scales[start // self.block : -(-stop // self.block)]
+            spread = blocks.repeat_interleave(self.block)[: stop - start]
+            result[start:stop] = self.code[numbers.int()] * spread
+        return result.view(self.size)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """As they are where they begin and end with a block, else as numbers."""
+        width = self.numel() // self.size[0]
+        first, last = start * width, stop * width
+        if first % self.block or (last % self.block and last != self.numel()):
+            return super().rows(start, stop)
+        packed = self.packed.view(-1)[first // 2 : (last + 1) // 2]
+        scales = self._scales()[first // self.block : -(-last // self.block)]
+        return FourBit(packed, scales, self.code, (stop - start, *self.size[1:]), self.block, self.name)
+
+    def _scales(self) -> Tensor:
+        """A float32 scale for every block."""
+        if self.nested_absmax is None or self.nested_code is None:
+            return self.absmax
+        units = self.nested_absmax.repeat_interleave(self.nested_block)[: self.absmax.numel()]
+        return self.nested_code[self.absmax.int()] * units + self.offset
+
+
+@dataclass(frozen=True)
+class Joined(Stored):
+    """Weights one below the other, for files that keep q, k and v apart: each part in a form of its own."""
+
+    parts: tuple[Stored, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        first = self.parts[0].shape
+        return torch.Size([sum(part.shape[0] for part in self.parts), *first[1:]])
+
+    @property
+    def label(self) -> str:
+        return max(self.parts, key=lambda part: part.numel()).label
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}_{n}": t for i, part in enumerate(self.parts) for n, t in part.tensors().items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Stored:
+        moved = [
+            part.with_tensors({name: tensors[f"{i}_{name}"] for name in part.tensors()})
+            for i, part in enumerate(self.parts)
+        ]
+        return Joined(tuple(moved))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        result = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for part, rows in zip(self.parts, result.split([p.shape[0] for p in self.parts]), strict=True):
+            rows.copy_(part.dense(dtype))
+        return result

@@ -1,0 +1,113 @@
+"""Linear layers whose weights stay in memory as their file has them, and become numbers when a layer is used.
+
+The forms themselves are in forms.py. Opening a file copies nothing, and each use makes one layer's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .forms import Stored
+
+
+class StoredLinear(nn.Module):
+    """A linear layer whose weight stays as the file has it and becomes numbers when it is used.
+
+    What is kept are buffers, which may alias the mapped file. The layer moves between devices as any other;
+    a change of dtype changes what it computes in (`dtype`), never what is kept. No gradient reaches the
+    weight.
+    """
+
+    def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = stored.shape
+        self._dtype = dtype
+        tensors = stored.tensors()
+        self._form = stored.with_tensors({name: t.to("meta") for name, t in tensors.items()})
+        for name, tensor in tensors.items():
+            self.register_buffer(f"stored_{name}", tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+    @property
+    def stored(self) -> Stored:
+        """The weight as it is kept, where it is kept."""
+        return self._form.with_tensors({n: getattr(self, f"stored_{n}") for n in self._form.tensors()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without memory (on the meta device), for code that asks for a layer's dtype and shape."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight's numbers [out, in] in `dtype`, made anew."""
+        return self.stored.dense(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dense_weight(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self._form.label}, computed in {self.dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+        """What `to`, `cuda` and `half` come down to. A fp8 code must not become a bf16 number on the way."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        kept, self._buffers = self._buffers, {}
+        super()._apply(fn, recurse)
+        self._buffers = {name: None if t is None else t.to(probe.device) for name, t in kept.items()}
+        self._dtype = probe.dtype
+        return self
+
+
+def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put torch's linear layers, with their numbers in `dtype`, in the place of stored ones.
+
+    For hosts that patch weights in place, and so must find them in every layer.
+    """
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, StoredLinear):
+                dense = nn.Linear(
+                    layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+                )
+                dense.weight = nn.Parameter(layer.dense_weight(dtype), requires_grad=False)
+                if layer.bias is not None:
+                    dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+                setattr(parent, name, dense.train(layer.training))
+
+
+def computing_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a linear layer, stored or of torch, computes in."""
+    return layer.dtype if isinstance(layer, StoredLinear) else _weight(layer).dtype
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """The device that a linear layer, stored or of torch, is on."""
+    return layer.device if isinstance(layer, StoredLinear) else _weight(layer).device
+
+
+def weight_count(module: nn.Module) -> int:
+    """The numbers that a module holds, in parameters or stored; those on the meta device are none."""
+    count = sum(p.numel() for p in module.parameters() if not p.is_meta)
+    layers = (layer for layer in module.modules() if isinstance(layer, StoredLinear))
+    return count + sum(
+        layer.in_features * layer.out_features for layer in layers if layer.device.type != "meta"
+    )
+
+
+def _weight(layer: Any) -> Tensor:
+    return layer.weight

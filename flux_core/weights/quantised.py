@@ -1,0 +1,192 @@
+"""Tensors that belong together become one stored weight: codes, their scales, and what describes them.
+
+What is read, by the names beside NAME.weight:
+
+  fp8 scaled      NAME.scale_weight, and `scaled_fp8` once a file; or NAME.weight_scale, with
+                  `_quantization_metadata` in the metadata or NAME.comfy_quant (ComfyUI, QUANTIZATION.md)
+  int8 scaled     the same, format int8_tensorwise
+  NF4, FP4        NAME.weight.absmax, .quant_map, .quant_state.bitsandbytes__nf4, nested or not
+  int8 by rows    NAME.SCB (bitsandbytes, LLM.int8)
+
+The scales of activations (`scale_input`, `input_scale`) are for multiplying in fp8, which is not done here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..forms import FourBit, Scaled
+from .source import Weight, WeightFile
+
+FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+INT8 = "int8_tensorwise"
+QUANT_STATE = ".quant_state."
+"""What stands between a 4-bit weight's name and its description's."""
+
+SCALES = ("scale_weight", "weight_scale")
+UNUSED = ("scaled_fp8", "scale_input", "input_scale", "weight_format", "comfy_quant")
+"""Last parts of names that tell nothing more once the weights are put together."""
+
+ADVICE = "choose a bf16, fp8 or GGUF file"
+
+
+def assemble(file: WeightFile) -> dict[str, Weight]:
+    """The file's weights, each whole, by name; whatever is unknown stays under its own name.
+
+    Raises ValueError for formats that are not read, by name, and for scales and descriptions that do not fit.
+    """
+    told = _formats(file)
+    tensors = dict(file.tensors)
+    states = {n.split(QUANT_STATE, 1)[0]: n for n in tensors if QUANT_STATE in n}
+    for name in [name for name in tensors if name.endswith(".weight")]:
+        layer, weight = name.removesuffix(".weight"), tensors[name]
+        if not isinstance(weight, Tensor):
+            continue
+        if name in states:
+            tensors[name] = _four_bit(tensors, name, weight, states[name], file.name)
+        else:
+            tensors[name] = _whole(tensors, layer, weight, told.get(layer), file.name)
+    if any(isinstance(tensor, (Scaled, FourBit)) for tensor in tensors.values()) or told:
+        tensors = {n: t for n, t in tensors.items() if n.rsplit(".", 1)[-1] not in UNUSED}
+    return tensors
+
+
+def _whole(tensors: dict[str, Weight], layer: str, weight: Tensor, form: str | None, file: str) -> Weight:
+    """A layer's weight with what lies beside it, which is taken out of `tensors`."""
+    if f"{layer}.SCB" in tensors and weight.dtype == torch.int8:
+        scale = _float32(tensors.pop(f"{layer}.SCB"), layer, file) / 127
+        return Scaled(weight, _fitting(scale, weight, layer, file))
+    if form in FLOAT8:
+        weight = weight.view(FLOAT8[form]) if weight.dtype == torch.uint8 else weight
+    elif form == INT8:
+        if weight.dtype != torch.int8:
+            raise ValueError(f"{file} is damaged: {layer} is {weight.dtype}, not int8; download it again")
+    elif form is not None:
+        raise ValueError(f"{file} is quantised as {form} ({layer}), which is not read here; {ADVICE}")
+    name = next((f"{layer}.{scale}" for scale in SCALES if f"{layer}.{scale}" in tensors), None)
+    if name is None or weight.dtype not in (*FLOAT8.values(), torch.int8):
+        return weight
+    return Scaled(weight, _fitting(_float32(tensors.pop(name), layer, file), weight, layer, file))
+
+
+def _float32(scale: Weight, layer: str, file: str) -> Tensor:
+    if not isinstance(scale, Tensor) or not scale.is_floating_point():
+        raise ValueError(f"{file} is damaged: the scale of {layer} is no number; download it again")
+    return scale.float()
+
+
+def _fitting(scale: Tensor, weight: Tensor, layer: str, file: str) -> Tensor:
+    """A scale for all numbers [] or for each row [out, 1]."""
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if weight.ndim != 2 or scale.numel() != weight.shape[0]:
+        raise ValueError(
+            f"{file} is damaged: {layer} has {scale.numel():,} scales for {[*weight.shape]} numbers; "
+            "download it again"
+        )
+    return scale.reshape(-1, 1)
+
+
+def _formats(file: WeightFile) -> dict[str, str]:
+    """The format of each layer that ComfyUI's metadata or its tensors `comfy_quant` describe."""
+    told: dict[str, Any] = {}
+    if "_quantization_metadata" in file.metadata:
+        layers = _json(file.metadata["_quantization_metadata"], "_quantization_metadata", file.name).get(
+            "layers"
+        )
+        if not isinstance(layers, dict):
+            raise ValueError(
+                f"{file.name} is damaged: its _quantization_metadata has no layers; download it again"
+            )
+        told = {name.removeprefix(file.prefix): layer for name, layer in layers.items()}
+    for name, tensor in file.tensors.items():
+        if name.endswith(".comfy_quant") and isinstance(tensor, Tensor):
+            told[name.removesuffix(".comfy_quant")] = _json(_text(tensor), name, file.name)
+    formats: dict[str, str] = {}
+    for layer, about in told.items():
+        if f"{layer}.weight" not in file.tensors:
+            continue
+        if not isinstance(about, Mapping) or not isinstance(about.get("format"), str):
+            raise ValueError(f"{file.name} is damaged: the format of {layer} is not told; download it again")
+        params = about.get("params")
+        rotated = about.get("convrot") or (isinstance(params, Mapping) and params.get("convrot"))
+        formats[layer] = f"{about['format']} (rotated)" if rotated else about["format"]
+    return formats
+
+
+def _text(tensor: Tensor) -> str:
+    return bytes(tensor.to(torch.uint8).flatten().tolist()).decode("utf-8", "replace")
+
+
+def _json(text: str, what: str, file: str) -> dict[str, Any]:
+    """A JSON object, or a ValueError that names the file."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: its {what} is no JSON object; download it again")
+    return value
+
+
+def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str, file: str) -> FourBit:
+    """bitsandbytes' 4-bit weight (bitsandbytes/functional.py, QuantState.from_dict: the names)."""
+    kind = state.rsplit("__", 1)[-1]
+    described = tensors.pop(state)
+    about = _json(_text(described) if isinstance(described, Tensor) else "", state, file)
+    parts = {
+        key: tensors.pop(f"{name}.{key}", None)
+        for key in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    }
+    absmax, code, nested_absmax, nested_code = parts.values()
+    try:
+        if not isinstance(absmax, Tensor) or not isinstance(code, Tensor):
+            raise ValueError
+        weight = FourBit(
+            packed.view(torch.uint8).reshape(-1),
+            absmax.reshape(-1) if absmax.dtype == torch.uint8 else absmax.float().reshape(-1),
+            code.float(),
+            tuple(int(side) for side in about["shape"]),
+            int(about["blocksize"]),
+            kind,
+            nested_absmax.float() if isinstance(nested_absmax, Tensor) else None,
+            nested_code.float() if isinstance(nested_code, Tensor) else None,
+            int(about.get("nested_blocksize", 256)),
+            float(about.get("nested_offset", 0.0)),
+        )
+        _check_four_bit(weight)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{file} is damaged: what describes {name} ({kind}) does not fit it; download it again"
+        ) from error
+    return weight
+
+
+def _check_four_bit(weight: FourBit) -> None:
+    """Raise ValueError unless codes, scales and levels are as many as the shape needs."""
+    count, block = prod(weight.size), weight.block  # torch's own count of numbers may overflow
+    fits = (
+        min(weight.size, default=0) > 0
+        and block > 0
+        and block % 2 == 0
+        and weight.packed.numel() == -(-count // 2)
+        and weight.absmax.numel() == -(-count // block)
+        and weight.code.numel() == 16
+        and (weight.absmax.dtype == torch.uint8) == (weight.nested_absmax is not None)
+    )
+    if fits and weight.nested_absmax is not None:
+        units = -(-weight.absmax.numel() // max(1, weight.nested_block))
+        fits = (
+            weight.nested_code is not None
+            and weight.nested_code.numel() == 256
+            and weight.nested_block > 0
+            and weight.nested_absmax.numel() == units
+        )
+    if not fits:
+        raise ValueError

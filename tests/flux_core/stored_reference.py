@@ -1,0 +1,91 @@
+"""Weights of every stored form, and what each must be worth."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, quants
+from rectiflux.flux_core.forms import Blocks, FourBit, Joined, Plain, Scaled, Stored
+from torch import Tensor
+
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+"""The sixteen levels of NF4 (Dettmers et al., arXiv:2305.14314, appendix E)."""
+
+
+def weights(rows: int = 48, width: int = 64, seed: int = 0) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def fp8(weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Scaled, Tensor]:
+    """Codes with the scale of the largest weight, and the numbers that they stand for."""
+    scale = weight.abs().max() / torch.finfo(dtype).max
+    codes = (weight / scale).to(dtype)
+    return Scaled(codes, scale), codes.float() * scale
+
+
+def int8(weight: Tensor) -> tuple[Scaled, Tensor]:
+    """Codes -127..127 with a scale for each row."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    return Scaled(codes, scale), codes.float() * scale
+
+
+def gguf(weight: Tensor, kind: str = "Q4_0") -> tuple[Blocks, Tensor]:
+    """The package's bytes and the package's floats."""
+    data = quants.quantize(weight.numpy(), GGMLQuantizationType[kind]).view(np.uint8)
+    numbers = quants.dequantize(data, GGMLQuantizationType[kind])
+    return Blocks(torch.from_numpy(data), kind), torch.from_numpy(numbers)
+
+
+def nf4(weight: Tensor, block: int = 64) -> tuple[FourBit, Tensor]:
+    """The nearest level of each number over its block's largest, and the numbers that these stand for."""
+    code = torch.tensor(NF4)
+    flat = weight.reshape(-1)
+    padded = torch.cat([flat, torch.zeros(-len(flat) % block)]).view(-1, block)
+    absmax = padded.abs().amax(dim=1)
+    numbers = ((padded / absmax[:, None])[..., None] - code).abs().argmin(-1)
+    values = (code[numbers] * absmax[:, None]).view(-1)[: len(flat)].view(weight.shape)
+    pairs = numbers.view(-1)[: len(flat)].view(-1, 2).to(torch.uint8)
+    packed = (pairs[:, 0] << 4 | pairs[:, 1])[:, None]
+    return FourBit(packed, absmax, code, tuple(weight.shape), block), values
+
+
+def nested_nf4(weight: Tensor) -> tuple[FourBit, Tensor]:
+    """NF4 whose scales are bytes themselves: eight to a unit here, 256 in files."""
+    plain, _ = nf4(weight)
+    offset = float(plain.absmax.mean())
+    levels = torch.linspace(-1, 1, 256)
+    units = (plain.absmax - offset).view(-1, 8).abs().amax(dim=1)
+    relative = (plain.absmax - offset).view(-1, 8) / units[:, None]
+    numbers = (relative[..., None] - levels).abs().argmin(-1)
+    scales = (levels[numbers] * units[:, None] + offset).view(-1)
+    halves = torch.cat([plain.packed >> 4, plain.packed & 15], dim=1).view(-1)
+    values = (plain.code[halves.long()].view(-1, 64) * scales[:, None]).view(weight.shape)
+    bytes_ = numbers.view(-1).to(torch.uint8)
+    shape = tuple(weight.shape)
+    return FourBit(plain.packed, bytes_, plain.code, shape, 64, "nf4", units, levels, 8, offset), values
+
+
+def every_form() -> dict[str, tuple[Stored, Tensor]]:
+    """A weight [48, 64] in each form, with its numbers in float32."""
+    weight = weights()
+    bf16, half = weight.bfloat16(), weight.half()
+    e5m2 = weight.to(torch.float8_e5m2)
+    parts = [gguf(weight[:16], "Q8_0"), fp8(weight[16:32]), (Plain(bf16[32:]), bf16[32:].float())]
+    return {
+        "bf16": (Plain(bf16), bf16.float()),
+        "fp16": (Plain(half), half.float()),
+        "fp8 e5m2": (Plain(e5m2), e5m2.float()),
+        "fp8 e4m3fn scaled": fp8(weight),
+        "int8 scaled": int8(weight),
+        "GGUF Q4_0": gguf(weight),
+        "GGUF Q5_1": gguf(weight, "Q5_1"),
+        "bitsandbytes NF4": nf4(weight),
+        "nested NF4": nested_nf4(weight),
+        "joined": (Joined(tuple(p for p, _ in parts)), torch.cat([n for _, n in parts])),
+    }

@@ -1,0 +1,104 @@
+"""Every GGUF type against the `gguf` package's own dequantisation: the very same floats."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from rectiflux.flux_core.dequantise import BLOCK_TYPES, dequantise
+
+HALVES = {
+    **dict.fromkeys(("Q8_0", "Q5_0", "Q4_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q5_1", "Q4_1", "Q5_K", "Q4_K"), (0, 2)),
+    "Q6_K": (208,),
+    "Q3_K": (108,),
+    "Q2_K": (80, 82),
+}
+"""Where a block has its float16 scales: random bytes there could be no number."""
+
+QUANTISABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""What the package can make out of numbers; the other types it can only read."""
+
+
+def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0, largest: float = 0.1) -> np.ndarray:
+    """Bytes [rows, blocks * bytes], every bit random but for scales up to `largest`, a few of them zero."""
+    rng = np.random.default_rng(seed)
+    size = BLOCK_TYPES[kind].bytes
+    if kind in ("F32", "F16", "BF16"):
+        return packed(rng.standard_normal((rows, blocks)).astype(np.float32), kind)
+    data = rng.integers(0, 256, (rows * blocks, size), dtype=np.uint8)
+    for start in HALVES[kind]:
+        scale = rng.uniform(-largest, largest, (rows * blocks, 1)).astype(np.float16)
+        scale[::7] = 0
+        data[:, start : start + 2] = scale.view(np.uint8)
+    return data.reshape(rows, blocks * size)
+
+
+def packed(numbers: np.ndarray, kind: str) -> np.ndarray:
+    """Bytes of numbers, made by the package."""
+    return quants.quantize(numbers, GGMLQuantizationType[kind]).view(np.uint8)
+
+
+def expected(data: np.ndarray, kind: str) -> torch.Tensor:
+    return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[kind]))
+
+
+def test_the_table_is_what_the_issue_asks_and_what_the_package_measures() -> None:
+    asked = "BF16 F16 F32 Q8_0 Q5_1 Q5_0 Q4_1 Q4_0 Q6_K Q5_K Q4_K Q3_K Q2_K IQ4_NL IQ4_XS"
+    assert set(BLOCK_TYPES) == set(asked.split())
+    for kind, block in BLOCK_TYPES.items():
+        assert (block.size, block.bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_random_bytes(kind: str) -> None:
+    data = random_blocks(kind, 6, 5)
+    ours = dequantise(torch.from_numpy(data), kind)
+    assert ours.dtype == torch.float32
+    assert ours.shape == (6, 5 * BLOCK_TYPES[kind].size)
+    assert ours.abs().max() > 0
+    assert torch.equal(ours, expected(data, kind))
+
+
+@pytest.mark.parametrize("kind", QUANTISABLE)
+def test_quantised_weights(kind: str) -> None:
+    """The package's bytes for normal weights: the same floats, and near the weights themselves."""
+    weights = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
+    data = packed(weights, kind)
+    ours = dequantise(torch.from_numpy(data), kind)
+    assert torch.equal(ours, expected(data, kind))
+    steps = {
+        "F32": 1e30,
+        "F16": 2**11,
+        "BF16": 2**8,
+        "Q8_0": 127,
+        "Q5_1": 31,
+        "Q5_0": 16,
+        "Q4_1": 15,
+        "Q4_0": 8,
+    }
+    assert np.abs(ours.numpy() - weights).max() <= 1.1 * np.abs(weights).max() / steps[kind]
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_every_row_and_block_stands_alone(kind: str) -> None:
+    """Rows can be cut, and bytes may lie anywhere in memory that is not a multiple of four."""
+    data = torch.from_numpy(random_blocks(kind, 4, 3, seed=2))
+    whole = dequantise(data, kind)
+    shifted = torch.cat([torch.zeros(2, dtype=torch.uint8), data.flatten()])[2:].view(data.shape)
+    if kind != "F32":  # whose numbers torch wants at multiples of four
+        assert torch.equal(dequantise(shifted[1:3], kind), whole[1:3])
+    assert torch.equal(dequantise(data[2:], kind), whole[2:])
+
+
+def test_a_block_worked_by_hand() -> None:
+    """Q4_0 with d = 0.5: nibbles 0..15 in the low halves, 15..0 in the high."""
+    data = [*np.array([0.5], np.float16).view(np.uint8), *(i | (15 - i) << 4 for i in range(16))]
+    numbers = dequantise(torch.tensor(data, dtype=torch.uint8), "Q4_0")
+    assert numbers.tolist() == [(i - 8) / 2 for i in [*range(16), *range(15, -1, -1)]]
+
+
+def test_an_unknown_type_is_a_key_error() -> None:
+    with pytest.raises(KeyError, match="IQ1_S"):
+        dequantise(torch.zeros(1, 50, dtype=torch.uint8), "IQ1_S")

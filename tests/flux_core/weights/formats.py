@@ -1,0 +1,151 @@
+"""One transformer in every format that files have, with the numbers that each file stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from rectiflux.flux_core.dequantise import BLOCK_TYPES
+from rectiflux.flux_core.transformer import FluxTransformer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..reference import flux_transformer
+from ..stored_reference import fp8, int8, nested_nf4, nf4
+from ..test_dequantise import QUANTISABLE, random_blocks
+
+State = dict[str, Tensor]
+WIDE = {"hidden_size": 256, "depth": 1, "depth_single": 1, "context_in": 256, "vec_in": 256}
+"""Sizes at which every large weight has rows of 256, as the K types need."""
+
+
+def wide_transformer() -> FluxTransformer:
+    return flux_transformer(**WIDE)
+
+
+def large(name: str, tensor: Tensor) -> bool:
+    """What quantisers take: matrices, and not the first layer, as in the files that are published."""
+    return tensor.ndim == 2 and not name.startswith("img_in.")
+
+
+def pieces(state: State, make: Callable[[Tensor], tuple[State, Tensor]]) -> tuple[State, State]:
+    """Tensors of a file, and the numbers they stand for; `make` gives a large weight's tensors by ending."""
+    tensors, numbers = {}, {}
+    for name, tensor in state.items():
+        if large(name, tensor):
+            made, numbers[name] = make(tensor)
+            stem = name.removesuffix("weight")
+            tensors.update({stem + ending: part.contiguous() for ending, part in made.items()})
+        else:
+            tensors[name] = numbers[name] = tensor
+    return tensors, numbers
+
+
+def plain_fp8(dtype: torch.dtype) -> Callable[[Tensor], tuple[State, Tensor]]:
+    return lambda weight: ({"weight": weight.to(dtype)}, weight.to(dtype).float())
+
+
+def scaled_fp8(scale_name: str) -> Callable[[Tensor], tuple[State, Tensor]]:
+    def make(weight: Tensor) -> tuple[State, Tensor]:
+        stored, numbers = fp8(weight)
+        return {"weight": stored.codes, scale_name: stored.scale, "scale_input": torch.tensor(1.0)}, numbers
+
+    return make
+
+
+def comfy_layer(weight: Tensor) -> tuple[State, Tensor]:
+    """A layer described by its own tensor, its codes in bytes, and an activation scale that is not used."""
+    stored, numbers = fp8(weight)
+    about = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    codes = stored.codes.view(torch.uint8)
+    parts = {"weight": codes, "weight_scale": stored.scale.reshape(1), "comfy_quant": about}
+    return {**parts, "input_scale": torch.tensor(2.0)}, numbers
+
+
+def scb(weight: Tensor) -> tuple[State, Tensor]:
+    """bitsandbytes' int8: each row's largest number, of which a code is 1/127."""
+    largest = weight.abs().amax(dim=1)
+    codes = (weight * (127 / largest)[:, None]).round().to(torch.int8)
+    parts = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return parts, codes.float() * (largest / 127)[:, None]
+
+
+def four_bit(nested: bool) -> Callable[[Tensor], tuple[State, Tensor]]:
+    def make(weight: Tensor) -> tuple[State, Tensor]:
+        stored, numbers = (nested_nf4 if nested else nf4)(weight)
+        about = {
+            "quant_type": "nf4",
+            "blocksize": stored.block,
+            "shape": list(weight.shape),
+            "dtype": "bfloat16",
+        }
+        parts = {"weight": stored.packed, "weight.absmax": stored.absmax, "weight.quant_map": stored.code}
+        if nested:
+            assert stored.nested_absmax is not None and stored.nested_code is not None
+            parts["weight.nested_absmax"] = stored.nested_absmax
+            parts["weight.nested_quant_map"] = stored.nested_code
+            about |= {"nested_blocksize": stored.nested_block, "nested_offset": stored.offset}
+        state = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        return {**parts, "weight.quant_state.bitsandbytes__nf4": state}, numbers
+
+    return make
+
+
+def int8_rows(weight: Tensor) -> tuple[State, Tensor]:
+    stored, numbers = int8(weight)
+    return {"weight": stored.codes, "weight_scale": stored.scale}, numbers
+
+
+def _layers(state: State, form: str) -> dict[str, str]:
+    layers = {n.removesuffix(".weight"): {"format": form} for n, t in state.items() if large(n, t)}
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+def quantised_safetensors(state: State, path: Path, form: str) -> State:
+    """Writes the state dict in a format of FORMS, and gives the numbers it stands for."""
+    make, marker, metadata = FORMS[form]
+    tensors, numbers = pieces(state, make)
+    save_file({**tensors, **marker}, path, _layers(state, metadata) if metadata else None)
+    return numbers
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], tuple[State, Tensor]], State, str]] = {
+    "fp8 e4m3fn": (plain_fp8(torch.float8_e4m3fn), {}, ""),
+    "fp8 e5m2": (plain_fp8(torch.float8_e5m2), {}, ""),
+    "scale_weight": (scaled_fp8("scale_weight"), {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, ""),
+    "metadata": (scaled_fp8("weight_scale"), {}, "float8_e4m3fn"),
+    "comfy_quant": (comfy_layer, {}, ""),
+    "int8 by rows": (int8_rows, {}, "int8_tensorwise"),
+    "SCB": (scb, {}, ""),
+    "NF4": (four_bit(False), {}, ""),
+    "nested NF4": (four_bit(True), {}, ""),
+}
+"""How a large weight is written, what else the file holds, the format that its metadata tells."""
+
+
+def gguf_numbers(state: State, path: Path, kind: str, architecture: str = "flux", **values: object) -> State:
+    """Writes a GGUF file whose large weights are of a type, and gives the numbers it stands for.
+
+    Types that the package cannot make get random blocks.
+    """
+    writer, numbers = GGUFWriter(path, architecture), dict(state)
+    for i, (name, tensor) in enumerate(state.items()):
+        data, number = tensor.float().numpy(), GGMLQuantizationType.F32
+        if large(name, tensor) and tensor.shape[1] % BLOCK_TYPES[kind].size == 0:
+            number = GGMLQuantizationType[kind]
+            rows, width = tensor.shape
+            made = random_blocks(kind, rows, width // BLOCK_TYPES[kind].size, i, largest=1e-4)
+            data = quants.quantize(data, number) if kind in QUANTISABLE else made
+            numbers[name] = torch.from_numpy(np.array(quants.dequantize(data.view(np.uint8), number)))
+        writer.add_tensor(name, data, raw_dtype=number)
+    for key, value in values.items():
+        writer.add_string(f"general.{key}", str(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return numbers
