@@ -73,14 +73,15 @@ class StoredLinear(nn.Module):
         return self
 
 
-def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
+def make_dense(model: nn.Module, dtype: torch.dtype, only: str | None = None) -> None:
     """Put torch's linear layers, with their numbers in `dtype`, in the place of stored ones.
 
-    For hosts that patch weights in place, and so must find them in every layer.
+    In all of the model, or only in the place of its child of that name. For hosts that read or write a
+    layer's numbers, and so must find them there.
     """
-    for parent in list(model.modules()):
+    for parent in list(model.modules()) if only is None else [model]:
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, StoredLinear):
+            if isinstance(layer, StoredLinear) and only in (None, name):
                 dense = nn.Linear(
                     layer.in_features, layer.out_features, layer.bias is not None, device="meta"
                 )

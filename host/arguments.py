@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
             action="append",
             default=[],
             metavar="DIR",
-            help="a folder with diffusion_models/, text_encoders/, vae/, loras/ in it; may be given again",
+            help="a folder with diffusion_models/, vae/, checkpoints/, ... in it; may be given again",
         )
 
 

@@ -45,7 +45,7 @@ def current() -> RunContext | None:
 
 
 def model_folders() -> tuple[Path, ...]:
-    """Folders with diffusion_models/, text_encoders/, vae/, loras/, the artist's own before the pack's."""
+    """Folders with diffusion_models/ and its like in them, the artist's own before the pack's."""
     folders = _folders.get()
     return (PACK / "models",) if folders is None else folders.models
 

@@ -30,7 +30,10 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True)
 class Folders:
-    """Where everything lies. `models`: folders that hold diffusion_models/, text_encoders/, vae/, loras/."""
+    """Where everything lies.
+
+    `models`: folders that hold diffusion_models/, text_encoders/, vae/, checkpoints/, loras/.
+    """
 
     input: Path
     output: Path

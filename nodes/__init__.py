@@ -1,6 +1,6 @@
 """The nodes, one file per stage in the order in which data passes; a node's mathematics is in flux_core/.
 
-  loader.py         files -> MODEL, CLIP, VAE
+  loader.py         files -> MODEL, CLIP, VAE, about
   lora.py           file, MODEL, CLIP -> MODEL, CLIP, report
   conditioning.py   CLIP, prompt -> CONDITIONING
   latent.py         width, height -> LATENT
@@ -10,13 +10,15 @@
   sampler.py        all of these -> LATENT, report
   vae.py            LATENT -> IMAGE and back
   sheet.py          IMAGEs -> one IMAGE to compare them
+  _models.py        files and folders in a loader's list, and what a name in it means
   _wires.py         what travels between nodes, checked and converted to what flux_core takes
-  _report.py        what a run was like, as text
+  _report.py        what a load or a run tells of itself
   _host.py          which host runs the nodes; the embedded editor's side
-  _comfy.py         ComfyUI's side, with _comfy_sampling.py, _comfy_lora.py, and with _comfy_modules.py, our
-                    networks in the form in which it calls them
+  _comfy.py         ComfyUI's side, with _comfy_text.py, _comfy_sampling.py, _comfy_lora.py, with
+                    _comfy_modules.py, our networks in the form in which it calls them, and _comfy_stored.py,
+                    layers that stay quantised under its patches
 
-Only _host.py and the four _comfy files know a host. Node ids never change; titles may.
+Only _host.py and the six _comfy files know a host. Node ids never change; titles may.
 """
 
 from . import conditioning, latent, loader, lora, noise, sampler, schedule, sheet, solver, vae

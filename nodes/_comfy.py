@@ -2,66 +2,52 @@
 
 Everything of ComfyUI is imported inside the functions, at the time of the call: ComfyUI replaces some of its
 classes while it starts. What is relied on, as of ComfyUI 0.33: comfy/supported_models.py Flux and its kin,
-comfy/sd.py CLIP and VAE, comfy/ops.py. Sampling is in _comfy_sampling.py.
+comfy/sd.py VAE, comfy/ops.py. Text is in _comfy_text.py, sampling in _comfy_sampling.py.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..flux_core import preview
+from ..flux_core.layers import weight_count
 from ..flux_core.pipeline import LATENT_CHANNELS
-from ..flux_core.spec import FLUX_SCHNELL, FluxSpec
+from ..flux_core.spec import FluxSpec
 from ..flux_core.stored import make_dense
-from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata, read_state_dict
-from ..flux_core.weights import load_text_encoders as core_load_text_encoders
-from ..flux_core.weights.kinds import CLIP, T5, expect
-from . import _wires
+from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ._comfy_lora import add_lora
-from ._comfy_modules import ComfyNetwork, PromptTokens, TextModule, VAEModule
+from ._comfy_modules import ComfyNetwork, VAEModule
 from ._comfy_sampling import make_sampler, sample
+from ._comfy_stored import follow, keep_stored
+from ._comfy_text import encode_text, load_text_encoders, progress, t5_length
 
 __all__ = [
     "add_lora",
     "decode",
     "encode",
     "encode_text",
-    "list_models",
     "load_model",
     "load_text_encoders",
     "load_vae",
     "make_sampler",
-    "model_path",
+    "model_roots",
     "sample",
     "t5_length",
 ]
 
-T5_PAD, T5_END = 0, 1
-"""T5's ids for padding and for the end of a text."""
-
 # Files
 
 
-def list_models(folder: str) -> list[str]:
-    """Names of the .safetensors files in ComfyUI's folders of that kind."""
+def model_roots(folder: str) -> list[Path]:
+    """ComfyUI's folders of one kind. Its own lists leave out GGUF files and folders."""
     import folder_paths
 
-    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(".safetensors")]
-
-
-def model_path(folder: str, name: str) -> Path | None:
-    """The file of that name in ComfyUI's folders, or None."""
-    import folder_paths
-
-    found = folder_paths.get_full_path(folder, name)
-    return None if found is None else Path(found)
+    return [Path(root) for root in folder_paths.get_folder_paths(folder)]
 
 
 # Loading
@@ -75,12 +61,13 @@ def load_model(path: Path, dtype: torch.dtype | None) -> Any:
     from comfy.patcher_extension import CallbacksMP
 
     device = management.get_torch_device()
-    network = load_transformer(path, dtype)
-    make_dense(network, network.dtype)  # stock LoRA loaders patch weights, which they must find
+    network = load_transformer(path, dtype, on_progress=progress())
     config = _config_for(network.spec)
     known = config.supported_inference_dtypes
     if dtype is None and (chosen := _dtype_for(network, known, device)) != network.dtype:
-        network = network.to(chosen)
+        network = load_transformer(path, chosen, on_progress=progress())
+    make_dense(network, network.dtype, "img_in")  # ComfyUI looks up its width, which a control LoRA changes
+    stored = keep_stored(network)
     _use_comfy_layers(network, comfy.ops.disable_weight_init)
     config.set_inference_dtype(network.dtype, None)
     model = config.get_model({})
@@ -89,7 +76,10 @@ def load_model(path: Path, dtype: torch.dtype | None) -> Any:
         model.latent_format.latent_rgb_factors = factors.weight.tolist()
         model.latent_format.latent_rgb_factors_bias = factors.bias.tolist()
     management.archive_model_dtypes(model.diffusion_model)
-    patcher = comfy.model_patcher.CoreModelPatcher(model, device, management.unet_offload_device())
+    # the dynamic patcher, ComfyUI's usual one on a GPU, moves parameters one by one, which stored layers lack
+    kind = comfy.model_patcher.ModelPatcher if stored else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, device, management.unet_offload_device())
+    follow(patcher)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.begin(p))
     patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.end())
     return patcher
@@ -120,8 +110,7 @@ def _dtype_for(network: nn.Module, known: list[torch.dtype], device: torch.devic
 
     if management.is_device_cpu(device):
         return torch.float32
-    size = sum(parameter.numel() for parameter in network.parameters())
-    dtype = management.unet_dtype(device, size, known, network.dtype)
+    dtype = management.unet_dtype(device, weight_count(network), known, network.dtype)
     return management.unet_manual_cast(dtype, device, known) or dtype
 
 
@@ -135,31 +124,6 @@ def _use_comfy_layers(network: nn.Module, operations: Any) -> None:
                 )
                 ours.weight, ours.bias = layer.weight, layer.bias
                 setattr(parent, name, ours)
-
-
-def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
-    """A comfy.sd.CLIP around our text encoders; ComfyUI's own where the files come without tokenizers."""
-    import comfy.model_management as management
-    import comfy.sd
-    import folder_paths
-
-    if not all(path.with_suffix(".tokenizer.json").is_file() for path in (clip_path, t5_path)):
-        for path, kind in ((clip_path, CLIP), (t5_path, T5)):
-            expect(read_state_dict(path), kind, path.name)
-        paths, embeddings = [str(clip_path), str(t5_path)], folder_paths.get_folder_paths("embeddings")
-        return comfy.sd.load_clip(paths, embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.FLUX)
-
-    def module(device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]) -> TextModule:
-        if management.is_device_cpu(device):
-            dtype = torch.float32
-        encoders = core_load_text_encoders(clip_path, t5_path, dtype=dtype)
-        return TextModule(encoders, dtype, notice).to(device)
-
-    return comfy.sd.CLIP(SimpleNamespace(params={}, clip=module, tokenizer=_tokens))
-
-
-def _tokens(embedding_directory: Any = None, tokenizer_data: Any = None) -> PromptTokens:
-    return PromptTokens()
 
 
 def load_vae(path: Path) -> Any:
@@ -186,7 +150,7 @@ def load_vae(path: Path) -> Any:
     vae.vae_dtype = management.vae_dtype(vae.device, vae.working_dtypes)
     vae.output_device = management.intermediate_device()
     vae.latent_channels = LATENT_CHANNELS
-    module = vae.first_stage_model = VAEModule(load_autoencoder(path, vae.vae_dtype))
+    module = vae.first_stage_model = VAEModule(load_autoencoder(path, vae.vae_dtype, on_progress=progress()))
     management.archive_model_dtypes(module)
     vae.patcher = comfy.model_patcher.CoreModelPatcher(module, vae.device, management.vae_offload_device())
     vae.model_size()
@@ -199,58 +163,6 @@ def _no_weights_yet(record: logging.LogRecord) -> bool:
 
 
 # Running
-
-
-def t5_length(model: Any) -> int:
-    """T5's tokens that a FLUX.1 MODEL, ours or a stock loader's, is used with."""
-    config = model.model.model_config.unet_config
-    channels = config["in_channels"] * ComfyNetwork.patch_size**2
-    return replace(FLUX_SCHNELL, in_channels=channels, guidance_embed=config["guidance_embed"]).txt_length
-
-
-def encode_text(
-    clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
-) -> _wires.Entries:
-    """A CONDITIONING by any CLIP of FLUX.1, ours or a stock loader's."""
-    tokens, t5_tokens = clip.tokenize(clip_prompt), clip.tokenize(prompt)
-    if "l" not in tokens or "t5xxl" not in t5_tokens:
-        raise TypeError(
-            f"FLUX.1 needs CLIP-L and T5, this CLIP has {', '.join(map(str, tokens)) or 'neither'}; "
-            "connect Load FLUX Text Encoders"
-        )
-    tokens["t5xxl"] = t5_tokens["t5xxl"]
-    if length is not None:
-        ours = isinstance(tokens["t5xxl"], str)
-        tokens |= {"t5_length": length} if ours else {"t5xxl": of_length(tokens["t5xxl"], length)}
-    extra = {} if guidance is None else {"guidance": guidance}
-    return clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
-
-
-def of_length(batches: list[list[tuple[Any, ...]]], length: int) -> list[list[tuple[Any, ...]]]:
-    """ComfyUI's T5 tokens, (id or embedding, weight), cut or padded to `length`, their own at OWN_LENGTH.
-
-    The end mark stays at the end.
-    """
-    cut = []
-    for batch in batches:
-        ids = [token[0] if isinstance(token[0], int) else None for token in batch]
-        end = max((i for i, number in enumerate(ids) if number == T5_END), default=len(batch) - 1)
-        words = batch[: end + 1]
-        wanted = length or len(words)
-        if len(words) > wanted:
-            words = [*words[: wanted - 1], words[-1]]
-        cut.append(words + [(T5_PAD, 1.0)] * (wanted - len(words)))
-    return cut
-
-
-def notice(text: str) -> None:
-    """Show a sentence at the node that is being run."""
-    from comfy_execution.utils import get_executing_context
-    from server import PromptServer
-
-    context = get_executing_context()
-    if context is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id)
 
 
 def check_vae(vae: Any) -> None:

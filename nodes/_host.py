@@ -8,6 +8,7 @@ an `AutoEncoder` and a SAMPLER a `Solver`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,12 +26,9 @@ from ..flux_core.transformer import FluxTransformer
 from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
-from ..flux_core.weights.files import PICKLES
 from . import _wires
-from ._report import Stopwatch, report_text
-
-PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
-"""The miniature's files, which come with the pack and are found in every host."""
+from ._models import PACK_MODELS, folders_for, names_in, path_of, why_not
+from ._report import Stopwatch, in_percent, report_text
 
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
@@ -61,71 +59,33 @@ def comfy() -> ModuleType | None:
 
 # Files
 
-LISTED = 5
-"""Names that a sentence about a missing file tells."""
 
-RENAMED = {"rectiflux-mini.safetensors": "rectiflux-mini-pro.safetensors"}
-"""Names of files that the pack shipped once, and what took their place: a saved workflow loads for ever."""
+def model_roots(folder: str) -> list[Path]:
+    """Folders in which models of one kind lie: the artist's, then the pack's."""
+    folders = folders_for(folder)
+    if (host := comfy()) is not None:
+        roots = [root for name in folders for root in host.model_roots(name)]
+    else:
+        from ..host import context
+
+        roots = [Path(root) / name for name in folders for root in context.model_folders()]
+    return list(dict.fromkeys([*roots, *(PACK_MODELS / name for name in folders)]))
 
 
 def list_models(folder: str) -> list[str]:
-    """Names of the .safetensors files of one kind: the artist's, then those that come with the pack."""
-    host = comfy()
-    names = _listed(folder) if host is None else host.list_models(folder)
-    return list(dict.fromkeys([*names, *_files(PACK_MODELS / folder)]))
+    """Names of the models of one kind, as the host writes them: the artist's, then the pack's."""
+    found = names_in(model_roots(folder), folder)
+    return [path.as_posix() if comfy() is None else str(path) for path in found]
 
 
 def model_path(folder: str, name: str) -> Path:
-    """The file that `list_models` lists as `name`. Raises FileNotFoundError, ValueError for ../x."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"a model's name must stay in its folder, got {name!r}; choose it from the list")
-    host = comfy()
-    found = _found(folder, name) if host is None else host.model_path(folder, name)
-    if found is not None:
-        return found
-    shipped = PACK_MODELS / folder / RENAMED.get(name, name)
-    if shipped.is_file():
-        return shipped
-    raise FileNotFoundError(f"there is no {name} in models/{folder}; put it there, or choose another file")
+    """The file or folder of a name in `list_models`. Raises FileNotFoundError, and ValueError for ../x."""
+    return path_of(model_roots(folder), folder, name)
 
 
 def why_no_model(folder: str, name: str) -> str | None:
     """What is wrong with a model's name, in half a sentence, or None: for VALIDATE_INPUTS."""
-    if str(name).lower().endswith(PICKLES):
-        return f"{name!r} is a pickle, which could run code; convert it to safetensors"
-    try:
-        model_path(folder, name)
-    except ValueError as error:
-        return str(error)
-    except OSError:
-        names = list_models(folder)
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        return f"{name!r} is not in its list, which has {', '.join(names[:LISTED])}{more}"
-    return None
-
-
-def prefer(names: list[str], word: str) -> str | None:
-    """The first of the names that holds `word`, as a default; else the first."""
-    return next((name for name in names if word in name.lower()), names[0] if names else None)
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
-
-
-def _listed(folder: str) -> list[str]:
-    """Names in the embedded editor's model folders."""
-    from ..host import context
-
-    return [name for root in context.model_folders() for name in _files(Path(root) / folder)]
-
-
-def _found(folder: str, name: str) -> Path | None:
-    """The file of that name in the embedded editor's model folders."""
-    from ..host import context
-
-    paths = (Path(root) / folder / name for root in context.model_folders())
-    return next((path for path in paths if path.is_file()), None)
+    return why_not(model_roots(folder), folder, name)
 
 
 # Loading
@@ -139,14 +99,15 @@ def load_model(path: Path, weight_dtype: str) -> Any:
     device = _device()
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    return EmbeddedModel(load_transformer(path, dtype, device), preview.from_metadata(read_metadata(path)))
+    network = load_transformer(path, dtype, device, _progress())
+    return EmbeddedModel(network, preview.from_metadata(read_metadata(path)))
 
 
 def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
     """A CLIP from the two text encoders' files. Raises what flux_core.weights.load_text_encoders raises."""
     if (host := comfy()) is not None:
         return host.load_text_encoders(clip_path, t5_path)
-    return core_load_text_encoders(clip_path, t5_path, device=_device())
+    return core_load_text_encoders(clip_path, t5_path, device=_device(), on_progress=_progress())
 
 
 def load_vae(path: Path) -> Any:
@@ -154,7 +115,21 @@ def load_vae(path: Path) -> Any:
     if (host := comfy()) is not None:
         return host.load_vae(path)
     device = _device()
-    return load_autoencoder(path, torch.float32 if device.type == "cpu" else None, device)
+    dtype = torch.float32 if device.type == "cpu" else None
+    return load_autoencoder(path, dtype, device, _progress())
+
+
+def load_checkpoint(path: Path, weight_dtype: str) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE from an all-in-one file or a pipeline's folder. Raises what the three raise."""
+    model = load_model(path, weight_dtype)
+    return model, load_text_encoders(path, path), load_vae(path)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """What hears how many bytes are read, and shows it at the node; raises when the user interrupts."""
+    from ..host import context
+
+    return in_percent(context.progress)
 
 
 def add_lora(

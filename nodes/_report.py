@@ -1,4 +1,4 @@
-"""What FLUX Sampler says of a run, as text: flux_core's Report and the seconds that the host measured."""
+"""What a run tells of itself: how far a load is, the seconds of its steps, FLUX Sampler's report as text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 from ..flux_core.solver import Report
+
+
+def in_percent(tell: Callable[[int, int], Any]) -> Callable[[int, int], None]:
+    """A listener to (bytes done, bytes in all) that tells a host (percent, 100), each percent once."""
+    told = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        percent = 100 * done // max(1, total)
+        if percent != told:
+            told = percent
+            tell(percent, 100)
+
+    return report
 
 
 class Stopwatch:

@@ -18,7 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACK = sorted(path for part in ("flux_core", "nodes", "host") for path in (ROOT / part).rglob("*.py"))
 NODES = [path for path in PACK if path.is_relative_to(ROOT / "nodes")]
 HOST = [path for path in PACK if path.is_relative_to(ROOT / "host")]
-HOST_SIDES = {"_host.py", "_comfy.py", "_comfy_lora.py", "_comfy_modules.py", "_comfy_sampling.py"}
+HOST_SIDES = {
+    "_host.py",
+    "_comfy.py",
+    "_comfy_lora.py",
+    "_comfy_modules.py",
+    "_comfy_sampling.py",
+    "_comfy_stored.py",
+    "_comfy_text.py",
+}
 """The only files in nodes/ that know a host."""
 
 COMFY = {

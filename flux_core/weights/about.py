@@ -12,7 +12,15 @@ from ..spec import FLUX_DEV, FluxSpec
 from .diffusers import transformer_names
 from .kinds import DIFFUSERS_TRANSFORMER, TRANSFORMER, kind_of
 from .quantised import assemble
-from .source import TRANSFORMER_PART, Weight, WeightFile, read_weights
+from .source import CLIP_PART, T5_PART, TRANSFORMER_PART, VAE_PART, Part, Weight, WeightFile, read_weights
+
+PARTS: dict[str, Part] = {
+    "transformer": TRANSFORMER_PART,
+    "clip": CLIP_PART,
+    "t5": T5_PART,
+    "vae": VAE_PART,
+}
+"""The parts of a pipeline, of which an all-in-one file or a folder may hold several."""
 
 TITLES = ("modelspec.title", "modelspec.architecture", "general.name", "general.basename")
 """Metadata that may name a variant."""
@@ -23,12 +31,13 @@ NAMED = {"krea": "FLUX.1 Krea [dev]", "kontext": "FLUX.1 Kontext [dev]"}
 CONTROLS = {"canny": "FLUX.1 Canny [dev]", "depth": "FLUX.1 Depth [dev]"}
 
 
-def describe(path: str | Path) -> str:
+def describe(path: str | Path, part: str = "transformer") -> str:
     """A line on the model in a file or folder: "FLUX.1 [dev], GGUF Q4_K, 6.81 GB, 11.90 billion parameters".
 
-    Reads only headers. Raises what `read_weights` raises, and ValueError for formats that are not read.
+    Where there are several, on the `part` of PARTS; the size is the file's. Reads only headers. Raises what
+    `read_weights` raises, and ValueError for formats that are not read.
     """
-    file = read_weights(path, TRANSFORMER_PART)
+    file = read_weights(path, PARTS[part])
     tensors = assemble(file)
     found = kind_of(tensors)
     if found == DIFFUSERS_TRANSFORMER.name:

@@ -13,7 +13,7 @@ from rectiflux.flux_core.conditioning import OWN_LENGTH
 from rectiflux.flux_core.pipeline import guided_velocity
 from rectiflux.flux_core.spec import Conditioning, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer
-from rectiflux.nodes import _comfy
+from rectiflux.nodes import _comfy_text
 from rectiflux.nodes._comfy_modules import ComfyNetwork
 
 from .tiny import random_weights
@@ -196,8 +196,8 @@ def test_a_stock_clips_tokens_take_another_length() -> None:
     embedding = torch.ones(4)
     words = [(21, 1.0), (embedding, 1.0), (1031, 1.2), (1, 1.0)]
     batches = [words + [(0, 1.0)] * 4]
-    assert _comfy.of_length(batches, OWN_LENGTH) == [words]
-    assert _comfy.of_length(batches, 6) == [words + [(0, 1.0)] * 2]
-    assert _comfy.of_length(batches, 3) == [[*words[:2], (1, 1.0)]]
+    assert _comfy_text.of_length(batches, OWN_LENGTH) == [words]
+    assert _comfy_text.of_length(batches, 6) == [words + [(0, 1.0)] * 2]
+    assert _comfy_text.of_length(batches, 3) == [[*words[:2], (1, 1.0)]]
     without_end = [words[:3]]
-    assert _comfy.of_length(without_end, 4) == [[*words[:3], (0, 1.0)]]
+    assert _comfy_text.of_length(without_end, 4) == [[*words[:3], (0, 1.0)]]

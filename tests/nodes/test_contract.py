@@ -19,6 +19,7 @@ SHIPPED_IDS = {
     "RectifluxModelLoader": ["model_name", "weight_dtype"],
     "RectifluxTextEncoderLoader": ["clip_name", "t5_name"],
     "RectifluxVAELoader": ["vae_name"],
+    "RectifluxCheckpointLoader": ["checkpoint_name", "weight_dtype"],
     "RectifluxLora": ["lora_name", "strength_model", "strength_clip", "blocks"],
     "RectifluxTextEncode": ["prompt", "guidance", "clip_prompt", "t5_length"],
     "RectifluxNegativePrompt": ["negative_prompt"],
@@ -110,7 +111,15 @@ def test_no_help_page_without_a_node() -> None:
     assert pages == set(SHIPPED_IDS)
 
 
-HOST_FILES = {"_host.py", "_comfy.py", "_comfy_lora.py", "_comfy_modules.py", "_comfy_sampling.py"}
+HOST_FILES = {
+    "_host.py",
+    "_comfy.py",
+    "_comfy_lora.py",
+    "_comfy_modules.py",
+    "_comfy_sampling.py",
+    "_comfy_stored.py",
+    "_comfy_text.py",
+}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)

@@ -14,6 +14,7 @@ from rectiflux.flux_core.vae import to_model_space
 from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.nodes import NODE_CLASS_MAPPINGS, _host, _wires
+from rectiflux.nodes._models import prefer
 
 from . import graphs
 from .tiny import NAMES, TXT_LENGTH
@@ -190,18 +191,28 @@ def told(stop: bool = False) -> tuple[context.RunContext, list[Any]]:
     return run, heard
 
 
+def loaded() -> dict[str, tuple[Any, ...]]:
+    """Models, read before anything is told."""
+    done: dict[str, tuple[Any, ...]] = {}
+    for name in ("model", "clip"):
+        graphs.run(FILES, name, done)
+    return done
+
+
 def test_the_sampler_tells_the_editor(embedded: Folders) -> None:
     run, heard = told()
+    prompt, done = graphs.text_to_image(FILES, steps=3), loaded()
     with context.running(run):
-        graphs.run(graphs.text_to_image(FILES, steps=3), "sample")
+        graphs.run(prompt, "sample", done)
     assert [event[1:] for event in heard if event[0] == "progress"] == [(1, 3), (2, 3), (3, 3)]
     assert [event[1:] for event in heard if event[0] == "preview"] == [((6, 8, 3), torch.uint8)] * 3
 
 
 def test_a_stopped_run_ends_at_the_next_step(embedded: Folders) -> None:
     run, heard = told(stop=True)
+    prompt, done = graphs.text_to_image(FILES, steps=3), loaded()
     with context.running(run), pytest.raises(context.Interrupted):
-        graphs.run(graphs.text_to_image(FILES, steps=3), "sample")
+        graphs.run(prompt, "sample", done)
     assert not heard
 
 
@@ -225,5 +236,5 @@ def test_lists_name_the_artists_files_first_and_every_file_once(embedded: Folder
     assert _host.list_models("vae")[0] == NAMES["vae"]
     names = _host.list_models("text_encoders")
     assert len(set(names)) == len(names)
-    assert _host.prefer(names, "t5") == NAMES["t5"] and _host.prefer(names, "clip") == NAMES["clip"]
-    assert _host.prefer([], "t5") is None
+    assert prefer(names, "t5") == NAMES["t5"] and prefer(names, "clip") == NAMES["clip"]
+    assert prefer([], "t5") is None

@@ -1,0 +1,134 @@
+"""Weights that stay quantised under ComfyUI's ModelPatcher.
+
+ComfyUI patches weights in place: it would need the numbers of every layer that a LoRA changes. Here a layer
+keeps the codes of its file, and ComfyUI's patches are applied to the numbers that it makes when it is used:
+what is kept never changes, so that removing a LoRA has nothing to undo.
+
+What ComfyUI sees of such a layer is a `weight` in the state dict, by which LoRA loaders find it, and no
+parameter, so that nothing is patched in place. What is relied on, as of ComfyUI 0.33: ModelPatcher.patches by
+key, its callback ON_LOAD after every change of them, comfy.lora.calculate_weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..flux_core.forms import Plain
+from ..flux_core.stored import StoredLinear
+
+
+class StoredWeight(Tensor):
+    """A stored layer's weight [out, in] as others see it: shape, dtype, device; numbers only when asked.
+
+    It counts the bytes that are kept. Any operation makes the numbers first; writing into it is refused.
+    """
+
+    layer: StoredLinear
+
+    @staticmethod
+    def __new__(cls, layer: StoredLinear) -> StoredWeight:
+        shape = (layer.out_features, layer.in_features)
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
+        self.layer = layer
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return self.layer.stored.nbytes
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+        return False  # so that what saves a model asks for `contiguous`
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.layer.dense_weight(self.dtype)
+
+    def __repr__(self) -> str:
+        return f"StoredWeight({[*self.shape]}, {self.layer.stored.label})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise TypeError(
+                f"weights that stay {args[0].layer.stored.label} cannot be overwritten, as scheduled LoRAs "
+                "(hooks) do; load the LoRA with Load FLUX LoRA, or choose a bf16 file of the model"
+            )
+        args, kwargs = pytree.tree_map_only(cls, lambda w: w.contiguous(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class PatchedLinear(StoredLinear):
+    """A stored linear layer with ComfyUI's patches, wherever x is: what is kept elsewhere is brought over."""
+
+    def __init__(self, layer: StoredLinear) -> None:
+        super().__init__(layer.stored, layer.bias, layer.dtype)
+        self.key, self.patches = "", []
+
+    @property
+    def weight(self) -> Tensor:
+        return StoredWeight(self)
+
+    def patch(self, key: str, patches: list[Any]) -> None:
+        """Use these patches of ComfyUI's from now on, in place of those before."""
+        self.key, self.patches = key, [(p[0], _at(p[1], self.device), *p[2:]) for p in patches]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
+        return F.linear(x, self._numbers(x.device, x.dtype), bias)
+
+    def _numbers(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The patched weight; patches are merged in float32."""
+        stored = self.stored
+        if stored.device != device:
+            moved = {name: t.to(device, non_blocking=True) for name, t in stored.tensors().items()}
+            stored = stored.with_tensors(moved)
+        if not self.patches:
+            return stored.dense(dtype)
+        import comfy.lora
+
+        weight = stored.dense(torch.float32)
+        weight = weight.clone() if isinstance(stored, Plain) else weight  # it is written into
+        return comfy.lora.calculate_weight(self.patches, weight, self.key).to(dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+def _at(value: Any, device: torch.device) -> Any:
+    """A patch with its tensors on a device; they come from the file on the CPU."""
+    import comfy.weight_adapter
+
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
+        return type(value)(value.loaded_keys, _at(value.weights, device))
+    return type(value)(_at(v, device) for v in value) if type(value) in (tuple, list) else value
+
+
+def keep_stored(module: nn.Module) -> bool:
+    """Put `PatchedLinear` in the place of stored layers; whether there are any."""
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, StoredLinear):
+                setattr(parent, name, PatchedLinear(layer).train(layer.training))
+    return any(isinstance(layer, PatchedLinear) for layer in module.modules())
+
+
+def follow(patcher: Any) -> None:
+    """Have the stored layers of a patcher's model use the patches of whichever of its clones is loaded."""
+    from comfy.patcher_extension import CallbacksMP
+
+    patcher.add_callback(CallbacksMP.ON_LOAD, lambda loaded, *_: _use(loaded.model, loaded.patches))
+    patcher.add_callback(CallbacksMP.ON_DETACH, lambda detached, *_: _use(detached.model, {}))
+
+
+def _use(model: nn.Module, patches: dict[str, Any]) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, PatchedLinear):
+            layer.patch(f"{name}.weight", patches.get(f"{name}.weight", []))

@@ -1,0 +1,172 @@
+"""ComfyUI's CLIP for FLUX.1: its own text encoders where it can read the files, else ours around them.
+
+Its own read plain and fp8 files of CLIP-L and T5-XXL, know prompt weights and embeddings, and are moved layer
+by layer. Ours read every size and format (GGUF, NF4), and files that come with tokenizers of their own. What
+is relied on, as of ComfyUI 0.33: comfy/sd.py CLIP, load_clip and load_text_encoder_state_dicts, and the
+tokenizers' folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..flux_core.spec import FLUX_SCHNELL
+from ..flux_core.weights import load_text_encoders as core_load_text_encoders
+from ..flux_core.weights.kinds import CLIP, T5, T5_GGUF, Kind, expect, kind_of
+from ..flux_core.weights.source import CLIP_PART, T5_PART, WeightFile, read_weights
+from . import _wires
+from ._comfy_modules import ComfyNetwork, PromptTokens, TextModule
+from ._comfy_stored import follow, keep_stored
+from ._report import in_percent
+
+T5_PAD, T5_END = 0, 1
+"""T5's ids for padding and for the end of a text."""
+
+COMFYS = {
+    "text_model.embeddings.token_embedding.weight": (49408, 768),
+    "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096),
+}
+"""A name and a shape by which ComfyUI's loader tells CLIP-L and T5-XXL, the only two that it knows."""
+
+FOREIGN = ("SCB", "bitsandbytes__nf4", "bitsandbytes__fp4")
+"""Last parts of names that ComfyUI's loader does not know: int8 and 4-bit codes of bitsandbytes'."""
+
+
+def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
+    """A comfy.sd.CLIP around two files, folders or checkpoints (both may be one)."""
+    clip, t5 = read_weights(clip_path, CLIP_PART), read_weights(t5_path, T5_PART)
+    for file, kind in ((clip, CLIP), (t5, T5)):
+        _expect(file, kind)
+    own = all(file.paths[0].with_suffix(".tokenizer.json").is_file() for file in (clip, t5))
+    if own or not all(comfy_reads(file) for file in (clip, t5)):
+        return _ours(clip_path, t5_path)
+    return _comfys(clip, t5)
+
+
+def _expect(file: WeightFile, kind: Kind) -> None:
+    """Raise ValueError unless the file holds an encoder of that kind."""
+    if not (kind is T5 and kind_of(file.tensors) == T5_GGUF.name):
+        expect(file.tensors, kind, file.name)
+
+
+def comfy_reads(file: WeightFile) -> bool:
+    """Whether ComfyUI's own loader knows the encoder and its format."""
+    if not any(name in file.tensors and file.tensors[name].shape == COMFYS[name] for name in COMFYS):
+        return False
+    if file.format != "safetensors" or (file.prefix and "_quantization_metadata" in file.metadata):
+        return False  # the metadata of a checkpoint names its layers by the names in the checkpoint
+    return not any(name.rsplit(".", 1)[-1] in FOREIGN for name in file.tensors)
+
+
+def _comfys(clip: WeightFile, t5: WeightFile) -> Any:
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    if all(len(file.paths) == 1 and not file.prefix for file in (clip, t5)):
+        paths = [str(file.paths[0]) for file in (clip, t5)]
+        return comfy.sd.load_clip(paths, embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.FLUX)
+    told = [
+        comfy.utils.convert_old_quants(dict(file.tensors), model_prefix="", metadata=dict(file.metadata))[0]
+        for file in (clip, t5)
+    ]
+    return comfy.sd.load_text_encoder_state_dicts(
+        told, embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.FLUX
+    )
+
+
+def _ours(clip_path: Path, t5_path: Path) -> Any:
+    import comfy.model_management as management
+    import comfy.sd
+
+    def module(device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]) -> TextModule:
+        if management.is_device_cpu(device):
+            dtype = torch.float32
+        encoders = core_load_text_encoders(
+            clip_path, t5_path, dtype, tokenizer_folders=_tokenizers(), on_progress=progress()
+        )
+        wrapped = TextModule(encoders, dtype, notice)
+        wrapped.disable_offload = keep_stored(wrapped)  # takes the plain patcher, as load_model does
+        return wrapped.to(device)
+
+    clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=module, tokenizer=_tokens))
+    follow(clip.patcher)
+    return clip
+
+
+def _tokenizers() -> list[Path]:
+    """The folders of FLUX.1's tokenizers that ComfyUI brings along."""
+    import comfy.sd
+
+    home = Path(comfy.sd.__file__).parent
+    return [home / "sd1_tokenizer", home / "text_encoders" / "t5_tokenizer"]
+
+
+def _tokens(embedding_directory: Any = None, tokenizer_data: Any = None) -> PromptTokens:
+    return PromptTokens()
+
+
+def progress() -> Callable[[int, int], None]:
+    """What hears how many bytes are read, and shows it at the node that is being run."""
+    import comfy.utils
+
+    return in_percent(comfy.utils.ProgressBar(100).update_absolute)
+
+
+def t5_length(model: Any) -> int:
+    """T5's tokens that a FLUX.1 MODEL, ours or a stock loader's, is used with."""
+    config = model.model.model_config.unet_config
+    channels = config["in_channels"] * ComfyNetwork.patch_size**2
+    return replace(FLUX_SCHNELL, in_channels=channels, guidance_embed=config["guidance_embed"]).txt_length
+
+
+def encode_text(
+    clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
+) -> _wires.Entries:
+    """A CONDITIONING by any CLIP of FLUX.1, ours or a stock loader's."""
+    tokens, t5_tokens = clip.tokenize(clip_prompt), clip.tokenize(prompt)
+    if "l" not in tokens or "t5xxl" not in t5_tokens:
+        raise TypeError(
+            f"FLUX.1 needs CLIP-L and T5, this CLIP has {', '.join(map(str, tokens)) or 'neither'}; "
+            "connect Load FLUX Text Encoders"
+        )
+    tokens["t5xxl"] = t5_tokens["t5xxl"]
+    if length is not None:
+        ours = isinstance(tokens["t5xxl"], str)
+        tokens |= {"t5_length": length} if ours else {"t5xxl": of_length(tokens["t5xxl"], length)}
+    extra = {} if guidance is None else {"guidance": guidance}
+    return clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
+
+
+def of_length(batches: list[list[tuple[Any, ...]]], length: int) -> list[list[tuple[Any, ...]]]:
+    """ComfyUI's T5 tokens, (id or embedding, weight), cut or padded to `length`, their own at OWN_LENGTH.
+
+    The end mark stays at the end.
+    """
+    cut = []
+    for batch in batches:
+        ids = [token[0] if isinstance(token[0], int) else None for token in batch]
+        end = max((i for i, number in enumerate(ids) if number == T5_END), default=len(batch) - 1)
+        words = batch[: end + 1]
+        wanted = length or len(words)
+        if len(words) > wanted:
+            words = [*words[: wanted - 1], words[-1]]
+        cut.append(words + [(T5_PAD, 1.0)] * (wanted - len(words)))
+    return cut
+
+
+def notice(text: str) -> None:
+    """Show a sentence at the node that is being run."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
+    context = get_executing_context()
+    if context is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)

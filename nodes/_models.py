@@ -1,0 +1,100 @@
+"""Model files in the hosts' folders: what a loader lists, and what a name in such a list means.
+
+A list has .safetensors and .gguf files, and whole folders as diffusers and transformers lay them out, each of
+which counts as one. Nothing here knows a host: _host.py gives the folders to look in, the artist's own first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ..flux_core.weights.files import PICKLES
+
+PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
+"""The miniature's files, which come with the pack and are found in every host."""
+
+RENAMED = {"rectiflux-mini.safetensors": "rectiflux-mini-pro.safetensors"}
+"""Names of files that the pack shipped once, and what took their place: a saved workflow loads for ever."""
+
+ENDINGS = (".safetensors", ".gguf")
+FILES_ONLY = {"loras": (".safetensors",)}
+"""Kinds of models that come in no folder of their own, with the endings of their files."""
+
+ALSO_IN = {"checkpoints": ("diffusion_models",)}
+"""Kinds of models that lie in another kind's folder too."""
+
+TOLD = 5
+"""Names that a sentence about a missing file tells."""
+
+
+def folders_for(folder: str) -> tuple[str, ...]:
+    """Names of the folders below models/ in which models of one kind lie."""
+    return (folder, *ALSO_IN.get(folder, ()))
+
+
+def names_in(roots: Sequence[Path], folder: str) -> list[Path]:
+    """Relative paths of all models of one kind below the roots, each once, in the order of the roots."""
+    found = [path.relative_to(root) for root in roots for path in sorted(_entries(root, folder))]
+    return list(dict.fromkeys(found))
+
+
+def path_of(roots: Sequence[Path], folder: str, name: str) -> Path:
+    """The file or folder of that name. Raises FileNotFoundError, ValueError for ../x."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"a model's name must stay in its folder, got {name!r}; choose it from the list")
+    paths = [root / name for root in roots] + [PACK_MODELS / folder / RENAMED.get(name, name)]
+    for path in paths:
+        if path.is_file() or (folder not in FILES_ONLY and path not in roots and is_model_folder(path)):
+            return path
+    raise FileNotFoundError(f"there is no {name} in models/{folder}; put it there, or choose another file")
+
+
+def why_not(roots: Sequence[Path], folder: str, name: str | None) -> str | None:
+    """What is wrong with a model's name, in half a sentence, or None: for VALIDATE_INPUTS."""
+    if name is None:
+        return None  # another node makes the name while the prompt runs
+    if str(name).lower().endswith(PICKLES):
+        return f"{name!r} is a pickle, which could run code; convert it to safetensors"
+    try:
+        path_of(roots, folder, name)
+    except ValueError as error:
+        return str(error)
+    except OSError:
+        names = [path.as_posix() for path in names_in(roots, folder)]
+        more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
+        return f"{name!r} is not in its list, which has {', '.join(names[:TOLD])}{more}"
+    return None
+
+
+def prefer(names: list[str], word: str) -> str | None:
+    """The first of the names that holds `word`, as a default; else the first."""
+    return next((name for name in names if word in name.lower()), names[0] if names else None)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder is one model, or one pipeline, in the layout of diffusers or transformers."""
+    return path.is_dir() and _is_model(entry.name for entry in path.iterdir())
+
+
+def _is_model(names: Iterable[str]) -> bool:
+    names = set(names)
+    weights = any(name.endswith(".safetensors") for name in names)
+    index = any(name.endswith(".safetensors.index.json") for name in names)
+    return "model_index.json" in names or index or ("config.json" in names and weights)
+
+
+def _entries(root: Path, folder: str) -> Iterator[Path]:
+    """Files, and folders that are one model, below a root; links are followed, each place seen once."""
+    endings, seen = FILES_ONLY.get(folder, ENDINGS), set()
+    for place, inner, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        whole = folder not in FILES_ONLY and Path(place) != root and _is_model(files)
+        if whole and real not in seen:
+            yield Path(place)
+        if whole or real in seen:
+            inner.clear()
+        else:
+            yield from (Path(place, name) for name in files if name.lower().endswith(endings))
+        seen.add(real)

@@ -1,0 +1,93 @@
+"""What a quantised MODEL is like inside ComfyUI: run by its Python, in its checkout, and prints JSON.
+
+python inside.py PACK MODEL LORA OUTPUT
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_pack(root: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "pack", root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    module = sys.modules["pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return importlib.import_module("pack.nodes._comfy"), importlib.import_module("pack.nodes._comfy_stored")
+
+
+@torch.inference_mode()
+def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
+    sys.path.insert(0, str(Path.cwd()))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True  # before anything else of ComfyUI
+    import comfy.lora
+    import comfy.model_management
+    import comfy.sd
+    import comfy.utils
+    import folder_paths  # noqa: F401, by it and by comfy.model_management the pack knows its host
+
+    ours, stored = load_pack(Path(pack))
+    patcher = ours.load_model(Path(model), None)
+    layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedLinear)}
+    kept = {f"{n}.{k}": t.clone() for n, m in layers.items() for k, t in m.named_buffers()}
+    addresses = {f"{n}.{k}": t.data_ptr() for n, m in layers.items() for k, t in m.named_buffers()}
+    numbers = sum(p.nbytes for p in patcher.model.diffusion_model.parameters())
+    found: dict[str, Any] = {
+        "layers": len(layers),
+        "size": comfy.model_management.module_size(patcher.model.diffusion_model),
+        "held": numbers + sum(t.nbytes for t in kept.values()),
+        "dense": sum(t.numel() * 4 for t in patcher.model.state_dict().values()),
+        "extra keys": [key for key in patcher.model.state_dict() if "stored" in key],
+    }
+
+    name, layer = next((n, m) for n, m in layers.items() if "blocks" in n)
+    x = torch.randn(3, layer.in_features)
+    plain, weight = layer(x), layer.weight
+    found["as seen"] = [[*weight.shape], str(weight.dtype), str(weight.device), repr(weight)]
+    found["numbers"] = torch.equal(weight.float() + 0, layer.dense_weight(torch.float32))
+
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(lora), 1.0, 0.0)
+    key = f"{name}.weight"
+    found["patches"] = sum(key in patched.patches for key in (f"{n}.weight" for n in layers))
+    comfy.model_management.load_models_gpu([patched])
+    merged = comfy.lora.calculate_weight(patched.patches[key], layer.dense_weight(torch.float32), key)
+    found["patched"] = torch.equal(layer(x), torch.nn.functional.linear(x, merged, layer.bias))
+    found["changed"] = not torch.equal(layer(x), plain)
+    comfy.model_management.load_models_gpu([patcher])
+    found["base after it"] = torch.equal(layer(x), plain)
+    comfy.model_management.load_models_gpu([patched])
+    found["again"] = not torch.equal(layer(x), plain)
+    patched.detach()
+    found["detached"] = torch.equal(layer(x), plain)
+    found["kept"] = all(
+        torch.equal(kept[f"{n}.{k}"], t) and addresses[f"{n}.{k}"] == t.data_ptr()
+        for n, m in layers.items()
+        for k, t in m.named_buffers()
+    )
+
+    other = patcher.clone()
+    other.add_patches(patcher.get_key_patches("diffusion_model."), 0.5, 0.5)  # as ModelMergeSimple does
+    comfy.model_management.load_models_gpu([other])
+    found["merged with itself"] = torch.allclose(layer(x), plain, atol=1e-5)
+    other.detach()
+
+    state = {k: t.contiguous() for k, t in patcher.model_state_dict("diffusion_model.").items()}
+    comfy.utils.save_torch_file(state, output)
+    try:
+        layer.weight.copy_(torch.zeros_like(layer.dense_weight(torch.float32)))
+    except TypeError as error:
+        found["overwritten"] = str(error)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))

@@ -1,0 +1,87 @@
+"""A quantised MODEL in ComfyUI's hands: loaded, patched, unpatched, merged, saved; its bytes never change."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rectiflux.flux_core.weights import read_state_dict
+
+from ..nodes.stored_models import quantised
+from ..nodes.tiny import NAMES, write_models
+from .conftest import python_of
+from .server import PACK
+
+LABELS = {
+    "Q8_0": "GGUF Q8_0",
+    "Q4_K": "GGUF Q4_K",
+    "scale_weight": "fp8 e4m3fn scaled",
+    "NF4": "bitsandbytes NF4",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("inside"))
+
+
+@pytest.fixture(scope="module", params=LABELS)
+def seen(request: pytest.FixtureRequest, models: Path) -> tuple[str, Path, Path, dict[str, Any]]:
+    """The form, the dense file of its numbers, a file that ComfyUI saved, and what inside.py found."""
+    form = request.param
+    checkout = Path(os.environ["COMFYUI_PATH"])
+    name, dense = quantised(models, form)
+    folder, output = models / "diffusion_models", models / f"saved-{form}.safetensors"
+    script = [str(Path(__file__).with_name("inside.py")), str(PACK), str(folder / name)]
+    run = subprocess.run(
+        [python_of(checkout), *script, str(models / "loras" / NAMES["loras"]), str(output)],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return form, folder / dense, output, json.loads(run.stdout.splitlines()[-1])
+
+
+def test_its_memory_is_what_the_file_needs(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
+    """What ComfyUI counts is what is held: nothing is kept twice, and far less than in float32."""
+    *_, found = seen
+    assert found["layers"] > 20
+    assert found["size"] == found["held"] < found["dense"] / 2
+    assert found["extra keys"] == []
+
+
+def test_what_others_see_of_a_weight(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
+    form, *_, found = seen
+    shape, dtype, device, text = found["as seen"]
+    assert (dtype, device, text) == ("torch.float32", "cpu", f"StoredWeight({shape}, {LABELS[form]})")
+    assert found["numbers"]
+
+
+def test_patches_come_and_go(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
+    *_, found = seen
+    assert found["patches"] > 20
+    for what in ("patched", "changed", "base after it", "again", "detached", "kept", "merged with itself"):
+        assert found[what], what
+
+
+def test_what_is_saved_are_the_numbers(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
+    _, dense, output, _ = seen
+    expected, saved = read_state_dict(dense), read_state_dict(output)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+def test_overwriting_is_refused(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
+    form, *_, found = seen
+    assert found["overwritten"] == (
+        f"weights that stay {LABELS[form]} cannot be overwritten, as scheduled LoRAs (hooks) do; "
+        "load the LoRA with Load FLUX LoRA, or choose a bf16 file of the model"
+    )

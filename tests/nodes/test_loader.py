@@ -1,0 +1,218 @@
+"""What the loaders list, load and say, in the embedded host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rectiflux.flux_core.stored import StoredLinear
+from rectiflux.host import context
+from rectiflux.host.files import Folders
+from rectiflux.nodes import NODE_CLASS_MAPPINGS, _host
+from rectiflux.nodes._report import in_percent
+from safetensors.torch import save_file
+
+from . import graphs
+from .stored_models import all_in_one, pipeline, quantised
+from .test_nodes import FILES, call, told
+from .tiny import NAMES, write_models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("stored"))
+
+
+@pytest.fixture
+def host(models: Path, tmp_path: Path) -> Any:
+    """The embedded host with the tiny models and what a test adds to them."""
+    folders = Folders.under(tmp_path / "data", models=(models,))
+    with context.using(folders):
+        yield folders
+
+
+def outputs(class_type: str, **inputs: Any) -> tuple[Any, ...]:
+    kind = NODE_CLASS_MAPPINGS[class_type]
+    return getattr(kind(), kind.FUNCTION)(**inputs)
+
+
+def picture(**nodes: Any) -> torch.Tensor:
+    prompt = graphs.text_to_image({**FILES, **nodes})
+    return graphs.run(prompt, "decode")[0]
+
+
+def model_node(name: str) -> graphs.Prompt:
+    return graphs.node("RectifluxModelLoader", model_name=name, weight_dtype="auto")
+
+
+# Lists
+
+
+def test_lists_have_gguf_files_and_folders_that_are_models(tmp_path: Path) -> None:
+    def touch(*names: str) -> None:
+        for name in names:
+            path = tmp_path / "models" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    touch("vae/b.safetensors", "vae/sub/a.GGUF", "vae/pickle.ckpt", "vae/notes.txt", "vae/config.json")
+    touch("vae/shards/m.safetensors.index.json", "vae/shards/m-1.safetensors", "vae/shards/m-2.safetensors")
+    touch("vae/plain/config.json", "vae/plain/model.safetensors", "vae/other/config.json")
+    touch("vae/whole/model_index.json", "vae/whole/vae/model.safetensors", "vae/whole/more.gguf")
+    touch("loras/one.safetensors", "loras/two.gguf", "loras/kept/config.json", "loras/kept/three.safetensors")
+    touch("checkpoints/all.safetensors", "diffusion_models/also.safetensors")
+    (tmp_path / "models" / "vae" / "sub" / "again").symlink_to(tmp_path / "models" / "vae")
+    with context.using(Folders.under(tmp_path / "data", models=(tmp_path / "models",))):
+        assert _host.list_models("vae")[:5] == ["b.safetensors", "plain", "shards", "sub/a.GGUF", "whole"]
+        assert all(name.startswith("rectiflux-mini") for name in _host.list_models("vae")[5:])
+        assert _host.list_models("loras")[:2] == ["kept/three.safetensors", "one.safetensors"]
+        assert not any(name.endswith(".gguf") for name in _host.list_models("loras"))
+        assert _host.list_models("checkpoints")[:2] == ["all.safetensors", "also.safetensors"]
+        assert _host.model_path("vae", "shards") == tmp_path / "models" / "vae" / "shards"
+        assert _host.model_path("checkpoints", "also.safetensors").parent.name == "diffusion_models"
+        inside = tmp_path / "models" / "vae" / "plain" / "model.safetensors"
+        assert _host.model_path("vae", "plain/model.safetensors") == inside, "a name that was saved before"
+        for name in ("other", "sub", "."):
+            with pytest.raises(FileNotFoundError, match="in models/vae; put it there, or choose another"):
+                _host.model_path("vae", name)
+        with pytest.raises(FileNotFoundError, match="there is no kept in models/loras"):
+            _host.model_path("loras", "kept")
+        with pytest.raises(ValueError, match="a model's name must stay in its folder, got ''; choose it"):
+            _host.model_path("vae", "")
+
+
+FIELDS = {
+    "RectifluxModelLoader": ["model_name"],
+    "RectifluxTextEncoderLoader": ["clip_name", "t5_name"],
+    "RectifluxVAELoader": ["vae_name"],
+    "RectifluxCheckpointLoader": ["checkpoint_name"],
+}
+
+
+@pytest.mark.parametrize("node", FIELDS)
+def test_names_are_checked_before_a_run(host: Folders, node: str) -> None:
+    check = NODE_CLASS_MAPPINGS[node].VALIDATE_INPUTS
+    known = {"clip_name": NAMES["clip"], "t5_name": NAMES["t5"], "vae_name": NAMES["vae"]}
+    good = {field: known.get(field, NAMES["diffusion_models"]) for field in FIELDS[node]}
+    assert check(**good) is True
+    for field in FIELDS[node]:
+        assert check(**{**good, field: None}) is True, "a name that comes over a wire"
+        wrong = check(**{**good, field: "old.ckpt"})
+        assert wrong == f"{field}: 'old.ckpt' is a pickle, which could run code; convert it to safetensors"
+        assert check(**{**good, field: "gone.gguf"}).startswith(f"{field}: 'gone.gguf' is not in its list")
+
+
+# Formats
+
+
+@pytest.mark.parametrize("form", ["fp8 e4m3fn", "scale_weight", "int8 by rows", "NF4", "Q8_0", "Q4_K"])
+def test_a_quantised_model_paints_what_its_numbers_paint(host: Folders, models: Path, form: str) -> None:
+    name, dense = quantised(models, form)
+    assert name in _host.list_models("diffusion_models")
+    model = call("RectifluxModelLoader", model_name=name, weight_dtype="auto")
+    assert any(isinstance(layer, StoredLinear) for layer in model.network.modules())
+    shown = picture(model=model_node(name))
+    assert torch.equal(shown, picture(model=model_node(dense)))
+    assert shown.std() > 0.08 and not torch.equal(shown, picture())
+
+
+@pytest.mark.parametrize("write", [all_in_one, pipeline])
+def test_a_checkpoint_is_its_parts(host: Folders, models: Path, write: Any) -> None:
+    """The same picture as by the loaders for each part; the words' ids are those of the tiny tokenizers."""
+    name = write(models)
+    assert name in _host.list_models("checkpoints")
+    prompt = graphs.text_to_image(FILES)
+    expected = graphs.run(prompt, "decode")[0]
+    prompt["all"] = graphs.node("RectifluxCheckpointLoader", checkpoint_name=name, weight_dtype="auto")
+    for node in prompt.values():
+        for field, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in ("model", "clip", "vae"):
+                node["inputs"][field] = ["all", ("model", "clip", "vae").index(value[0])]
+    assert torch.equal(graphs.run(prompt, "decode")[0], expected)
+
+
+def test_a_file_of_one_part_is_no_checkpoint(host: Folders) -> None:
+    with pytest.raises(ValueError, match="tiny.safetensors is a FLUX.1 transformer, not a T5 text encoder"):
+        call("RectifluxCheckpointLoader", checkpoint_name=NAMES["diffusion_models"], weight_dtype="auto")
+
+
+# What they say
+
+
+def test_the_line_about_a_file(host: Folders, models: Path) -> None:
+    name, _ = quantised(models, "Q4_K")
+    variant = "FLUX.1 [schnell] in small (hidden size 256, 2 + 2 blocks)"
+    _, about = outputs("RectifluxModelLoader", model_name=name, weight_dtype="auto")
+    assert about.startswith(f"{variant}, GGUF Q4_K, ") and about.endswith(" million parameters")
+    for checkpoint in (all_in_one(models), pipeline(models)):
+        *_, about = outputs("RectifluxCheckpointLoader", checkpoint_name=checkpoint, weight_dtype="auto")
+        assert about.startswith(f"{variant}, fp32, ")
+    _, about = outputs("RectifluxTextEncoderLoader", clip_name=NAMES["clip"], t5_name=NAMES["t5"])
+    clip, t5 = about.splitlines()
+    assert clip.startswith("a CLIP text encoder, fp32, ") and t5.startswith("a T5 text encoder, fp32, ")
+    assert outputs("RectifluxVAELoader", vae_name=NAMES["vae"])[1].startswith("a VAE, fp32, ")
+
+
+def test_the_line_is_about_the_part_that_was_taken(host: Folders, models: Path) -> None:
+    """Of a pipeline in the folder of another kind."""
+    (models / "vae" / "whole").symlink_to(models / "checkpoints" / pipeline(models))
+    assert outputs("RectifluxVAELoader", vae_name="whole")[1].startswith("a VAE, fp32, ")
+
+
+@pytest.mark.parametrize("node", FIELDS)
+def test_loading_is_shown(host: Folders, models: Path, node: str) -> None:
+    known = {"clip_name": NAMES["clip"], "t5_name": NAMES["t5"], "vae_name": NAMES["vae"]}
+    known |= {"checkpoint_name": all_in_one(models), "model_name": NAMES["diffusion_models"]}
+    settings = {field: known[field] for field in FIELDS[node]}
+    if node in ("RectifluxModelLoader", "RectifluxCheckpointLoader"):
+        settings["weight_dtype"] = "auto"
+    run, heard = told()
+    with context.running(run):
+        call(node, **settings)
+    loads = 3 if node == "RectifluxCheckpointLoader" else 1
+    percents = [value for what, value, total in heard if what == "progress" and total == 100]
+    assert len(percents) == len(heard) and percents.count(100) == loads
+    ends = [i + 1 for i, percent in enumerate(percents) if percent == 100]
+    for start, stop in zip([0, *ends], ends, strict=False):
+        assert percents[start:stop] == sorted(set(percents[start:stop]))
+
+
+def test_a_load_can_be_interrupted(host: Folders) -> None:
+    run, _ = told(stop=True)
+    with context.running(run), pytest.raises(context.Interrupted):
+        call("RectifluxModelLoader", model_name=NAMES["diffusion_models"], weight_dtype="auto")
+
+
+def test_each_percent_is_told_once() -> None:
+    heard: list[tuple[int, int]] = []
+    report = in_percent(lambda value, total: heard.append((value, total)))
+    for done in (1, 2, 3, 999, 1000, 2000):
+        report(done, 2000)
+    assert heard == [(0, 100), (49, 100), (50, 100), (100, 100)]
+    in_percent(lambda value, total: heard.append((value, total)))(0, 0)
+    assert heard[-1] == (0, 100)
+
+
+def test_a_quantised_model_takes_loras(host: Folders, models: Path) -> None:
+    """In the embedded host: the picture of the dense model with the same LoRA."""
+    name, dense = quantised(models, "Q8_0")
+    shown = []
+    for file in (name, dense):
+        prompt = graphs.text_to_image({**FILES, "model": model_node(file)})
+        inputs = {"lora_name": NAMES["loras"], "strength_model": 0.7, "strength_clip": 0.7, "blocks": ""}
+        prompt["lora"] = graphs.node("RectifluxLora", model=["model", 0], **inputs)
+        prompt["sample"]["inputs"]["model"] = ["lora", 0]
+        shown.append(graphs.run(prompt, "decode")[0])
+    assert torch.allclose(*shown, atol=1e-5)
+    assert not torch.allclose(shown[0], picture(model=model_node(name)), atol=1e-2)
+
+
+def test_broken_files_in_a_list_stay_one_sentence(host: Folders, models: Path) -> None:
+    (models / "diffusion_models" / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
+    save_file({"x": torch.zeros(2)}, models / "diffusion_models" / "other.safetensors")
+    with pytest.raises(ValueError, match=r"broken\.gguf"):
+        call("RectifluxModelLoader", model_name="broken.gguf", weight_dtype="auto")
+    with pytest.raises(ValueError, match="other.safetensors is of an unknown kind, not a FLUX.1 transformer"):
+        call("RectifluxModelLoader", model_name="other.safetensors", weight_dtype="auto")
