@@ -1,0 +1,115 @@
+"""Layers that stay quantised in ComfyUI, as far as that needs no ComfyUI; the rest is in tests/comfyui."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rectiflux.flux_core.stored import StoredLinear
+from rectiflux.flux_core.weights.source import WeightFile
+from rectiflux.nodes._comfy_stored import PatchedLinear, StoredWeight, keep_stored
+from rectiflux.nodes._comfy_text import comfy_reads
+from torch import Tensor, nn
+
+from ..flux_core.stored_reference import every_form, fp8, weights
+
+FORMS = every_form()
+BIAS = torch.linspace(-1, 1, 48)
+
+
+def layer(form: str) -> tuple[PatchedLinear, Tensor]:
+    """A layer of 48 outputs and 64 inputs inside a model, and its numbers."""
+    stored, numbers = FORMS[form]
+    model = nn.Sequential(nn.Linear(3, 64), StoredLinear(stored, BIAS, torch.float32))
+    assert keep_stored(model) and isinstance(model[1], PatchedLinear) and type(model[0]) is nn.Linear
+    return model[1], numbers
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_is_its_numbers_in_every_operation(form: str) -> None:
+    found, numbers = layer(form)
+    weight = found.weight
+    assert isinstance(weight, StoredWeight)
+    assert (weight.shape, weight.dtype, weight.device.type) == (numbers.shape, torch.float32, "cpu")
+    assert weight.nbytes == found.stored.nbytes
+    for seen in (
+        weight + 0,
+        weight.clone(),
+        weight.to(torch.float64).float(),
+        weight.contiguous(),
+        weight[:],
+    ):
+        assert type(seen) is Tensor and torch.equal(seen, numbers)
+    assert torch.equal(torch.zeros(48, 64).copy_(weight), numbers)
+    x = weights(5, seed=1)
+    assert torch.equal(found(x), F.linear(x, numbers, BIAS))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_state_dict_has_a_linear_layers_names(form: str) -> None:
+    found, numbers = layer(form)
+    state = found.state_dict()
+    assert list(state) == ["weight", "bias"]
+    assert torch.equal(state["weight"] * 1, numbers) and torch.equal(state["bias"], BIAS)
+    assert [name for name, _ in found.named_parameters()] == ["bias"]
+    assert sum(buffer.nbytes for buffer in found.buffers()) == found.stored.nbytes
+
+
+def test_a_weight_cannot_be_overwritten() -> None:
+    found, numbers = layer(next(iter(FORMS)))
+    label = found.stored.label
+    with pytest.raises(TypeError) as refused:
+        found.weight.copy_(torch.zeros(48, 64))
+    assert str(refused.value) == (
+        f"weights that stay {label} cannot be overwritten, as scheduled LoRAs (hooks) do; "
+        "load the LoRA with Load FLUX LoRA, or choose a bf16 file of the model"
+    )
+    assert torch.equal(found.dense_weight(torch.float32), numbers)
+
+
+def test_what_is_kept_elsewhere_is_brought_to_the_input() -> None:
+    """A layer that ComfyUI left on the CPU computes on the device that the tokens are on."""
+    found = PatchedLinear(StoredLinear(fp8(weights())[0], BIAS, torch.float32))
+    y = found(torch.empty(2, 64, device="meta"))
+    assert (y.device.type, y.shape) == ("meta", (2, 48))
+    assert found.device.type == "cpu"
+
+
+def test_a_model_without_stored_layers_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert not keep_stored(model) and type(model[0]) is nn.Linear
+
+
+CLIP_L = {"text_model.embeddings.token_embedding.weight": (49408, 768)}
+T5_XXL = {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096)}
+SMALL = {"encoder.block.0.layer.0.SelfAttention.q.weight": (64, 64)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "format", "extra", "metadata", "prefix", "reads"),
+    [
+        (CLIP_L, "safetensors", (), {}, "", True),
+        (T5_XXL, "safetensors", (), {}, "", True),
+        (T5_XXL, "safetensors", ("scaled_fp8", "shared.scale_weight"), {}, "", True),
+        (T5_XXL, "safetensors", (), {"_quantization_metadata": "{}"}, "", True),
+        (T5_XXL, "safetensors", (), {"_quantization_metadata": "{}"}, "text_encoders.", False),
+        (T5_XXL, "safetensors", ("x.weight.quant_state.bitsandbytes__nf4",), {}, "", False),
+        (T5_XXL, "safetensors", ("x.SCB",), {}, "", False),
+        (T5_XXL, "GGUF", (), {}, "", False),
+        (SMALL, "safetensors", (), {}, "", False),
+    ],
+)
+def test_which_text_encoders_comfyui_reads_itself(
+    shapes: dict[str, tuple[int, ...]],
+    format: str,
+    extra: tuple[str, ...],
+    metadata: dict[str, str],
+    prefix: str,
+    reads: bool,
+) -> None:
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    tensors |= {name: torch.empty(1, device="meta") for name in extra}
+    file = WeightFile((Path("x"),), format, 1, tensors, metadata, prefix)
+    assert comfy_reads(file) == reads
