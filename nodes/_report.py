@@ -8,15 +8,21 @@ from typing import Any
 
 from ..flux_core.solver import Report
 
+SHOWN_FROM = 1 << 26
+"""Bytes of a load from which on it has a bar; a smaller one is over before anyone could read it."""
+
 
 def in_percent(tell: Callable[[int, int], Any]) -> Callable[[int, int], None]:
-    """A listener to (bytes done, bytes in all) that tells a host (percent, 100), each percent once."""
+    """A listener to (bytes done, bytes in all) that tells a host (percent, 100), each percent once.
+
+    Loads of less than SHOWN_FROM bytes are not told.
+    """
     told = -1
 
     def report(done: int, total: int) -> None:
         nonlocal told
         percent = 100 * done // max(1, total)
-        if percent != told:
+        if percent != told and total >= SHOWN_FROM:
             told = percent
             tell(percent, 100)
 

@@ -10,8 +10,7 @@ import torch
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.host import context
 from rectiflux.host.files import Folders
-from rectiflux.nodes import NODE_CLASS_MAPPINGS, _host
-from rectiflux.nodes._report import in_percent
+from rectiflux.nodes import NODE_CLASS_MAPPINGS, _host, _report
 from safetensors.torch import save_file
 
 from . import graphs
@@ -162,7 +161,8 @@ def test_the_line_is_about_the_part_that_was_taken(host: Folders, models: Path) 
 
 
 @pytest.mark.parametrize("node", FIELDS)
-def test_loading_is_shown(host: Folders, models: Path, node: str) -> None:
+def test_loading_is_shown(host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch, node: str) -> None:
+    monkeypatch.setattr(_report, "SHOWN_FROM", 1)
     known = {"clip_name": NAMES["clip"], "t5_name": NAMES["t5"], "vae_name": NAMES["vae"]}
     known |= {"checkpoint_name": all_in_one(models), "model_name": NAMES["diffusion_models"]}
     settings = {field: known[field] for field in FIELDS[node]}
@@ -179,7 +179,8 @@ def test_loading_is_shown(host: Folders, models: Path, node: str) -> None:
         assert percents[start:stop] == sorted(set(percents[start:stop]))
 
 
-def test_a_load_can_be_interrupted(host: Folders) -> None:
+def test_a_load_can_be_interrupted(host: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_report, "SHOWN_FROM", 1)
     run, _ = told(stop=True)
     with context.running(run), pytest.raises(context.Interrupted):
         call("RectifluxModelLoader", model_name=NAMES["diffusion_models"], weight_dtype="auto")
@@ -187,12 +188,20 @@ def test_a_load_can_be_interrupted(host: Folders) -> None:
 
 def test_each_percent_is_told_once() -> None:
     heard: list[tuple[int, int]] = []
-    report = in_percent(lambda value, total: heard.append((value, total)))
+    report = _report.in_percent(lambda value, total: heard.append((value, total)))
     for done in (1, 2, 3, 999, 1000, 2000):
-        report(done, 2000)
+        report(done << 20, 2000 << 20)
     assert heard == [(0, 100), (49, 100), (50, 100), (100, 100)]
-    in_percent(lambda value, total: heard.append((value, total)))(0, 0)
-    assert heard[-1] == (0, 100)
+
+
+def test_a_small_load_has_no_bar() -> None:
+    heard: list[tuple[int, int]] = []
+    report = _report.in_percent(lambda value, total: heard.append((value, total)))
+    for total in (0, 1, _report.SHOWN_FROM - 1):
+        report(total, total)
+    assert heard == []
+    report(_report.SHOWN_FROM, _report.SHOWN_FROM)
+    assert heard == [(100, 100)]
 
 
 def test_a_quantised_model_takes_loras(host: Folders, models: Path) -> None:

@@ -191,28 +191,18 @@ def told(stop: bool = False) -> tuple[context.RunContext, list[Any]]:
     return run, heard
 
 
-def loaded() -> dict[str, tuple[Any, ...]]:
-    """Models, read before anything is told."""
-    done: dict[str, tuple[Any, ...]] = {}
-    for name in ("model", "clip"):
-        graphs.run(FILES, name, done)
-    return done
-
-
 def test_the_sampler_tells_the_editor(embedded: Folders) -> None:
     run, heard = told()
-    prompt, done = graphs.text_to_image(FILES, steps=3), loaded()
     with context.running(run):
-        graphs.run(prompt, "sample", done)
+        graphs.run(graphs.text_to_image(FILES, steps=3), "sample")
     assert [event[1:] for event in heard if event[0] == "progress"] == [(1, 3), (2, 3), (3, 3)]
     assert [event[1:] for event in heard if event[0] == "preview"] == [((6, 8, 3), torch.uint8)] * 3
 
 
 def test_a_stopped_run_ends_at_the_next_step(embedded: Folders) -> None:
     run, heard = told(stop=True)
-    prompt, done = graphs.text_to_image(FILES, steps=3), loaded()
     with context.running(run), pytest.raises(context.Interrupted):
-        graphs.run(prompt, "sample", done)
+        graphs.run(graphs.text_to_image(FILES, steps=3), "sample")
     assert not heard
 
 
