@@ -41,6 +41,10 @@ class StoredWeight(Tensor):
     def nbytes(self) -> int:
         return self.layer.stored.nbytes
 
+    @property
+    def data(self) -> Tensor:
+        return self  # not numbers, into which one could write without effect
+
     def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
         return False  # so that what saves a model asks for `contiguous`
 

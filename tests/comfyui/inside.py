@@ -36,6 +36,9 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     import folder_paths  # noqa: F401, by it and by comfy.model_management the pack knows its host
 
     ours, stored = load_pack(Path(pack))
+    percents: list[int] = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, *_, **__: percents.append(value))
+    sys.modules["pack.nodes._report"].SHOWN_FROM = 1
     patcher = ours.load_model(Path(model), None)
     layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedLinear)}
     kept = {f"{n}.{k}": t.clone() for n, m in layers.items() for k, t in m.named_buffers()}
@@ -43,6 +46,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     numbers = sum(p.nbytes for p in patcher.model.diffusion_model.parameters())
     found: dict[str, Any] = {
         "layers": len(layers),
+        "percents": percents,
         "size": comfy.model_management.module_size(patcher.model.diffusion_model),
         "held": numbers + sum(t.nbytes for t in kept.values()),
         "dense": sum(t.numel() * 4 for t in patcher.model.state_dict().values()),
@@ -83,7 +87,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     state = {k: t.contiguous() for k, t in patcher.model_state_dict("diffusion_model.").items()}
     comfy.utils.save_torch_file(state, output)
     try:
-        layer.weight.copy_(torch.zeros_like(layer.dense_weight(torch.float32)))
+        comfy.utils.copy_to_param(patcher.model, key, merged)  # as ModelPatcher does for hooks
     except TypeError as error:
         found["overwritten"] = str(error)
     return found

@@ -58,6 +58,11 @@ def test_its_memory_is_what_the_file_needs(seen: tuple[str, Path, Path, dict[str
     assert found["extra keys"] == []
 
 
+def test_loading_is_shown(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
+    *_, found = seen
+    assert found["percents"][-1] == 100 and len(found["percents"]) >= 2
+
+
 def test_what_others_see_of_a_weight(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
     form, *_, found = seen
     shape, dtype, device, text = found["as seen"]

@@ -60,12 +60,13 @@ def test_the_state_dict_has_a_linear_layers_names(form: str) -> None:
 def test_a_weight_cannot_be_overwritten() -> None:
     found, numbers = layer(next(iter(FORMS)))
     label = found.stored.label
-    with pytest.raises(TypeError) as refused:
-        found.weight.copy_(torch.zeros(48, 64))
-    assert str(refused.value) == (
-        f"weights that stay {label} cannot be overwritten, as scheduled LoRAs (hooks) do; "
-        "load the LoRA with Load FLUX LoRA, or choose a bf16 file of the model"
-    )
+    for write in (found.weight.copy_, found.weight.data.copy_, found.weight.add_):
+        with pytest.raises(TypeError) as refused:
+            write(torch.zeros(48, 64))
+        assert str(refused.value) == (
+            f"weights that stay {label} cannot be overwritten, as scheduled LoRAs (hooks) do; "
+            "load the LoRA with Load FLUX LoRA, or choose a bf16 file of the model"
+        )
     assert torch.equal(found.dense_weight(torch.float32), numbers)
 
 
