@@ -8,6 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from rectiflux.benchmarks.reference.models import (
+    autoencoder,
+    diffusers_autoencoder,
+    diffusers_transformer,
+    flux_transformer,
+    relative_error,
+    text,
+)
+from rectiflux.benchmarks.reference.text import (
+    CLIP_WIDTH,
+    T5_WIDTH,
+    TXT_LENGTH,
+    clip_model,
+    t5_model,
+    tokenizer,
+)
 from rectiflux.flux_core.conditioning import TextEncoders
 from rectiflux.flux_core.pipeline import (
     Models,
@@ -22,16 +38,6 @@ from rectiflux.flux_core.solver import SOLVERS, Step
 from rectiflux.flux_core.spec import Conditioning
 from rectiflux.flux_core.transformer import pack
 from torch import Tensor
-
-from .reference import (
-    autoencoder,
-    diffusers_autoencoder,
-    diffusers_transformer,
-    flux_transformer,
-    relative_error,
-    text,
-)
-from .text_reference import CLIP_WIDTH, T5_WIDTH, TXT_LENGTH, clip_model, t5_model, tokenizer
 
 
 def models(**sizes: object) -> Models:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import (
+    SPEC,
+    diffusers_transformer,
+    flux_transformer,
+    relative_error,
+)
 from rectiflux.flux_core.layers import rope_table, rotate
 from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer, pack, position_ids, unpack
-
-from .reference import SPEC, diffusers_transformer, flux_transformer, relative_error
 
 
 def inputs(spec: FluxSpec, batch: int, h: int, w: int, length: int) -> tuple[torch.Tensor, Conditioning]:

@@ -8,12 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from rectiflux.benchmarks.reference.models import (
+    SPEC,
+    diffusers_transformer,
+    flux_transformer,
+    relative_error,
+    text,
+)
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.lora.names import transformer_modules, transformer_targets
 from rectiflux.flux_core.transformer import FluxTransformer, position_ids
 from torch import Tensor, nn
 
-from ..reference import SPEC, diffusers_transformer, flux_transformer, relative_error, text
 from .files import Change, dotted, kohya, make_change, merged, peft, xlabs
 
 H = SPEC.hidden_size

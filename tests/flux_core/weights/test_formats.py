@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from rectiflux.flux_core.dequantise import BLOCK_TYPES
-from rectiflux.flux_core.stored import StoredLinear
-from rectiflux.flux_core.transformer import FluxTransformer, position_ids
-from rectiflux.flux_core.weights import fill as fill_module
-from rectiflux.flux_core.weights import load_autoencoder, load_transformer
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from ..reference import (
+from rectiflux.benchmarks.reference.files import (
+    FORMS,
+    State,
+    gguf_numbers,
+    quantised_safetensors,
+    wide_transformer,
+)
+from rectiflux.benchmarks.reference.models import (
     SPEC,
     autoencoder,
     diffusers_autoencoder,
@@ -26,7 +25,13 @@ from ..reference import (
     relative_error,
     text,
 )
-from .formats import FORMS, State, gguf_numbers, quantised_safetensors, wide_transformer
+from rectiflux.flux_core.dequantise import BLOCK_TYPES
+from rectiflux.flux_core.stored import StoredLinear
+from rectiflux.flux_core.transformer import FluxTransformer, position_ids
+from rectiflux.flux_core.weights import fill as fill_module
+from rectiflux.flux_core.weights import load_autoencoder, load_transformer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 SIGMA, SIDE, LENGTH = 0.6, 4, 5
 

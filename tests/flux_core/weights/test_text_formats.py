@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.files import FORMS, State, gguf_numbers, quantised_safetensors
+from rectiflux.benchmarks.reference.models import randomise
+from rectiflux.benchmarks.reference.text import WORDS, clip_model, save_text_encoders, tokenizer
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.flux_core.weights import describe, load_text_encoders
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5Config, T5EncoderModel
-
-from ..reference import randomise
-from ..text_reference import WORDS, clip_model, save_text_encoders, tokenizer
-from .formats import FORMS, State, gguf_numbers, quantised_safetensors
 
 PROMPTS = ["a red fox on green", "blue"]
 LLAMA = (

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from rectiflux.flux_core.spec import Conditioning, FluxSpec
-from rectiflux.flux_core.transformer import FluxTransformer
-from rectiflux.flux_core.vae import SCALE, SHIFT, AutoEncoder, AutoEncoderSpec
 from torch import Tensor, nn
+
+from ...flux_core.spec import Conditioning, FluxSpec
+from ...flux_core.transformer import FluxTransformer
+from ...flux_core.vae import SCALE, SHIFT, AutoEncoder, AutoEncoderSpec
 
 SPEC = FluxSpec(64, 2, 2, 3, context_in=24, vec_in=20, guidance_embed=True)
 AE_SPEC = AutoEncoderSpec(ch=8, ch_mult=(1, 2, 2, 2), num_res_blocks=2)
@@ -113,10 +114,9 @@ def diffusers_state_dict(model: FluxTransformer) -> dict[str, Tensor]:
     return result
 
 
-def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
-    """diffusers' transformer with the weights of ours."""
-    spec = model.spec
-    reference = FluxTransformer2DModel(
+def diffusers_of_size(spec: FluxSpec) -> FluxTransformer2DModel:
+    """diffusers' transformer of these sizes, with weights of its own."""
+    model = FluxTransformer2DModel(
         in_channels=spec.in_channels,
         out_channels=spec.out_channels,
         num_layers=spec.depth,
@@ -128,8 +128,14 @@ def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
         guidance_embeds=spec.guidance_embed,
         axes_dims_rope=spec.axes_dim,
     )
+    return model.eval().requires_grad_(False)
+
+
+def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
+    """diffusers' transformer with the weights of ours."""
+    reference = diffusers_of_size(model.spec)
     reference.load_state_dict(diffusers_state_dict(model))
-    return reference.eval().requires_grad_(False)
+    return reference
 
 
 def diffusers_autoencoder(model: AutoEncoder) -> AutoencoderKL:

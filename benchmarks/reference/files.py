@@ -1,4 +1,4 @@
-"""One transformer in every format that files have, with the numbers that each file stands for."""
+"""A model in every quantised format that files have, with the numbers that each file stands for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
-from rectiflux.flux_core.dequantise import BLOCK_TYPES
-from rectiflux.flux_core.transformer import FluxTransformer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..reference import flux_transformer
-from ..stored_reference import fp8, int8, nested_nf4, nf4
-from ..test_dequantise import QUANTISABLE, random_blocks
+from ...flux_core.dequantise import BLOCK_TYPES
+from ...flux_core.transformer import FluxTransformer
+from .models import flux_transformer
+from .stored import QUANTISABLE, fp8, int8, nested_nf4, nf4, random_blocks
 
 State = dict[str, Tensor]
 WIDE = {"hidden_size": 256, "depth": 1, "depth_single": 1, "context_in": 256, "vec_in": 256}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from .reference import randomise
+from .models import randomise
 
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "red", "green", "circle", "square", "of", "on", "blue", "fox"]
 TXT_LENGTH, CLIP_LENGTH = 9, 7
