@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ...flux_core.spec import Conditioning, FluxSpec
-from ...flux_core.transformer import FluxTransformer
+from ...flux_core.transformer import FluxTransformer, position_ids
 from ...flux_core.vae import SCALE, SHIFT, AutoEncoder, AutoEncoderSpec
 
 SPEC = FluxSpec(64, 2, 2, 3, context_in=24, vec_in=20, guidance_embed=True)
@@ -136,6 +136,41 @@ def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
     reference = diffusers_of_size(model.spec)
     reference.load_state_dict(diffusers_state_dict(model))
     return reference
+
+
+def diffusers_velocity(
+    reference: FluxTransformer2DModel, tokens: Tensor, prompt: Conditioning, sigma: float, h: int, w: int
+) -> Tensor:
+    """diffusers' answer to tokens of an h x w latent, computed in the dtype of its model."""
+    length, batch, dtype = prompt.txt.shape[1], tokens.shape[0], reference.dtype
+    ids = position_ids(length, h, w)
+    with torch.no_grad():
+        return reference(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=prompt.txt.to(dtype),
+            pooled_projections=prompt.pooled.to(dtype),
+            timestep=torch.full((batch,), sigma, dtype=dtype),
+            guidance=None if prompt.guidance is None else torch.full((batch,), prompt.guidance),
+            txt_ids=ids[:length],
+            img_ids=ids[length:],
+        ).sample
+
+
+def diffusers_pipeline(
+    transformer: FluxTransformer2DModel, autoencoder: AutoencoderKL, shifted: bool = True
+) -> FluxPipeline:
+    """diffusers' pipeline for prompts that are encoded already; `shifted` as [dev]'s, else as [schnell]'s."""
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shifted),
+        vae=autoencoder,
+        transformer=transformer,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def diffusers_autoencoder(model: AutoEncoder) -> AutoencoderKL:

@@ -93,13 +93,15 @@ def nested_nf4(weight: Tensor) -> tuple[FourBit, Tensor]:
     plain, _ = nf4(weight)
     offset = float(plain.absmax.mean())
     levels = torch.linspace(-1, 1, 256)
-    units = (plain.absmax - offset).view(-1, 8).abs().amax(dim=1)
-    relative = (plain.absmax - offset).view(-1, 8) / units[:, None]
-    numbers = (relative[..., None] - levels).abs().argmin(-1)
-    scales = (levels[numbers] * units[:, None] + offset).view(-1)
+    count = len(plain.absmax)
+    grouped = torch.cat([plain.absmax - offset, torch.zeros(-count % 8)]).view(-1, 8)
+    units = grouped.abs().amax(dim=1)
+    numbers = ((grouped / units[:, None])[..., None] - levels).abs().argmin(-1)
+    scales = (levels[numbers] * units[:, None] + offset).view(-1)[:count]
     halves = torch.cat([plain.packed >> 4, plain.packed & 15], dim=1).view(-1)
-    values = (plain.code[halves.long()].view(-1, 64) * scales[:, None]).view(weight.shape)
-    bytes_ = numbers.view(-1).to(torch.uint8)
+    spread = scales.repeat_interleave(64)[: len(halves)]
+    values = (plain.code[halves.long()] * spread).view(weight.shape)
+    bytes_ = numbers.view(-1)[:count].to(torch.uint8)
     shape = tuple(weight.shape)
     return FourBit(plain.packed, bytes_, plain.code, shape, 64, "nf4", units, levels, 8, offset), values
 

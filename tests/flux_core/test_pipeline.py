@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FluxPipeline
 from rectiflux.benchmarks.reference.models import (
     autoencoder,
     diffusers_autoencoder,
+    diffusers_pipeline,
     diffusers_transformer,
     flux_transformer,
     relative_error,
@@ -46,20 +47,6 @@ def models(**sizes: object) -> Models:
     return Models(texts, transformer, autoencoder())
 
 
-def diffusers_pipeline(ours: Models) -> FluxPipeline:
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=diffusers_autoencoder(ours.autoencoder),
-        transformer=diffusers_transformer(ours.transformer),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 @pytest.mark.parametrize(
     ("width", "height", "batch", "cfg_scale", "steps", "guidance_embed"),
     [
@@ -86,7 +73,9 @@ def test_agrees_with_diffusers(
         batch_size=batch,
     )
     positive, negative = (ours.text_encoders.encode([prompt]) for prompt in ("a red circle", "blue square"))
-    theirs = diffusers_pipeline(ours)(
+    theirs = diffusers_pipeline(
+        diffusers_transformer(ours.transformer), diffusers_autoencoder(ours.autoencoder)
+    )(
         prompt_embeds=positive.txt,
         pooled_prompt_embeds=positive.pooled,
         negative_prompt_embeds=negative.txt,
