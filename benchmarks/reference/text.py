@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,11 +33,11 @@ LLAMA = (
 """transformers' names of T5's parts and llama.cpp's (gguf/tensor_mapping.py)."""
 
 
-def tokenizer(template: str) -> Tokenizer:
+def tokenizer(template: str, words: Sequence[str] = WORDS) -> Tokenizer:
     """One token a word, with the marks of the template."""
-    result = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    result = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     result.pre_tokenizer = pre_tokenizers.Whitespace()
-    marks = [(mark, WORDS.index(mark)) for mark in ("</s>", "<s>") if mark in template]
+    marks = [(mark, words.index(mark)) for mark in template.split() if mark != "$A"]
     result.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
     return result
 
