@@ -39,7 +39,7 @@ from ..flux_core.vae import AutoEncoder
 from .checking import check_the_autoencoder, check_the_checker
 from .painting import Files, Painter, figures_of, files_of, judge_pictures, load_models, paint
 from .prompts import Prompt, categories, read_prompts
-from .report import add_json, positive, write_report
+from .report import add_json, parser_of, positive, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,13 +83,7 @@ def run(args: argparse.Namespace, painter: Painter | None) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="run.py bench adherence",
-        description=about,
-        epilog=more.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("adherence", __doc__)
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one JSON object a line, instead of ours"
     )

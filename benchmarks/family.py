@@ -38,7 +38,7 @@ from .chart import Chart, Line, draw_charts, reaching
 from .members import SIDE, STRAIGHT_STEPS, Member, load_members, seconds_of, straightness_of
 from .painting import figures_of, judge_pictures
 from .prompts import Prompt, categories
-from .report import add_json, positive, writable, write_report
+from .report import add_json, parser_of, positive, writable, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = {"pro": "pro", "reflow": "pro reflowed", "dev": "dev", "schnell": "schnell"}
@@ -101,13 +101,7 @@ def run(args: argparse.Namespace, members: dict[str, Member]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="run.py bench family",
-        description=about,
-        epilog=more.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("family", __doc__)
     parser.add_argument("--seeds", type=positive, default=1, help="pictures of each prompt (default 1)")
     parser.add_argument(
         "--steps", type=positive, nargs="+", default=STEPS, help="numbers of steps (default 1 2 4 8 28)"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: checks of options, --json FILE and the file that it writes.
+"""What the benchmarks share: their help, checks of options, --json FILE and the file that it writes.
 
 {"benchmark": its name, "options": as given, "machine": what it ran on, "figures": everything measured}
 """
@@ -14,6 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark whose help is its docstring: what it measures, (usage,) and the rest."""
+    about, _, more = (doc or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"run.py bench {name}",
+        description=about,
+        epilog=more.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from diffusers import FluxTransformer2DModel
 
 from ..flux_core.pipeline import guided_velocity
 from ..flux_core.schedule import make_sigmas
 from ..flux_core.spec import Conditioning, FluxSpec
 from ..flux_core.transformer import FluxTransformer, pack, position_ids, unpack
+from .reference.models import diffusers_of_size
 from .report import add_json, write_report
 
 NEEDS = "test"  # the part of run.py's environment that has diffusers
@@ -32,25 +32,9 @@ SIZES = ((8, 8), (16, 16), (32, 32))
 TEXT_LENGTH = 64
 
 
-def reference(spec: FluxSpec) -> FluxTransformer2DModel:
-    """diffusers' transformer of these sizes."""
-    model = FluxTransformer2DModel(
-        in_channels=spec.in_channels,
-        num_layers=spec.depth,
-        num_single_layers=spec.depth_single,
-        attention_head_dim=spec.head_dim,
-        num_attention_heads=spec.num_heads,
-        joint_attention_dim=spec.context_in,
-        pooled_projection_dim=spec.vec_in,
-        guidance_embeds=spec.guidance_embed,
-        axes_dims_rope=spec.axes_dim,
-    )
-    return model.eval()
-
-
 def runs(spec: FluxSpec, h: int, w: int, steps: int) -> tuple[Callable[[], object], Callable[[], object]]:
     """One picture's denoising by us and by diffusers."""
-    ours, theirs = FluxTransformer(spec).eval(), reference(spec)
+    ours, theirs = FluxTransformer(spec).eval(), diffusers_of_size(spec)
     txt, pooled = torch.randn(1, TEXT_LENGTH, spec.context_in), torch.randn(1, spec.vec_in)
     noise = torch.randn(1, 16, h, w)
     sigmas = make_sigmas(steps, h * w // 4).tolist()

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.text import (
+    CLIP_LENGTH,
+    TXT_LENGTH,
+    WORDS,
+    clip_model,
+    save_text_encoders,
+    t5_model,
+)
 from rectiflux.flux_core.conditioning import OWN_LENGTH, TextEncoders, clip_of_size, t5_of_size
 from rectiflux.flux_core.weights import load_text_encoders
-
-from .text_reference import CLIP_LENGTH, TXT_LENGTH, WORDS, clip_model, save_text_encoders, t5_model
 
 
 @pytest.fixture(scope="module")

@@ -6,38 +6,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from rectiflux.benchmarks.reference.stored import QUANTISABLE, packed, random_blocks
 from rectiflux.flux_core.dequantise import BLOCK_TYPES, dequantise
-
-HALVES = {
-    **dict.fromkeys(("Q8_0", "Q5_0", "Q4_0", "IQ4_NL", "IQ4_XS"), (0,)),
-    **dict.fromkeys(("Q5_1", "Q4_1", "Q5_K", "Q4_K"), (0, 2)),
-    "Q6_K": (208,),
-    "Q3_K": (108,),
-    "Q2_K": (80, 82),
-}
-"""Where a block has its float16 scales: random bytes there could be no number."""
-
-QUANTISABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""What the package can make out of numbers; the other types it can only read."""
-
-
-def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0, largest: float = 0.1) -> np.ndarray:
-    """Bytes [rows, blocks * bytes], every bit random but for scales up to `largest`, a few of them zero."""
-    rng = np.random.default_rng(seed)
-    size = BLOCK_TYPES[kind].bytes
-    if kind in ("F32", "F16", "BF16"):
-        return packed(rng.standard_normal((rows, blocks)).astype(np.float32), kind)
-    data = rng.integers(0, 256, (rows * blocks, size), dtype=np.uint8)
-    for start in HALVES[kind]:
-        scale = rng.uniform(-largest, largest, (rows * blocks, 1)).astype(np.float16)
-        scale[::7] = 0
-        data[:, start : start + 2] = scale.view(np.uint8)
-    return data.reshape(rows, blocks * size)
-
-
-def packed(numbers: np.ndarray, kind: str) -> np.ndarray:
-    """Bytes of numbers, made by the package."""
-    return quants.quantize(numbers, GGMLQuantizationType[kind]).view(np.uint8)
 
 
 def expected(data: np.ndarray, kind: str) -> torch.Tensor:

@@ -7,7 +7,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FluxPipeline
+from rectiflux.benchmarks.reference.models import (
+    autoencoder,
+    diffusers_autoencoder,
+    diffusers_pipeline,
+    diffusers_transformer,
+    flux_transformer,
+    relative_error,
+    text,
+)
+from rectiflux.benchmarks.reference.text import (
+    CLIP_WIDTH,
+    T5_WIDTH,
+    TXT_LENGTH,
+    clip_model,
+    t5_model,
+    tokenizer,
+)
 from rectiflux.flux_core.conditioning import TextEncoders
 from rectiflux.flux_core.pipeline import (
     Models,
@@ -23,35 +40,11 @@ from rectiflux.flux_core.spec import Conditioning
 from rectiflux.flux_core.transformer import pack
 from torch import Tensor
 
-from .reference import (
-    autoencoder,
-    diffusers_autoencoder,
-    diffusers_transformer,
-    flux_transformer,
-    relative_error,
-    text,
-)
-from .text_reference import CLIP_WIDTH, T5_WIDTH, TXT_LENGTH, clip_model, t5_model, tokenizer
-
 
 def models(**sizes: object) -> Models:
     texts = TextEncoders(t5_model(), tokenizer("$A </s>"), clip_model(), tokenizer("<s> $A </s>"), TXT_LENGTH)
     transformer = flux_transformer(**{"context_in": T5_WIDTH, "vec_in": CLIP_WIDTH, **sizes})
     return Models(texts, transformer, autoencoder())
-
-
-def diffusers_pipeline(ours: Models) -> FluxPipeline:
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=diffusers_autoencoder(ours.autoencoder),
-        transformer=diffusers_transformer(ours.transformer),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.mark.parametrize(
@@ -80,7 +73,9 @@ def test_agrees_with_diffusers(
         batch_size=batch,
     )
     positive, negative = (ours.text_encoders.encode([prompt]) for prompt in ("a red circle", "blue square"))
-    theirs = diffusers_pipeline(ours)(
+    theirs = diffusers_pipeline(
+        diffusers_transformer(ours.transformer), diffusers_autoencoder(ours.autoencoder)
+    )(
         prompt_embeds=positive.txt,
         pooled_prompt_embeds=positive.pooled,
         negative_prompt_embeds=negative.txt,

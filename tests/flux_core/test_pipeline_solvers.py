@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error, text
 from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, sample, text_to_image
 from rectiflux.flux_core.schedule import make_sigmas
 from rectiflux.flux_core.solver import (
@@ -16,7 +17,6 @@ from rectiflux.flux_core.solver import (
     seeded_noise,
 )
 
-from .reference import SPEC, flux_transformer, relative_error, text
 from .test_pipeline import models
 
 PLANNED = [solver for solver in SOLVERS.values() if solver.evaluation_sigmas([1.0, 0.0])]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from rectiflux.benchmarks.reference.stored import every_form, nf4, weights
 from rectiflux.flux_core import forms as forms_module
 from rectiflux.flux_core.forms import Plain, Stored
 from rectiflux.flux_core.stored import StoredLinear, computing_dtype, device_of, make_dense, weight_count
 from torch import nn
-
-from .stored_reference import every_form, nf4, weights
 
 FORMS = every_form()
 each_form = pytest.mark.parametrize(("stored", "numbers"), FORMS.values(), ids=FORMS)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import (
+    SPEC,
+    diffusers_transformer,
+    diffusers_velocity,
+    flux_transformer,
+    relative_error,
+)
 from rectiflux.flux_core.layers import rope_table, rotate
 from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer, pack, position_ids, unpack
-
-from .reference import SPEC, diffusers_transformer, flux_transformer, relative_error
 
 
 def inputs(spec: FluxSpec, batch: int, h: int, w: int, length: int) -> tuple[torch.Tensor, Conditioning]:
@@ -38,18 +43,8 @@ def inputs(spec: FluxSpec, batch: int, h: int, w: int, length: int) -> tuple[tor
 def test_agrees_with_diffusers(sizes: dict, batch: int, h: int, w: int, length: int, sigma: float) -> None:
     model = flux_transformer(**sizes)
     tokens, text = inputs(model.spec, batch, h, w, length)
-    ids = position_ids(length, h, w)
-    with torch.no_grad():
-        ours = model(tokens, model.prepare(text, [1.0, sigma], h, w), sigma)
-        theirs = diffusers_transformer(model)(
-            hidden_states=tokens,
-            encoder_hidden_states=text.txt,
-            pooled_projections=text.pooled,
-            timestep=torch.full((batch,), sigma),
-            guidance=None if text.guidance is None else torch.full((batch,), text.guidance),
-            txt_ids=ids[:length],
-            img_ids=ids[length:],
-        ).sample
+    ours = model(tokens, model.prepare(text, [1.0, sigma], h, w), sigma)
+    theirs = diffusers_velocity(diffusers_transformer(model), tokens, text, sigma, h, w)
     assert ours.shape == tokens.shape[:2] + (model.spec.out_channels,)
     assert relative_error(ours, theirs) < 1e-5
 

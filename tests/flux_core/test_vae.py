@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import AE_SPEC, autoencoder, diffusers_autoencoder, relative_error
 from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec, to_model_space, to_vae_space
-
-from .reference import AE_SPEC, autoencoder, diffusers_autoencoder, relative_error
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 16, 48), (1, 64, 16)])

@@ -21,7 +21,7 @@ from . import graphs
 WORKFLOWS = Path(rectiflux.__file__).parent / "workflows"
 PATHS = sorted(WORKFLOWS.glob("*.json"))
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-NAMES = ("pro_negative_prompt", "steps_side_by_side", "text_to_image")
+NAMES = ("pro_negative_prompt", "schnell_1_step", "schnell_4_steps", "steps_side_by_side", "text_to_image")
 ONE_PICTURE = tuple(name for name in NAMES if name != "steps_side_by_side")
 
 
@@ -93,12 +93,14 @@ def test_set_has_one_input_of_each_name_to_set(name: str, tmp_path: Path) -> Non
     [
         ("text_to_image", "dev", 28),
         ("pro_negative_prompt", "pro", 28),
+        ("schnell_4_steps", "schnell", 4),
+        ("schnell_1_step", "schnell", 1),
     ],
 )
 def test_workflows_use_a_variant_as_it_is_scored(name: str, variant: str, steps: int, tmp_path: Path) -> None:
     inputs, way = inputs_of(name, tmp_path), FAMILY[variant]
     assert ("model_name", f"rectiflux-mini-{variant}.safetensors") in inputs
-    assert ("steps", steps) in inputs and steps == way.steps
+    assert ("steps", steps) in inputs and (steps == way.steps or variant == "schnell")
     assert ("cfg_scale", way.cfg_scale) in inputs and ("shift", way.shift) in inputs
     assert way.guidance is None or ("guidance", way.guidance) in inputs
 

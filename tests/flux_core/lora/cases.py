@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rectiflux.benchmarks.reference.models import SPEC
 from torch import Tensor
-
-from ..reference import SPEC
 
 LAYER = "single_blocks.1.linear2"
 ROWS, WIDTH = SPEC.hidden_size, SPEC.hidden_size + SPEC.mlp_size

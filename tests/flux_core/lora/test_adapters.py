@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from rectiflux.benchmarks.reference.models import SPEC, flux_transformer
 from rectiflux.flux_core.lora import (
     AdaptedLinear,
     LoraUse,
@@ -18,7 +19,6 @@ from rectiflux.flux_core.lora import (
 from rectiflux.flux_core.lora.roles import build_adapter, swap_halves
 from torch import Tensor, nn
 
-from ..reference import SPEC, flux_transformer
 from .cases import (
     CASES,
     LAYER,

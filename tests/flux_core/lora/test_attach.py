@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error, text
 from rectiflux.flux_core.lora import AdaptedLinear, LoraUse, read_lora, with_lora
 from rectiflux.flux_core.transformer import FluxTransformer
 from torch import Tensor
 
-from ..reference import SPEC, flux_transformer, relative_error, text
 from .files import Change, dotted, kohya, make_change, merged, peft, xlabs
 from .stored import store
 from .test_conventions import BLOCKS, LINEAR, H, onetrainer, paint, whole, x_flux

@@ -8,12 +8,19 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from rectiflux.benchmarks.reference.models import (
+    SPEC,
+    diffusers_transformer,
+    diffusers_velocity,
+    flux_transformer,
+    relative_error,
+    text,
+)
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.lora.names import transformer_modules, transformer_targets
-from rectiflux.flux_core.transformer import FluxTransformer, position_ids
+from rectiflux.flux_core.transformer import FluxTransformer
 from torch import Tensor, nn
 
-from ..reference import SPEC, diffusers_transformer, flux_transformer, relative_error, text
 from .files import Change, dotted, kohya, make_change, merged, peft, xlabs
 
 H = SPEC.hidden_size
@@ -37,17 +44,7 @@ def paint(model: FluxTransformer) -> Tensor:
 def paint_in_diffusers(model: FluxTransformer2DModel) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(1, 6, SPEC.in_channels, generator=generator)
-    prompt, ids = text(1), position_ids(5, 4, 6)
-    with torch.no_grad():
-        return model(
-            hidden_states=tokens,
-            encoder_hidden_states=prompt.txt,
-            pooled_projections=prompt.pooled,
-            timestep=torch.tensor([SIGMA]),
-            guidance=torch.tensor([3.5]),
-            txt_ids=ids[:5],
-            img_ids=ids[5:],
-        ).sample
+    return diffusers_velocity(model, tokens, text(1), SIGMA, 4, 6)
 
 
 def whole(model: FluxTransformer, names: list[str] = LINEAR) -> list[Change]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import SPEC, diffusers_state_dict, flux_transformer
 from rectiflux.flux_core.lora import read_lora
 from rectiflux.flux_core.spec import FLUX_DEV
 from torch import Tensor
-
-from ..reference import SPEC, diffusers_state_dict, flux_transformer
 
 
 def tensors(*keys: str | tuple[str, int, int]) -> dict[str, Tensor]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.flux_core.lora import LoraUse, Report, read_lora, with_lora
 from rectiflux.flux_core.lora.keys import parse_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..reference import SPEC, flux_transformer, relative_error
 from .files import kohya, make_change, merged, peft
 from .test_conventions import H, paint, whole
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference import stored as forms
+from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.stored import Stored, StoredLinear
 from rectiflux.flux_core.transformer import FluxTransformer
 from torch import Tensor, nn
 
-from .. import stored_reference as forms
-from ..reference import SPEC, flux_transformer, relative_error
 from .files import Change, kohya, merged
 from .test_conventions import LINEAR, paint, whole
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
+from rectiflux.benchmarks.reference.text import TXT_LENGTH, clip_model, t5_model, tokenizer
 from rectiflux.flux_core.conditioning import TextEncoders
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from torch import Tensor, nn
 
-from ..reference import SPEC, flux_transformer, relative_error
-from ..text_reference import TXT_LENGTH, clip_model, t5_model, tokenizer
 from .files import Change, kohya, make_change, peft
 
 LAYERS = ("self_attn", "mlp", "SelfAttention", "DenseReluDense")

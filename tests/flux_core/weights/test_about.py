@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.files import gguf_numbers, quantised_safetensors, wide_transformer
+from rectiflux.benchmarks.reference.models import autoencoder, diffusers_state_dict, flux_transformer
 from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.weights import describe
 from rectiflux.flux_core.weights.about import variant_of
 from safetensors.torch import save_file
-
-from ..reference import autoencoder, diffusers_state_dict, flux_transformer
-from .formats import gguf_numbers, quantised_safetensors, wide_transformer
 
 
 @pytest.mark.parametrize(

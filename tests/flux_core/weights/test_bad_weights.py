@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.files import quantised_safetensors
+from rectiflux.benchmarks.reference.models import autoencoder, diffusers_state_dict, flux_transformer
 from rectiflux.flux_core.weights import load_autoencoder, load_transformer, read_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from ..reference import autoencoder, diffusers_state_dict, flux_transformer
-from .formats import quantised_safetensors
 
 State = dict[str, Tensor]
 

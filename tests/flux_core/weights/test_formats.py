@@ -8,25 +8,31 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from rectiflux.flux_core.dequantise import BLOCK_TYPES
-from rectiflux.flux_core.stored import StoredLinear
-from rectiflux.flux_core.transformer import FluxTransformer, position_ids
-from rectiflux.flux_core.weights import fill as fill_module
-from rectiflux.flux_core.weights import load_autoencoder, load_transformer
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from ..reference import (
+from rectiflux.benchmarks.reference.files import (
+    FORMS,
+    State,
+    gguf_numbers,
+    quantised_safetensors,
+    wide_transformer,
+)
+from rectiflux.benchmarks.reference.models import (
     SPEC,
     autoencoder,
     diffusers_autoencoder,
     diffusers_state_dict,
     diffusers_transformer,
+    diffusers_velocity,
     flux_transformer,
     relative_error,
     text,
 )
-from .formats import FORMS, State, gguf_numbers, quantised_safetensors, wide_transformer
+from rectiflux.flux_core.dequantise import BLOCK_TYPES
+from rectiflux.flux_core.stored import StoredLinear
+from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.weights import fill as fill_module
+from rectiflux.flux_core.weights import load_autoencoder, load_transformer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 SIGMA, SIDE, LENGTH = 0.6, 4, 5
 
@@ -118,18 +124,9 @@ def test_diffusers_folder_agrees_with_diffusers(
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "200KB")
     model = load_transformer(tmp_path)
     reference = FluxTransformer2DModel.from_pretrained(folder).eval()
-    prompt, ids = text(9), position_ids(LENGTH, SIDE, SIDE)
+    prompt = text(9, guidance=3.5 if guidance else None)
     tokens = torch.randn(1, SIDE * SIDE // 4, 64, generator=torch.Generator().manual_seed(4))
-    with torch.no_grad():
-        expected = reference(
-            hidden_states=tokens,
-            encoder_hidden_states=prompt.txt,
-            pooled_projections=prompt.pooled,
-            timestep=torch.tensor([SIGMA]),
-            guidance=torch.tensor([3.5]) if guidance else None,
-            txt_ids=ids[:LENGTH],
-            img_ids=ids[LENGTH:],
-        ).sample
+    expected = diffusers_velocity(reference, tokens, prompt, SIGMA, SIDE, SIDE)
     assert relative_error(velocity(model), expected) < 1e-5
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from rectiflux.benchmarks.reference.stored import packed
 from rectiflux.flux_core.forms import Blocks
 from rectiflux.flux_core.weights import load_transformer, read_metadata, read_weights
-
-from ..test_dequantise import packed
 
 F32, Q4_0, IQ1_S = 0, 2, 19
 STRING, ARRAY, UINT32 = 8, 9, 4

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import (
+    autoencoder,
+    diffusers_autoencoder,
+    diffusers_state_dict,
+    flux_transformer,
+)
+from rectiflux.benchmarks.reference.text import clip_model, t5_model
 from rectiflux.flux_core.weights import kind_of
 from rectiflux.flux_core.weights.kinds import AUTOENCODER, CLIP, T5, TRANSFORMER, Kind, expect
-
-from ..reference import autoencoder, diffusers_autoencoder, diffusers_state_dict, flux_transformer
-from ..text_reference import clip_model, t5_model
 
 CIRCULATING = {
     "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": "a LoRA",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.models import autoencoder, flux_transformer
+from rectiflux.benchmarks.reference.text import save_text_encoders
 from rectiflux.flux_core.weights import (
     load_autoencoder,
     load_text_encoders,
@@ -15,9 +17,6 @@ from rectiflux.flux_core.weights import (
 from rectiflux.flux_core.weights import source as source_module
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-from ..reference import autoencoder, flux_transformer
-from ..text_reference import save_text_encoders
 
 State = dict[str, Tensor]
 

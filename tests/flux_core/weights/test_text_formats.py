@@ -6,73 +6,46 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflux.benchmarks.reference.files import FORMS, State, gguf_numbers, quantised_safetensors
+from rectiflux.benchmarks.reference.text import (
+    WORDS,
+    clip_model,
+    llama_names,
+    save_text_encoders,
+    t5_model,
+    t5_state,
+    tokenizer,
+)
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.flux_core.weights import describe, load_text_encoders
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5Config, T5EncoderModel
-
-from ..reference import randomise
-from ..text_reference import WORDS, clip_model, save_text_encoders, tokenizer
-from .formats import FORMS, State, gguf_numbers, quantised_safetensors
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5EncoderModel
 
 PROMPTS = ["a red fox on green", "blue"]
-LLAMA = (
-    ("encoder.block.", "enc.blk."),
-    (".layer.0.SelfAttention.relative_attention_bias.", ".attn_rel_b."),
-    (".layer.0.SelfAttention.", ".attn_"),
-    (".layer.0.layer_norm.", ".attn_norm."),
-    (".layer.1.layer_norm.", ".ffn_norm."),
-    (".layer.1.DenseReluDense.wi_0.", ".ffn_gate."),
-    (".layer.1.DenseReluDense.wi_1.", ".ffn_up."),
-    (".layer.1.DenseReluDense.wo.", ".ffn_down."),
-    ("encoder.final_layer_norm.", "enc.output_norm."),
-    ("shared.", "token_embd."),
-)
 
 
-def t5_model() -> T5EncoderModel:
+def model() -> T5EncoderModel:
     """A T5 encoder all of whose widths are whole blocks, and whose feed-forward is not its width."""
-    config = T5Config(
-        vocab_size=len(WORDS),
-        d_model=64,
-        d_kv=16,
-        num_heads=4,
-        d_ff=96,
-        num_layers=2,
-        feed_forward_proj="gated-gelu",
-    )
-    model = T5EncoderModel(config).eval().requires_grad_(False)
-    randomise(model, 7)
-    return model
-
-
-def t5_state() -> State:
-    state = dict(t5_model().state_dict())
-    del state["encoder.embed_tokens.weight"]
-    return state
+    return t5_model(7, d_model=64, d_kv=16, num_heads=4, d_ff=96, num_layers=2)
 
 
 def llama(state: State) -> State:
     """The state dict under llama.cpp's names."""
-    renamed = {}
-    for name, tensor in state.items():
-        for theirs, ours in LLAMA:
-            name = name.replace(theirs, ours)
-        renamed[name] = tensor
+    renamed = llama_names(state)
     assert renamed.keys() >= {"token_embd.weight", "enc.blk.0.attn_rel_b.weight", "enc.blk.1.ffn_down.weight"}
     return renamed
 
 
 def expected(numbers: State) -> torch.Tensor:
     """transformers' T5 with these numbers, on the same tokens."""
-    model = t5_model()
+    reference = model()
     numbers = {**numbers, "encoder.embed_tokens.weight": numbers["shared.weight"]}
-    model.load_state_dict({name: tensor.float() for name, tensor in numbers.items()})
+    reference.load_state_dict({name: tensor.float() for name, tensor in numbers.items()})
     words = tokenizer("$A </s>")
     ids = [words.encode(prompt).ids for prompt in PROMPTS]
     padded = torch.tensor([row + [0] * (512 - len(row)) for row in ids])
     with torch.no_grad():
-        return model(input_ids=padded).last_hidden_state
+        return reference(input_ids=padded).last_hidden_state
 
 
 def encoders_of(tmp_path: Path, t5: Path):
@@ -84,8 +57,8 @@ def encoders_of(tmp_path: Path, t5: Path):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
 def test_gguf(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "t5xxl.gguf"
-    numbers = gguf_numbers(llama(t5_state()), path, kind, "t5encoder")
-    back = dict(zip(t5_state(), numbers.values(), strict=True))
+    numbers = gguf_numbers(llama(t5_state(model())), path, kind, "t5encoder")
+    back = dict(zip(t5_state(model()), numbers.values(), strict=True))
     encoders = encoders_of(tmp_path, path)
     layers = [layer for layer in encoders.t5.modules() if isinstance(layer, StoredLinear)]
     assert len(layers) == (0 if kind in ("F32", "F16", "BF16") else 2 * 7)
@@ -96,10 +69,10 @@ def test_gguf(tmp_path: Path, kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "nested NF4"])  # 13 words are 13 blocks
+@pytest.mark.parametrize("form", FORMS)
 def test_quantised_safetensors(tmp_path: Path, form: str) -> None:
     path = tmp_path / "t5xxl.safetensors"
-    numbers = quantised_safetensors(t5_state(), path, form)
+    numbers = quantised_safetensors(t5_state(model()), path, form)
     encoders = encoders_of(tmp_path, path)
     layers = [layer for layer in encoders.t5.modules() if isinstance(layer, StoredLinear)]
     assert len(layers) == 2 * 7
@@ -124,7 +97,7 @@ def test_quantised_clip(tmp_path: Path) -> None:
 
 def test_folders_of_a_pipeline(tmp_path: Path) -> None:
     """As diffusers saves one: two encoders and two tokenizers, each in a folder, T5 in shards."""
-    t5, clip = t5_model(), clip_model()
+    t5, clip = model(), clip_model()
     clip.save_pretrained(tmp_path / "text_encoder")
     t5.save_pretrained(tmp_path / "text_encoder_2", max_shard_size="40KB")
     assert len(list((tmp_path / "text_encoder_2").glob("*.safetensors"))) > 1
@@ -138,7 +111,7 @@ def test_folders_of_a_pipeline(tmp_path: Path) -> None:
             words.save(str(tmp_path / folder / "tokenizer.json"))
     encoders = load_text_encoders(tmp_path, tmp_path)
     assert encoders.txt_length == 512
-    assert torch.equal(encoders.encode(PROMPTS).txt, expected(t5_state()))
+    assert torch.equal(encoders.encode(PROMPTS).txt, expected(t5_state(model())))
     ids = encoders.clip_ids(PROMPTS)
     reference = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
     with torch.no_grad():

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFWriter
+from rectiflux.benchmarks.reference.text import WORDS, save_text_encoders, tokenizer
 from rectiflux.flux_core.weights import load_text_encoders, read_weights
 from rectiflux.flux_core.weights.spiece import clip_from_files, t5_from_spiece
 from rectiflux.flux_core.weights.tokenizer import CLIP_ENCODER, T5_ENCODER, find_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, T5Tokenizer
-
-from ..text_reference import WORDS, save_text_encoders, tokenizer
 
 PIECES = [
     *(("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -1.5), ("▁r", -3.5), ("ed", -3.0)),

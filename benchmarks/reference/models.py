@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
-from rectiflux.flux_core.spec import Conditioning, FluxSpec
-from rectiflux.flux_core.transformer import FluxTransformer
-from rectiflux.flux_core.vae import SCALE, SHIFT, AutoEncoder, AutoEncoderSpec
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
+
+from ...flux_core.spec import Conditioning, FluxSpec
+from ...flux_core.transformer import FluxTransformer, position_ids
+from ...flux_core.vae import SCALE, SHIFT, AutoEncoder, AutoEncoderSpec
 
 SPEC = FluxSpec(64, 2, 2, 3, context_in=24, vec_in=20, guidance_embed=True)
 AE_SPEC = AutoEncoderSpec(ch=8, ch_mult=(1, 2, 2, 2), num_res_blocks=2)
@@ -113,10 +114,9 @@ def diffusers_state_dict(model: FluxTransformer) -> dict[str, Tensor]:
     return result
 
 
-def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
-    """diffusers' transformer with the weights of ours."""
-    spec = model.spec
-    reference = FluxTransformer2DModel(
+def diffusers_of_size(spec: FluxSpec) -> FluxTransformer2DModel:
+    """diffusers' transformer of these sizes, with weights of its own."""
+    model = FluxTransformer2DModel(
         in_channels=spec.in_channels,
         out_channels=spec.out_channels,
         num_layers=spec.depth,
@@ -128,8 +128,49 @@ def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
         guidance_embeds=spec.guidance_embed,
         axes_dims_rope=spec.axes_dim,
     )
+    return model.eval().requires_grad_(False)
+
+
+def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
+    """diffusers' transformer with the weights of ours."""
+    reference = diffusers_of_size(model.spec)
     reference.load_state_dict(diffusers_state_dict(model))
-    return reference.eval().requires_grad_(False)
+    return reference
+
+
+def diffusers_velocity(
+    reference: FluxTransformer2DModel, tokens: Tensor, prompt: Conditioning, sigma: float, h: int, w: int
+) -> Tensor:
+    """diffusers' answer to tokens of an h x w latent, computed in the dtype of its model."""
+    length, batch, dtype = prompt.txt.shape[1], tokens.shape[0], reference.dtype
+    ids = position_ids(length, h, w)
+    with torch.no_grad():
+        return reference(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=prompt.txt.to(dtype),
+            pooled_projections=prompt.pooled.to(dtype),
+            timestep=torch.full((batch,), sigma, dtype=dtype),
+            guidance=None if prompt.guidance is None else torch.full((batch,), prompt.guidance),
+            txt_ids=ids[:length],
+            img_ids=ids[length:],
+        ).sample
+
+
+def diffusers_pipeline(
+    transformer: FluxTransformer2DModel, autoencoder: AutoencoderKL, shifted: bool = True
+) -> FluxPipeline:
+    """diffusers' pipeline for prompts that are encoded already; `shifted` as [dev]'s, else as [schnell]'s."""
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shifted),
+        vae=autoencoder,
+        transformer=transformer,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def diffusers_autoencoder(model: AutoEncoder) -> AutoencoderKL:

@@ -1,4 +1,4 @@
-"""One transformer in every format that files have, with the numbers that each file stands for."""
+"""A model in every quantised format that files have, with the numbers that each file stands for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
-from rectiflux.flux_core.dequantise import BLOCK_TYPES
-from rectiflux.flux_core.transformer import FluxTransformer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..reference import flux_transformer
-from ..stored_reference import fp8, int8, nested_nf4, nf4
-from ..test_dequantise import QUANTISABLE, random_blocks
+from ...flux_core.dequantise import BLOCK_TYPES
+from ...flux_core.transformer import FluxTransformer
+from .models import flux_transformer
+from .stored import QUANTISABLE, fp8, int8, nested_nf4, nf4, random_blocks
 
 State = dict[str, Tensor]
 WIDE = {"hidden_size": 256, "depth": 1, "depth_single": 1, "context_in": 256, "vec_in": 256}
@@ -127,6 +126,13 @@ FORMS: dict[str, tuple[Callable[[Tensor], tuple[State, Tensor]], State, str]] = 
 """How a large weight is written, what else the file holds, the format that its metadata tells."""
 
 
+def blocks_like(weight: Tensor, kind: str, seed: int) -> np.ndarray:
+    """Random blocks of a type that stand for numbers as large as a weight's."""
+    rows, blocks, largest = weight.shape[0], weight.shape[1] // BLOCK_TYPES[kind].size, 1e-4
+    numbers = quants.dequantize(random_blocks(kind, rows, blocks, seed, largest), GGMLQuantizationType[kind])
+    return random_blocks(kind, rows, blocks, seed, largest * float(weight.std()) / float(numbers.std()))
+
+
 def gguf_numbers(state: State, path: Path, kind: str, architecture: str = "flux", **values: object) -> State:
     """Writes a GGUF file whose large weights are of a type, and gives the numbers it stands for.
 
@@ -137,9 +143,7 @@ def gguf_numbers(state: State, path: Path, kind: str, architecture: str = "flux"
         data, number = tensor.float().numpy(), GGMLQuantizationType.F32
         if large(name, tensor) and tensor.shape[1] % BLOCK_TYPES[kind].size == 0:
             number = GGMLQuantizationType[kind]
-            rows, width = tensor.shape
-            made = random_blocks(kind, rows, width // BLOCK_TYPES[kind].size, i, largest=1e-4)
-            data = quants.quantize(data, number) if kind in QUANTISABLE else made
+            data = quants.quantize(data, number) if kind in QUANTISABLE else blocks_like(tensor, kind, i)
             numbers[name] = torch.from_numpy(np.array(quants.dequantize(data.view(np.uint8), number)))
         writer.add_tensor(name, data, raw_dtype=number)
     for key, value in values.items():

@@ -1,12 +1,14 @@
-"""Weights of every stored form, and what each must be worth."""
+"""Weights of every stored form, and what each must be worth, which flux_core has no part in working out."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
-from rectiflux.flux_core.forms import Blocks, FourBit, Joined, Plain, Scaled, Stored
 from torch import Tensor
+
+from ...flux_core.dequantise import BLOCK_TYPES
+from ...flux_core.forms import Blocks, FourBit, Joined, Plain, Scaled, Stored
 
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -15,6 +17,37 @@ NF4 = [
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
 """The sixteen levels of NF4 (Dettmers et al., arXiv:2305.14314, appendix E)."""
+
+HALVES = {
+    **dict.fromkeys(("Q8_0", "Q5_0", "Q4_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q5_1", "Q4_1", "Q5_K", "Q4_K"), (0, 2)),
+    "Q6_K": (208,),
+    "Q3_K": (108,),
+    "Q2_K": (80, 82),
+}
+"""Where a block has its float16 scales: random bytes there could be no number."""
+
+QUANTISABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""What the package can make out of numbers; the other types it can only read."""
+
+
+def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0, largest: float = 0.1) -> np.ndarray:
+    """Bytes [rows, blocks * bytes], every bit random but for scales up to `largest`, a few of them zero."""
+    rng = np.random.default_rng(seed)
+    size = BLOCK_TYPES[kind].bytes
+    if kind in ("F32", "F16", "BF16"):
+        return packed(rng.standard_normal((rows, blocks)).astype(np.float32), kind)
+    data = rng.integers(0, 256, (rows * blocks, size), dtype=np.uint8)
+    for start in HALVES[kind]:
+        scale = rng.uniform(-largest, largest, (rows * blocks, 1)).astype(np.float16)
+        scale[::7] = 0
+        data[:, start : start + 2] = scale.view(np.uint8)
+    return data.reshape(rows, blocks * size)
+
+
+def packed(numbers: np.ndarray, kind: str) -> np.ndarray:
+    """Bytes of numbers, made by the package."""
+    return quants.quantize(numbers, GGMLQuantizationType[kind]).view(np.uint8)
 
 
 def weights(rows: int = 48, width: int = 64, seed: int = 0) -> Tensor:
@@ -37,7 +70,7 @@ def int8(weight: Tensor) -> tuple[Scaled, Tensor]:
 
 def gguf(weight: Tensor, kind: str = "Q4_0") -> tuple[Blocks, Tensor]:
     """The package's bytes and the package's floats."""
-    data = quants.quantize(weight.numpy(), GGMLQuantizationType[kind]).view(np.uint8)
+    data = packed(weight.numpy(), kind)
     numbers = quants.dequantize(data, GGMLQuantizationType[kind])
     return Blocks(torch.from_numpy(data), kind), torch.from_numpy(numbers)
 
@@ -60,13 +93,15 @@ def nested_nf4(weight: Tensor) -> tuple[FourBit, Tensor]:
     plain, _ = nf4(weight)
     offset = float(plain.absmax.mean())
     levels = torch.linspace(-1, 1, 256)
-    units = (plain.absmax - offset).view(-1, 8).abs().amax(dim=1)
-    relative = (plain.absmax - offset).view(-1, 8) / units[:, None]
-    numbers = (relative[..., None] - levels).abs().argmin(-1)
-    scales = (levels[numbers] * units[:, None] + offset).view(-1)
+    count = len(plain.absmax)
+    grouped = torch.cat([plain.absmax - offset, torch.zeros(-count % 8)]).view(-1, 8)
+    units = grouped.abs().amax(dim=1)
+    numbers = ((grouped / units[:, None])[..., None] - levels).abs().argmin(-1)
+    scales = (levels[numbers] * units[:, None] + offset).view(-1)[:count]
     halves = torch.cat([plain.packed >> 4, plain.packed & 15], dim=1).view(-1)
-    values = (plain.code[halves.long()].view(-1, 64) * scales[:, None]).view(weight.shape)
-    bytes_ = numbers.view(-1).to(torch.uint8)
+    spread = scales.repeat_interleave(64)[: len(halves)]
+    values = (plain.code[halves.long()] * spread).view(weight.shape)
+    bytes_ = numbers.view(-1)[:count].to(torch.uint8)
     shape = tuple(weight.shape)
     return FourBit(plain.packed, bytes_, plain.code, shape, 64, "nf4", units, levels, 8, offset), values
 
