@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rectiflux.benchmarks.reference.files import FORMS, gguf_numbers, quantised_safetensors
+from rectiflux.benchmarks.reference.models import diffusers_state_dict
 from rectiflux.flux_core.weights import load_transformer, read_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..flux_core.reference import diffusers_state_dict
-from ..flux_core.weights.formats import FORMS, gguf_numbers, quantised_safetensors
 from .tiny import NAMES, TXT_LENGTH, write_tokenizer
 
 PREFIXES = {

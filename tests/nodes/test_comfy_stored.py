@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from rectiflux.benchmarks.reference.stored import every_form, fp8, weights
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.flux_core.weights.source import WeightFile
 from rectiflux.nodes._comfy_stored import PatchedLinear, StoredWeight, keep_stored
 from rectiflux.nodes._comfy_text import comfy_reads
 from torch import Tensor, nn
-
-from ..flux_core.stored_reference import every_form, fp8, weights
 
 FORMS = every_form()
 BIAS = torch.linspace(-1, 1, 48)
