@@ -8,11 +8,12 @@
   vae.py           image <-> latent
   pipeline.py      all of these in eight numbered steps: text to image
   preview.py       a latent as a small picture, cheaply
+  sheet.py         pictures side by side, with labels
   weights/         files in, modules out
   lora/            LoRAs in, a model with them attached out
   stored.py        linear layers over weights as their file keeps them (forms.py, dequantise.py)
   flow/            the theory: paths, predictions, objectives, couplings, likelihoods
-  train/           how the miniature in models/ is made
+  train/           how the miniatures in models/ are made
 
 The five stages (conditioning, schedule, solver, transformer, vae) do not import each other: they meet in
 pipeline.py, by numbers and tensors. What `__all__` names is the public interface; the rest may change.

@@ -57,6 +57,13 @@ class Stored(ABC):
         """The same weight with its tensors elsewhere."""
         return replace(self, **tensors)
 
+    def to(self, device: torch.device) -> Stored:
+        """The same weight with its tensors on a device."""
+        if self.device == device:
+            return self
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
+        return self.with_tensors(moved)
+
     def rows(self, start: int, stop: int) -> Stored:
         """The weight's rows from `start` up to before `stop`."""
         return Plain(self.dense(torch.float32)[start:stop])

@@ -56,9 +56,16 @@ class StoredLinear(nn.Module):
         """The weight's numbers [out, in] in `dtype`, made anew."""
         return self.stored.dense(dtype)
 
+    def numbers_for(self, x: Tensor) -> Tensor:
+        """The weight [out, in] that x is multiplied by, in its dtype and where it is.
+
+        What is kept elsewhere is brought over for this once. A host that changes weights changes this.
+        """
+        return self.stored.to(x.device).dense(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dense_weight(x.dtype), bias)
+        bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
+        return F.linear(x, self.numbers_for(x), bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._form.label}, computed in {self.dtype}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -66,7 +65,7 @@ class StoredWeight(Tensor):
 
 
 class PatchedLinear(StoredLinear):
-    """A stored linear layer with ComfyUI's patches, wherever x is: what is kept elsewhere is brought over."""
+    """A stored linear layer with ComfyUI's patches."""
 
     def __init__(self, layer: StoredLinear) -> None:
         super().__init__(layer.stored, layer.bias, layer.dtype)
@@ -80,23 +79,16 @@ class PatchedLinear(StoredLinear):
         """Use these patches of ComfyUI's from now on, in place of those before."""
         self.key, self.patches = key, [(p[0], _at(p[1], self.device), *p[2:]) for p in patches]
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
-        return F.linear(x, self._numbers(x.device, x.dtype), bias)
-
-    def _numbers(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The patched weight; patches are merged in float32."""
-        stored = self.stored
-        if stored.device != device:
-            moved = {name: t.to(device, non_blocking=True) for name, t in stored.tensors().items()}
-            stored = stored.with_tensors(moved)
+    def numbers_for(self, x: Tensor) -> Tensor:
+        """The weight with its patches, which ComfyUI merges in float32."""
         if not self.patches:
-            return stored.dense(dtype)
+            return super().numbers_for(x)
         import comfy.lora
 
+        stored = self.stored.to(x.device)
         weight = stored.dense(torch.float32)
         weight = weight.clone() if isinstance(stored, Plain) else weight  # it is written into
-        return comfy.lora.calculate_weight(self.patches, weight, self.key).to(dtype)
+        return comfy.lora.calculate_weight(self.patches, weight, self.key).to(x.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight

@@ -32,6 +32,7 @@ HOST_SIDES = {
 COMFY = {
     "comfy",
     "comfy_api",
+    "comfy_execution",
     "comfy_extras",
     "execution",
     "folder_paths",

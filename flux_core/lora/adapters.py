@@ -13,6 +13,7 @@ each is a change of the base's weight, whatever else is attached, so that their 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -45,12 +46,12 @@ class Adapter(Protocol):
         ...
 
 
-class Additive:
+class Additive(ABC):
     """An adapter whose change does not depend on the base's weight."""
 
+    @abstractmethod
     def change(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The change [rows, in] at strength 1, computed in `dtype`."""
-        raise NotImplementedError
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.change(torch.float32).to(weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Solver:
+class Solver(ABC):
     """A method to follow a velocity: its name, and the order of its error in the step size."""
 
     name: str
@@ -56,11 +57,11 @@ class Solver:
         """Whether a run draws noise on its way, so that its path is no solution of the ODE."""
         return False
 
+    @abstractmethod
     def run(
         self, velocity: Velocity, x: Tensor, path: list[float], on_step: OnStep | None, noise: Noise | None
     ) -> Outcome:
         """The run that `integrate` asks for; `path` has been checked."""
-        raise NotImplementedError
 
     def evaluation_sigmas(self, sigmas: Tensor | Sequence[float]) -> list[float] | None:
         """Every sigma that `integrate` will ask the velocity for, in that order, repeats included.

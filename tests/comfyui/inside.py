@@ -5,6 +5,7 @@ python inside.py PACK MODEL LORA OUTPUT
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -33,8 +34,8 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     import comfy.model_management
     import comfy.sd
     import comfy.utils
-    import folder_paths  # noqa: F401, by it and by comfy.model_management the pack knows its host
 
+    importlib.import_module("folder_paths")  # by it and by comfy.model_management the pack knows its host
     ours, stored = load_pack(Path(pack))
     percents: list[int] = []
     comfy.utils.set_progress_bar_global_hook(lambda value, *_, **__: percents.append(value))

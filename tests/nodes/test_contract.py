@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 from pathlib import Path
 
@@ -109,33 +108,3 @@ def test_help_page_names_every_widget(node: type) -> None:
 def test_no_help_page_without_a_node() -> None:
     pages = {path.parent.name for path in (ROOT.parent / "web" / "docs").rglob("*.md")}
     assert pages == set(SHIPPED_IDS)
-
-
-HOST_FILES = {
-    "_host.py",
-    "_comfy.py",
-    "_comfy_lora.py",
-    "_comfy_modules.py",
-    "_comfy_sampling.py",
-    "_comfy_stored.py",
-    "_comfy_text.py",
-}
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
-def test_only_the_host_files_know_a_host(path: Path) -> None:
-    """Imports of either host anywhere in the file; and none at all when the file is imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    hosts = [node for node in ast.walk(tree) if imports_a_host(node)]
-    assert path.name in HOST_FILES or not hosts
-    assert not [node for node in tree.body if imports_a_host(node)]
-
-
-def imports_a_host(node: ast.AST) -> bool:
-    ours = {"comfy", "comfy_execution", "folder_paths", "latent_preview", "server", "nodes"}
-    if isinstance(node, ast.Import):
-        return any(alias.name.split(".")[0] in ours for alias in node.names)
-    if isinstance(node, ast.ImportFrom):
-        top = (node.module or "").split(".")[0]
-        return top in ours if node.level == 0 else node.level == 2 and top == "host"
-    return False

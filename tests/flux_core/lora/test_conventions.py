@@ -110,19 +110,25 @@ BFL_NAMED: dict[str, Case] = {
 }
 
 
+def assert_it_paints(
+    model: FluxTransformer, tensors: dict[str, Tensor], convention: str, expected: Tensor
+) -> None:
+    """A file of the convention, attached at strength 0.7, fits whole, and changes the picture to that."""
+    lora = read_lora(tensors, model.spec)
+    assert lora.convention.startswith(convention)
+    adapted, report = with_lora(model, [LoraUse(lora, 0.7)])
+    assert report.files[0].matched() == len(tensors) and not report.files[0].unmatched()
+    assert relative_error(paint(adapted), expected) < 1e-5
+    assert relative_error(paint(model), expected) > 1e-2
+
+
 @pytest.mark.parametrize("name", BFL_NAMED)
 def test_a_lora_named_after_bfls_layers(name: str) -> None:
     make, write, convention = BFL_NAMED[name]
     model = flux_transformer()
     changes = make(model)
-    tensors = write(changes)
-    lora = read_lora(tensors, model.spec)
-    assert lora.convention.startswith(convention)
-    adapted, report = with_lora(model, [LoraUse(lora, 0.7)])
-    assert report.files[0].matched() == len(tensors) and not report.files[0].unmatched()
     expected = paint(merged(model, changes, 0.7))
-    assert relative_error(paint(adapted), expected) < 1e-5
-    assert relative_error(paint(model), expected) > 1e-2
+    assert_it_paints(model, write(changes), convention, expected)
 
 
 def diffusers_changes(reference: FluxTransformer2DModel) -> list[Change]:
@@ -155,14 +161,8 @@ def test_a_lora_named_after_diffusers_layers_paints_what_diffusers_paints(name: 
     model = flux_transformer()
     reference = diffusers_transformer(model)
     changes = diffusers_changes(reference)
-    tensors = write(changes)
-    lora = read_lora(tensors, model.spec)
-    assert lora.convention.startswith(convention)
-    adapted, report = with_lora(model, [LoraUse(lora, 0.7)])
-    assert report.files[0].matched() == len(tensors) and not report.files[0].unmatched()
     expected = paint_in_diffusers(merged(reference, changes, 0.7))
-    assert relative_error(paint(adapted), expected) < 1e-5
-    assert relative_error(paint(model), expected) > 1e-2
+    assert_it_paints(model, write(changes), convention, expected)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
