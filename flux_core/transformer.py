@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from einops import rearrange
@@ -21,6 +21,7 @@ from .layers import (
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
+    Modulation,
     Rope,
     SingleStreamBlock,
     computing_dtype,
@@ -30,6 +31,11 @@ from .layers import (
     weight_count,
 )
 from .spec import Conditioning, FluxSpec
+
+if TYPE_CHECKING:
+    from .streaming import Streaming
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,12 @@ def position_ids(text_length: int, h: int, w: int) -> Tensor:
 
 
 class FluxTransformer(nn.Module):
-    """FLUX.1's velocity network (black-forest-labs/flux, src/flux/model.py: Flux), sized by `spec`."""
+    """FLUX.1's velocity network (black-forest-labs/flux, src/flux/model.py: Flux), sized by `spec`.
+
+    With `streaming` (flux_core.streaming.stream sets it) it may be larger than the memory.
+    """
+
+    streaming: Streaming | None = None
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
@@ -142,10 +153,11 @@ class FluxTransformer(nn.Module):
 
     def modulate(self, vec: Tensor) -> Modulations:
         """Modulations of every block for conditioning vectors [B, hidden]."""
-        double, single = self._stacks()
+        made = [modulation(vec) for modulation in self._near(self.modulations())]
+        double = 2 * len(self.double_blocks)
         return Modulations(
-            tuple((block.img_mod(vec), block.txt_mod(vec)) for block in double),
-            tuple(block.modulation(vec) for block in single),
+            tuple(zip(made[:double:2], made[1:double:2], strict=True)),
+            tuple(made[double:]),
             self.final_layer.modulate(vec),
         )
 
@@ -206,10 +218,7 @@ class FluxTransformer(nn.Module):
     def release_modulation(self) -> int:
         """Free the weights that only `prepare` needs; returns their number. `forward` still works."""
         parts: list[nn.Module | None] = [self.time_in, self.vector_in, self.guidance_in, self.txt_in]
-        double, single = self._stacks()
-        parts += [m for block in double for m in (block.img_mod, block.txt_mod)]
-        parts += [block.modulation for block in single]
-        parts.append(self.final_layer.adaLN_modulation)
+        parts += [*self.modulations(), self.final_layer.adaLN_modulation]
         freed = 0
         for part in parts:
             if part is not None:
@@ -217,12 +226,12 @@ class FluxTransformer(nn.Module):
                 part.to("meta")
         return freed
 
-    def _stacks(self) -> tuple[Iterable[DoubleStreamBlock], Iterable[SingleStreamBlock]]:
-        """The blocks under their own types, which a ModuleList does not tell."""
-        return (
-            cast("Iterable[DoubleStreamBlock]", self.double_blocks),
-            cast("Iterable[SingleStreamBlock]", self.single_blocks),
-        )
+    def modulations(self) -> list[Modulation]:
+        """The blocks' own: image's and text's of each double block, then the single blocks'."""
+        double = cast("Iterable[DoubleStreamBlock]", self.double_blocks)
+        single = cast("Iterable[SingleStreamBlock]", self.single_blocks)
+        pairs = [modulation for block in double for modulation in (block.img_mod, block.txt_mod)]
+        return pairs + [block.modulation for block in single]
 
     # What does
 
@@ -252,7 +261,8 @@ class FluxTransformer(nn.Module):
     def double_stream(self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope) -> Tensor:
         """The joint state [B, L + N, hidden], text first, after the double blocks."""
         img = self.img_in(tokens.to(self.dtype))
-        for block, (img_mod, txt_mod) in zip(self.double_blocks, modulations.double, strict=True):
+        blocks = self._near(list(self.double_blocks), then=list(self.single_blocks))
+        for block, (img_mod, txt_mod) in zip(blocks, modulations.double, strict=True):
             img, txt = block(img, txt, img_mod, txt_mod, rope)
         return torch.cat([txt, img], dim=1)
 
@@ -260,9 +270,14 @@ class FluxTransformer(nn.Module):
         self, x: Tensor, modulations: Modulations, rope: Rope, first: int = 0, stop: int | None = None
     ) -> Tensor:
         """The joint state [B, L + N, hidden] after the single blocks from `first` up to before `stop`."""
-        for block, mod in list(zip(self.single_blocks, modulations.single, strict=True))[first:stop]:
+        blocks = self._near(list(self.single_blocks)[first:stop], then=list(self.double_blocks))
+        for block, mod in zip(blocks, modulations.single[first:stop], strict=True):
             x = block(x, mod, rope)
         return x
+
+    def _near(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterable[Part]:
+        """The parts, each while its weights are where it computes; `then` come after them."""
+        return parts if self.streaming is None else self.streaming.each(parts, then)
 
 
 def _rows(stacked: Modulations, rows: slice) -> Modulations:

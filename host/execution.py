@@ -8,6 +8,7 @@ uint8} and "notice" {node_id, prompt_id, text}. They come from the thread that c
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -118,7 +119,8 @@ class Executor:
         run.tell("execution_cached", nodes=sorted(cached))
         executed: list[str] = []
         outputs: dict[str, dict[str, Any]] = {}
-        number = ""
+        number, full = "", False
+        failed: Result | None = None
         try:
             for number in needed:
                 if not self._is_kept(keys[number]):
@@ -140,10 +142,14 @@ class Executor:
         except Exception as error:  # a node of any author may raise anything; the host goes on
             found = self._explain(run, number, error)
             run.finish(number, "error")
+            failed, full = Result("error", outputs, executed, found), memory_is_full(error)
             run.tell("execution_error", **_error_event(run, found, executed))
-            return Result("error", outputs, executed, found)
         finally:
             self._prune(run.prompt, keys)
+        if failed is not None:
+            if full:  # only now that the error is gone, whose frames hold what the node had
+                self._make_room()
+            return failed
         run.tell("execution_success")
         return Result("success", outputs, executed)
 
@@ -201,6 +207,13 @@ class Executor:
         locate = self.registry.folders.locate
         return all(locate(image["filename"], image["subfolder"], image["type"]).is_file() for image in shown)
 
+    def _make_room(self) -> None:
+        """Drop all results, so that the next run has all the memory there is."""
+        self.forget()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _prune(self, prompt: Prompt, keys: dict[str, str]) -> None:
         """Drop results that this prompt has no use for; nodes that were not asked for now keep theirs."""
         current = set(keys.values())
@@ -212,9 +225,10 @@ class Executor:
         class_type = run.prompt[number]["class_type"]
         kind = type(error).__qualname__
         title = self.registry.title(class_type)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if memory_is_full(error):
             message = (
-                "the memory is full; choose a smaller picture, a smaller batch or a smaller weight_dtype"
+                "the memory is full; lower memory_limit where the model is loaded, or choose a smaller "
+                "picture or batch"
             )
             log.error("node %s (%s): %s", number, title, message)
             return NodeError(number, class_type, message, kind)
@@ -295,6 +309,12 @@ class _Run:
             "real_node_id": number,
         }
         self.tell("progress_state", nodes={key: dict(value) for key, value in self.states.items()})
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether an error means that memory, a device's or the machine's, could not be had."""
+    full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return full or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def context_check(stop: threading.Event) -> None:

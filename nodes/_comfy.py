@@ -19,6 +19,7 @@ from ..flux_core.layers import weight_count
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.spec import FluxSpec
 from ..flux_core.stored import make_dense
+from ..flux_core.streaming import limit_of
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ._comfy_lora import add_lora
 from ._comfy_modules import ComfyNetwork, VAEModule
@@ -53,8 +54,11 @@ def model_roots(folder: str) -> list[Path]:
 # Loading
 
 
-def load_model(path: Path, dtype: torch.dtype | None) -> Any:
-    """A ModelPatcher over comfy.model_base.Flux that holds our network."""
+def load_model(path: Path, dtype: torch.dtype | None, memory_limit: str) -> Any:
+    """A ModelPatcher over comfy.model_base.Flux that holds our network.
+
+    ComfyUI decides how much of it is on the device; with a limit other than auto, no more than that.
+    """
     import comfy.model_management as management
     import comfy.model_patcher
     import comfy.ops
@@ -77,12 +81,38 @@ def load_model(path: Path, dtype: torch.dtype | None) -> Any:
         model.latent_format.latent_rgb_factors_bias = factors.bias.tolist()
     management.archive_model_dtypes(model.diffusion_model)
     # the dynamic patcher, ComfyUI's usual one on a GPU, moves parameters one by one, which stored layers lack
-    kind = comfy.model_patcher.ModelPatcher if stored else comfy.model_patcher.CoreModelPatcher
+    limit = None if memory_limit == "auto" else limit_of(memory_limit, device)
+    if limit is not None:
+        kind = limited(limit)
+    elif stored:
+        kind = comfy.model_patcher.ModelPatcher
+    else:
+        kind = comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, device, management.unet_offload_device())
     follow(patcher)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.begin(p))
     patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.end())
     return patcher
+
+
+def limited(limit: int) -> Any:
+    """A ModelPatcher that never has more than `limit` bytes of weights on the device.
+
+    Layers beyond that stay behind and are copied over when they are used, as ComfyUI does when memory is low.
+    """
+    import comfy.model_patcher
+
+    class Limited(comfy.model_patcher.ModelPatcher):
+        """Its clones are limited, too."""
+
+        def load(
+            self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False
+        ) -> Any:
+            if self.model_size() > limit:
+                full_load, lowvram_model_memory = False, min(lowvram_model_memory or limit, limit)
+            return super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
+
+    return Limited
 
 
 def _config_for(spec: FluxSpec) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -65,11 +66,26 @@ class StoredWeight(Tensor):
 
 
 class PatchedLinear(StoredLinear):
-    """A stored linear layer with ComfyUI's patches."""
+    """A stored linear layer with ComfyUI's patches.
+
+    By `comfy_cast_weights` ComfyUI knows that it may stay off the device when memory is low: what is kept is
+    brought over, layer by layer, when it is used. Patches of its bias are then in `bias_function`; those of
+    its weight, which ComfyUI puts in `weight_function`, are in `patches` already.
+    """
+
+    comfy_cast_weights = False
 
     def __init__(self, layer: StoredLinear) -> None:
         super().__init__(layer.stored, layer.bias, layer.dtype)
         self.key, self.patches = "", []
+        self.weight_function: list[Any] = []
+        self.bias_function: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
+        for function in self.bias_function:
+            bias = function(None if bias is None else bias.clone())  # it is written into
+        return F.linear(x, self.numbers_for(x), bias)
 
     @property
     def weight(self) -> Tensor:

@@ -22,6 +22,7 @@ from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.solver import Report, Solver, Step
+from ..flux_core.streaming import limit_of
 from ..flux_core.transformer import FluxTransformer
 from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
@@ -91,15 +92,18 @@ def why_no_model(folder: str, name: str) -> str | None:
 # Loading
 
 
-def load_model(path: Path, weight_dtype: str) -> Any:
-    """A MODEL from a FLUX.1 transformer's file. Raises what flux_core.weights.load_transformer raises."""
+def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
+    """A MODEL from a FLUX.1 transformer's file, with at most so much of its weights on the device.
+
+    Raises what flux_core.weights.load_transformer raises.
+    """
     dtype = WEIGHT_DTYPES[weight_dtype]
     if (host := comfy()) is not None:
-        return host.load_model(path, dtype)
+        return host.load_model(path, dtype, memory_limit)
     device = _device()
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    network = load_transformer(path, dtype, device, _progress())
+    network = load_transformer(path, dtype, device, _progress(), limit_of(memory_limit, device))
     return EmbeddedModel(network, preview.from_metadata(read_metadata(path)))
 
 
@@ -119,9 +123,9 @@ def load_vae(path: Path) -> Any:
     return load_autoencoder(path, dtype, device, _progress())
 
 
-def load_checkpoint(path: Path, weight_dtype: str) -> tuple[Any, Any, Any]:
+def load_checkpoint(path: Path, weight_dtype: str, memory_limit: str) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE from an all-in-one file or a pipeline's folder. Raises what the three raise."""
-    model = load_model(path, weight_dtype)
+    model = load_model(path, weight_dtype, memory_limit)
     return model, load_text_encoders(path, path), load_vae(path)
 
 

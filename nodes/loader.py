@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..flux_core.streaming import LIMITS
 from ..flux_core.weights import describe
 from . import _host
 from ._models import prefer
@@ -14,6 +15,12 @@ DTYPE = (
     "Number format of the weights. auto: the file's own on a graphics card, fp32 on a CPU. bf16 and fp16 "
     "take half the memory of fp32. Quantised weights stay as they are, and are computed in this format."
 )
+LIMIT = (
+    "How much of the model stays in memory (on the graphics card, where there is one). Of a larger model "
+    "some blocks stay in the file, and come in just ahead of use: slower, but it runs. auto: what is free, "
+    "less room for the picture; under ComfyUI its own memory management. Lower it when the memory is full."
+)
+LIMIT_WIDGET = {"memory_limit": (list(LIMITS), {"default": "auto", "tooltip": LIMIT})}
 
 
 class ModelLoader:
@@ -47,7 +54,8 @@ class ModelLoader:
             "required": {
                 "model_name": (_host.list_models("diffusion_models"), {"tooltip": tooltip}),
                 "weight_dtype": (list(_host.WEIGHT_DTYPES), {"default": "auto", "tooltip": DTYPE}),
-            }
+            },
+            "optional": LIMIT_WIDGET,  # workflows were saved before it was there
         }
 
     @classmethod
@@ -55,9 +63,9 @@ class ModelLoader:
         wrong = _host.why_no_model("diffusion_models", model_name)
         return True if wrong is None else f"model_name: {wrong}"
 
-    def run(self, model_name, weight_dtype):
+    def run(self, model_name, weight_dtype, memory_limit="auto"):
         path = _host.model_path("diffusion_models", model_name)
-        return _host.load_model(path, weight_dtype), describe(path)
+        return _host.load_model(path, weight_dtype, memory_limit), describe(path)
 
 
 class TextEncoderLoader:
@@ -167,7 +175,8 @@ class CheckpointLoader:
             "required": {
                 "checkpoint_name": (_host.list_models("checkpoints"), {"tooltip": tooltip}),
                 "weight_dtype": (list(_host.WEIGHT_DTYPES), {"default": "auto", "tooltip": DTYPE}),
-            }
+            },
+            "optional": LIMIT_WIDGET,
         }
 
     @classmethod
@@ -175,9 +184,9 @@ class CheckpointLoader:
         wrong = _host.why_no_model("checkpoints", checkpoint_name)
         return True if wrong is None else f"checkpoint_name: {wrong}"
 
-    def run(self, checkpoint_name, weight_dtype):
+    def run(self, checkpoint_name, weight_dtype, memory_limit="auto"):
         path = _host.model_path("checkpoints", checkpoint_name)
-        return (*_host.load_checkpoint(path, weight_dtype), describe(path))
+        return (*_host.load_checkpoint(path, weight_dtype, memory_limit), describe(path))
 
 
 NODES = (ModelLoader, TextEncoderLoader, VAELoader, CheckpointLoader)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..spec import FluxSpec
+from ..streaming import stream
 from ..transformer import FluxTransformer
 from ..vae import AutoEncoder, AutoEncoderSpec
 from .diffusers import autoencoder_names, transformer_names
@@ -31,14 +32,17 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
+    limit: int | None = None,
 ) -> FluxTransformer:
     """FLUX.1 transformer from a file or folder of any format that is read, told by its content.
 
     BFL's or diffusers' names, alone or in an all-in-one checkpoint; safetensors or GGUF; shards in a folder.
     Its sizes are read off the tensors, its dtype is the file's unless `dtype` is given (`choose_dtype` tells
     what mixed and quantised files become). Quantised weights stay as they are, in `StoredLinear` layers.
-    `on_progress` hears bytes done and bytes in all. Raises what `read_weights` raises, and ValueError for
-    another kind of model, for missing or unknown tensors and for shapes that don't fit each other.
+    `on_progress` hears bytes done and bytes in all. With a `limit`, bytes of weights that may be kept on the
+    device, a larger model is streamed (flux_core.streaming). Raises what `read_weights` raises, and
+    ValueError for another kind of model, for missing or unknown tensors and for shapes that don't fit each
+    other.
     """
     file = read_weights(path, TRANSFORMER_PART)
     tensors = assemble(file)
@@ -47,7 +51,9 @@ def load_transformer(
     expect(tensors, TRANSFORMER, file.name)
     with sizes_of(file.name, TRANSFORMER, tensors), torch.device("meta"):
         model = FluxTransformer(_bounded(FluxSpec.from_state_dict(tensors)))
-    return fill(model, tensors, file.name, dtype, device, on_progress)
+    fits = limit is None or sum(tensor.nbytes for tensor in tensors.values()) <= limit
+    filled = fill(model, tensors, file.name, dtype, device if fits else "cpu", on_progress)
+    return stream(filled, device, limit)
 
 
 def _bounded(spec: FluxSpec) -> FluxSpec:

@@ -40,7 +40,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     percents: list[int] = []
     comfy.utils.set_progress_bar_global_hook(lambda value, *_, **__: percents.append(value))
     sys.modules["pack.nodes._report"].SHOWN_FROM = 1
-    patcher = ours.load_model(Path(model), None)
+    patcher = ours.load_model(Path(model), None, "auto")
     layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedLinear)}
     kept = {f"{n}.{k}": t.clone() for n, m in layers.items() for k, t in m.named_buffers()}
     addresses = {f"{n}.{k}": t.data_ptr() for n, m in layers.items() for k, t in m.named_buffers()}
@@ -84,6 +84,20 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     comfy.model_management.load_models_gpu([other])
     found["merged with itself"] = torch.allclose(layer(x), plain, atol=1e-5)
     other.detach()
+
+    cpu = torch.device("cpu")
+    limited = ours.limited(found["size"] // 2)(patcher.model, cpu, cpu)
+    comfy.model_management.load_models_gpu([limited])
+    found["within its limit"] = 0 < patcher.model.model_loaded_weight_memory <= found["size"] // 2
+    found["limited"] = torch.equal(layer(x), plain)
+    limited.detach()
+    none = ours.limited(1)(patcher.model, cpu, cpu).clone()
+    none.add_patches({f"{name}.bias": (torch.ones(layer.out_features),)})
+    comfy.model_management.load_models_gpu([none])
+    found["nothing loaded"] = patcher.model.model_loaded_weight_memory == 0 and len(layer.bias_function) == 1
+    found["its bias patched"] = torch.allclose(layer(x), plain + 1, atol=1e-5)
+    none.detach()
+    found["bias as before"] = torch.equal(layer(x), plain)
 
     state = {k: t.contiguous() for k, t in patcher.model_state_dict("diffusion_model.").items()}
     comfy.utils.save_torch_file(state, output)

@@ -77,6 +77,13 @@ def test_patches_come_and_go(seen: tuple[str, Path, Path, dict[str, Any]]) -> No
         assert found[what], what
 
 
+def test_a_memory_limit(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
+    """No more than the limit is on the device, and what is not is brought over with its patches."""
+    *_, found = seen
+    for what in ("within its limit", "limited", "nothing loaded", "its bias patched", "bias as before"):
+        assert found[what], what
+
+
 def test_what_is_saved_are_the_numbers(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
     _, dense, output, _ = seen
     expected, saved = read_state_dict(dense), read_state_dict(output)

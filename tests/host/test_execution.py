@@ -197,7 +197,9 @@ def test_a_bug_comes_with_its_traceback(
 def test_a_full_memory(executor: Executor, prompts: Any) -> None:
     result = run(executor, prompts.picture(9))
     assert result.error is not None
-    assert result.error.message.startswith("the memory is full; choose a smaller picture")
+    assert result.error.message.startswith("the memory is full; lower memory_limit where the model is loaded")
+    assert executor._kept == {}, "and all of it is there for the next run"
+    assert sorted(run(executor, prompts.picture()).executed) == ["1", "2", "3", "4", "5"]
 
 
 def test_interrupting_within_a_node_and_between_two(executor: Executor, prompts: Any) -> None:

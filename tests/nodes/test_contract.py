@@ -15,10 +15,10 @@ ROOT = Path(nodes.__file__).parent
 WIRES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "SIGMAS", "SAMPLER", "NOISE", "IMAGE"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN"}
 SHIPPED_IDS = {
-    "RectifluxModelLoader": ["model_name", "weight_dtype"],
+    "RectifluxModelLoader": ["model_name", "weight_dtype", "memory_limit"],
     "RectifluxTextEncoderLoader": ["clip_name", "t5_name"],
     "RectifluxVAELoader": ["vae_name"],
-    "RectifluxCheckpointLoader": ["checkpoint_name", "weight_dtype"],
+    "RectifluxCheckpointLoader": ["checkpoint_name", "weight_dtype", "memory_limit"],
     "RectifluxLora": ["lora_name", "strength_model", "strength_clip", "blocks"],
     "RectifluxTextEncode": ["prompt", "guidance", "clip_prompt", "t5_length"],
     "RectifluxNegativePrompt": ["negative_prompt"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,23 @@ def test_a_quantised_model_paints_what_its_numbers_paint(host: Folders, models: 
     shown = picture(model=model_node(name))
     assert torch.equal(shown, picture(model=model_node(dense)))
     assert shown.std() > 0.08 and not torch.equal(shown, picture())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system alone pages")
+@pytest.mark.parametrize("form", [None, "Q4_K"])
+def test_a_model_beyond_the_memory_paints_the_same(
+    host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch, form: str | None
+) -> None:
+    name = NAMES["diffusion_models"] if form is None else quantised(models, form)[0]
+    expected = picture(model=model_node(name))
+    asked: list[str] = []
+    monkeypatch.setattr(_host, "limit_of", lambda choice, device: asked.append(choice) or 0)
+    streamed = model_node(name)
+    streamed["inputs"]["memory_limit"] = "1 GB"
+    assert torch.equal(picture(model=streamed), expected)
+    model = call("RectifluxModelLoader", model_name=name, weight_dtype="auto")
+    assert asked == ["1 GB", "auto"], "which is what a workflow has that was saved before the widget came"
+    assert model.network.streaming is not None
 
 
 @pytest.mark.parametrize("write", [all_in_one, pipeline])

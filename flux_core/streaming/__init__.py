@@ -1,0 +1,15 @@
+"""A transformer that is larger than the memory: its blocks come in just ahead of use, and go again.
+
+With a limit for the weights some blocks stay near and the others are far. While one computes, the next far
+one is on its way; they are spread evenly between those that stay, so that there is computing to hide behind.
+Modulations, which are used once a run, are the first to be far (plan.py).
+
+How weights come near depends on where the model computes, and is a `Mover`: the pages of the mapped file on a
+CPU (paging.py), two buffers on a CUDA device, filled by a stream of their own (staging.py).
+"""
+
+from .memory import LIMITS, free_memory, limit_of
+from .parts import Mover, Streaming
+from .plan import stream
+
+__all__ = ["LIMITS", "Mover", "Streaming", "free_memory", "limit_of", "stream"]
