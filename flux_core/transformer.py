@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from einops import rearrange
@@ -32,10 +32,13 @@ from .layers import (
 )
 from .spec import Conditioning, FluxSpec
 
-if TYPE_CHECKING:
-    from .streaming import Streaming
-
 Part = TypeVar("Part", bound=nn.Module)
+
+
+class Streamer(Protocol):
+    """Hands out parts of the network in turn, each while its weights are where it computes."""
+
+    def each(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterator[Part]: ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class FluxTransformer(nn.Module):
     With `streaming` (flux_core.streaming.stream sets it) it may be larger than the memory.
     """
 
-    streaming: Streaming | None = None
+    streaming: Streamer | None = None
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()

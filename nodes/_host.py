@@ -22,12 +22,13 @@ from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.solver import Report, Solver, Step
-from ..flux_core.streaming import limit_of
+from ..flux_core.streaming import fits, limit_of
 from ..flux_core.transformer import FluxTransformer
 from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from . import _wires
+from ._memory import advice_when_full
 from ._models import PACK_MODELS, folders_for, names_in, path_of, why_not
 from ._report import Stopwatch, in_percent, report_text
 
@@ -108,10 +109,18 @@ def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
 
 
 def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
-    """A CLIP from the two text encoders' files. Raises what flux_core.weights.load_text_encoders raises."""
+    """A CLIP from the two text encoders' files. Raises what flux_core.weights.load_text_encoders raises.
+
+    In the embedded editor an encoder for which the graphics card has no room reads on the CPU.
+    """
     if (host := comfy()) is not None:
         return host.load_text_encoders(clip_path, t5_path)
-    return core_load_text_encoders(clip_path, t5_path, device=_device(), on_progress=_progress())
+    encoders = core_load_text_encoders(clip_path, t5_path, on_progress=_progress())
+    device = _device()
+    for encoder in (encoders.t5, encoders.clip):
+        if fits(encoder, device):
+            encoder.to(device)  # type: ignore[arg-type]  # transformers' own signature
+    return encoders
 
 
 def load_vae(path: Path) -> Any:
@@ -215,7 +224,8 @@ def sample(
     samples = _wires.raw_samples(latent)
     sigmas = _wires.checked_sigmas(sigmas)
     if (host := comfy()) is not None:
-        return host.sample(model, positive, negative, cfg_scale, noise, latent, sigmas, sampler)
+        with advice_when_full():
+            return host.sample(model, positive, negative, cfg_scale, noise, latent, sigmas, sampler)
     _expect(model, EmbeddedModel, "MODEL", "Load FLUX Model")
     _expect(sampler, Solver, "SAMPLER", "ODE Solver")
     start = _wires.model_space_start(samples, to_model_space)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 GIB = 1 << 30
 KEPT_FREE = 5 * GIB // 2
@@ -26,6 +27,12 @@ def limit_of(choice: str, device: torch.device | str) -> int | None:
         return int(choice.removesuffix(" GB")) * GIB
     free = free_memory(torch.device(device))
     return None if free is None else max(0, free - KEPT_FREE)
+
+
+def fits(model: nn.Module, device: torch.device | str) -> bool:
+    """Whether a device has room for a model's weights, and for pictures beside them."""
+    limit = limit_of("auto", device)
+    return limit is None or sum(t.nbytes for t in (*model.parameters(), *model.buffers())) <= limit
 
 
 def free_memory(device: torch.device) -> int | None:

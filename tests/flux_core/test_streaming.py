@@ -93,7 +93,7 @@ def test_what_fits_is_left_alone(tmp_path: Path) -> None:
 @linux
 def test_memory_of_no_file_is_never_given_back() -> None:
     model = stream(flux_transformer(), "cpu", 0)
-    assert model.streaming is not None
+    assert isinstance(model.streaming, Streaming)
     assert not any(model.streaming.mover.is_far(block) for block in model.double_blocks)
 
 
@@ -108,7 +108,7 @@ def test_pages_are_asked_for_one_part_ahead(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(paging, "_advise", advise)
     model = stream(load_transformer(file_of(flux_transformer(), tmp_path, "plain")), "cpu", 0)
-    assert model.streaming is not None
+    assert isinstance(model.streaming, Streaming)
     blocks = list(model.single_blocks)
     for block in model.streaming.each(blocks, then=list(model.double_blocks)):
         asked.append(("compute", blocks.index(block)))
@@ -186,7 +186,7 @@ def test_a_run_that_was_interrupted_leaves_the_next_one_right() -> None:
     expected = velocities(model)
     staged(model)
     originals = [tensor for *_, tensor in places(model)]
-    assert model.streaming is not None
+    assert isinstance(model.streaming, Streaming)
     walk: Iterator[nn.Module] = model.streaming.each(list(model.double_blocks))
     next(walk)
     next(walk)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rectiflux.flux_core.stored import StoredLinear
+from rectiflux.flux_core.streaming import memory
 from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.nodes import NODE_CLASS_MAPPINGS, _host, _report
@@ -133,6 +135,33 @@ def test_a_model_beyond_the_memory_paints_the_same(
     model = call("RectifluxModelLoader", model_name=name, weight_dtype="auto")
     assert asked == ["1 GB", "auto"], "which is what a workflow has that was saved before the widget came"
     assert model.network.streaming is not None
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_text_encoders_read_where_there_is_room(
+    host: Folders, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    """The meta device stands in for a graphics card."""
+    monkeypatch.setattr(_host, "_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(memory, "free_memory", lambda device: (10 << 30) if room else (1 << 30))
+    names = {"clip_name": NAMES["clip"], "t5_name": NAMES["t5"]}
+    clip = call("RectifluxTextEncoderLoader", **names)
+    expected = {"meta" if room else "cpu"}
+    assert {p.device.type for part in (clip.t5, clip.clip) for p in part.parameters()} == expected
+
+
+def test_a_full_graphics_card_is_told_with_the_widget(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*inputs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(_host, "comfy", lambda: SimpleNamespace(sample=full))
+    latent = {"samples": torch.zeros(1, 16, 4, 4)}
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        _host.sample(None, [], None, 1.0, None, latent, torch.tensor([1.0, 0.0]), None)
+    assert str(caught.value) == (
+        "CUDA out of memory. Tried to allocate 2 GiB; lower memory_limit at Load FLUX Model, or choose a "
+        "smaller picture or batch"
+    )
 
 
 @pytest.mark.parametrize("write", [all_in_one, pipeline])
