@@ -1,8 +1,8 @@
 """Weights that stay quantised under ComfyUI's ModelPatcher.
 
 ComfyUI patches weights in place: it would need the numbers of every layer that a LoRA changes. Here a layer
-keeps the codes of its file, and ComfyUI's patches are applied to the numbers that it makes when it is used:
-what is kept never changes, so that removing a LoRA has nothing to undo.
+keeps the codes of its file, and ComfyUI's patches are applied beside it, or to the numbers that it makes when
+it is used: what is kept never changes, so that removing a LoRA has nothing to undo.
 
 What ComfyUI sees of such a layer is a `weight` in the state dict, by which LoRA loaders find it, and no
 parameter, so that nothing is patched in place. What is relied on, as of ComfyUI 0.33: ModelPatcher.patches by
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..flux_core.forms import Plain
+from ..flux_core.lora.arithmetic import LowRankStack
+from ..flux_core.lora.terms import Terms
 from ..flux_core.stored import StoredLinear
 
 
@@ -66,7 +68,7 @@ class StoredWeight(Tensor):
 
 
 class PatchedLinear(StoredLinear):
-    """A stored linear layer with ComfyUI's patches.
+    """A stored linear layer with ComfyUI's patches: LoRAs beside it, all else merged at every use.
 
     By `comfy_cast_weights` ComfyUI knows that it may stay off the device when memory is low: what is kept is
     brought over, layer by layer, when it is used. Patches of its bias are then in `bias_function`; those of
@@ -78,6 +80,7 @@ class PatchedLinear(StoredLinear):
     def __init__(self, layer: StoredLinear) -> None:
         super().__init__(layer.stored, layer.bias, layer.dtype)
         self.key, self.patches = "", []
+        self.beside: LowRankStack | None = None
         self.weight_function: list[Any] = []
         self.bias_function: list[Any] = []
 
@@ -85,15 +88,25 @@ class PatchedLinear(StoredLinear):
         bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
         for function in self.bias_function:
             bias = function(None if bias is None else bias.clone())  # it is written into
-        return F.linear(x, self.numbers_for(x), bias)
+        y = F.linear(x, self.numbers_for(x), bias)
+        if self.beside is None:
+            return y
+        return self.beside.to(x.device)(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])).view(y.shape)
 
     @property
     def weight(self) -> Tensor:
         return StoredWeight(self)
 
     def patch(self, key: str, patches: list[Any]) -> None:
-        """Use these patches of ComfyUI's from now on, in place of those before."""
-        self.key, self.patches = key, [(p[0], _at(p[1], self.device), *p[2:]) for p in patches]
+        """Use these patches of ComfyUI's from now on, in place of those before.
+
+        Where all are plain LoRAs their two products are added beside the layer's own, which costs only these;
+        else the patches are merged into the numbers at every use.
+        """
+        self.key, self.patches = key, []
+        self.beside = low_rank(patches, self)
+        if self.beside is None:
+            self.patches = [(p[0], _at(p[1], self.device), *p[2:]) for p in patches]
 
     def numbers_for(self, x: Tensor) -> Tensor:
         """The weight with its patches, which ComfyUI merges in float32."""
@@ -110,6 +123,24 @@ class PatchedLinear(StoredLinear):
         destination[f"{prefix}weight"] = self.weight
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+def low_rank(patches: list[Any], layer: StoredLinear) -> LowRankStack | None:
+    """The products of plain LoRAs, on the layer's device; None where there are none, or any other patch."""
+    import comfy.weight_adapter
+
+    placed = []
+    for strength, value, strength_model, offset, function, *_ in patches:
+        if not isinstance(value, comfy.weight_adapter.LoRAAdapter):
+            return None
+        up, down, alpha, *others = value.weights
+        scaled = strength_model != 1.0 or function is not None or (offset is not None and offset[0] != 0)
+        if scaled or any(other is not None for other in others):
+            return None
+        scale = strength * (1.0 if alpha is None else float(alpha) / down.shape[0])
+        rows = (0, layer.out_features) if offset is None else (offset[1], offset[2])
+        placed.append((rows, Terms(((down.flatten(1).float(), scale * up.flatten(1).float()),))))
+    return LowRankStack(placed, layer.in_features, layer.dtype).to(layer.device) if placed else None
 
 
 def _at(value: Any, device: torch.device) -> Any:

@@ -65,7 +65,12 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     found["patches"] = sum(key in patched.patches for key in (f"{n}.weight" for n in layers))
     comfy.model_management.load_models_gpu([patched])
     merged = comfy.lora.calculate_weight(patched.patches[key], layer.dense_weight(torch.float32), key)
-    found["patched"] = torch.equal(layer(x), torch.nn.functional.linear(x, merged, layer.bias))
+    expected = torch.nn.functional.linear(x, merged, layer.bias)
+    found["patched"] = torch.allclose(layer(x), expected, atol=1e-5)
+    found["beside"] = layer.beside is not None and layer.patches == []
+    patched.add_patches({key: ("diff", (torch.zeros_like(merged),))})
+    comfy.model_management.load_models_gpu([patched])
+    found["merged"] = torch.equal(layer(x), expected) and layer.beside is None and len(layer.patches) == 2
     found["changed"] = not torch.equal(layer(x), plain)
     comfy.model_management.load_models_gpu([patcher])
     found["base after it"] = torch.equal(layer(x), plain)

@@ -73,7 +73,17 @@ def test_what_others_see_of_a_weight(seen: tuple[str, Path, Path, dict[str, Any]
 def test_patches_come_and_go(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
     *_, found = seen
     assert found["patches"] > 20
-    for what in ("patched", "changed", "base after it", "again", "detached", "kept", "merged with itself"):
+    for what in (
+        "patched",
+        "beside",
+        "merged",
+        "changed",
+        "base after it",
+        "again",
+        "detached",
+        "kept",
+        "merged with itself",
+    ):
         assert found[what], what
 
 
