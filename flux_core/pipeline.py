@@ -18,7 +18,7 @@ from .conditioning import TextEncoders
 from .schedule import make_sigmas
 from .solver import Report, Solver, Step, integrate, seeded_noise, solver_named
 from .spec import Conditioning, Velocity
-from .transformer import FluxTransformer, pack, unpack
+from .transformer import FluxTransformer, Memory, pack, unpack
 from .vae import AutoEncoder, to_vae_space
 
 LATENT_CHANNELS = 16
@@ -138,12 +138,14 @@ def sample(
     *,
     seed: int = 0,
     on_report: Callable[[Report], None] | None = None,
+    memory: Callable[[], Memory] | None = None,
 ) -> Tensor:
     """Latent [B, 16, h, w] in model space, started from `latent` noised to sigmas[0].
 
     `noise` and `latent` are [B, 16, h, w] in model space. `noise_mask` (any sides; [H, W], [B, H, W] or
     [B, 1, H, W]; 1 where the picture is to change) keeps the rest of `latent`. `seed`, as a rule that of
-    `noise`, gives what a stochastic solver draws on its way (see `seeded_noise`). Raises ValueError when
+    `noise`, gives what a stochastic solver draws on its way (see `seeded_noise`). `memory`: see
+    `guided_velocity`. Raises ValueError when
     shapes disagree or the sigmas do not start above 0, and what the solver raises.
     """
     if noise.shape != latent.shape:
@@ -154,7 +156,7 @@ def sample(
     noise, latent = noise.to(transformer.device), latent.to(transformer.device)
     batch, _, h, w = latent.shape
     asked = solver.evaluation_sigmas(sigmas)
-    velocity = guided_velocity(transformer, positive, negative, cfg_scale, asked, h, w, batch)
+    velocity = guided_velocity(transformer, positive, negative, cfg_scale, asked, h, w, batch, memory=memory)
     if noise_mask is not None:
         velocity = masked_velocity(velocity, latent_mask(noise_mask, latent), noise, latent)
     x = (1 - start) * latent + start * noise
@@ -171,6 +173,7 @@ def guided_velocity(
     w: int,
     batch: int,
     release: bool = False,
+    memory: Callable[[], Memory] | None = None,
 ) -> Velocity:
     """Velocity of latents [batch, 16, h, w] in model space, at the given sigmas only; with None, at any.
 
@@ -178,8 +181,9 @@ def guided_velocity(
     v_neg), with both halves in one batch; without `negative` or at scale 1 the positive half alone. Texts
     of different lengths or guidance, which cannot share a batch, go one after the other. A negative without
     a distilled guidance takes the positive's. `release` frees the modulation weights once they have been
-    used, which is now: the transformer serves this run and no other. Raises ValueError for a model with
-    extra input channels, a conditioning of another batch size, `release` without sigmas, and what
+    used, which is now: the transformer serves this run and no other. `memory` makes what each pass keeps of
+    its steps, so as to skip some (caching.py). Raises ValueError for a model with extra input channels, a
+    conditioning of another batch size, `release` without sigmas, and what
     `FluxTransformer.prepare` raises.
     """
     if release and sigmas is None:
@@ -199,12 +203,14 @@ def guided_velocity(
         texts.append(_for_batch(negative, batch))
     passes = _joined(texts, batch)
     prepared = [transformer.prepare(text, sigmas, h, w) for text in passes]
+    memories = [None if memory is None else memory() for _ in passes]
     if release:
         transformer.release_modulation()
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         tokens = pack(x).repeat(len(texts) // len(passes), 1, 1)
-        both = torch.cat([transformer(tokens, part, sigma) for part in prepared])
+        parts = zip(prepared, memories, strict=True)
+        both = torch.cat([transformer(tokens, part, sigma, kept) for part, kept in parts])
         v = unpack(both, h, w).to(x.dtype)
         if len(texts) == 1:
             return v

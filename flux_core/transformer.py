@@ -41,6 +41,14 @@ class Streamer(Protocol):
     def each(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterator[Part]: ...
 
 
+class Memory(Protocol):
+    """Knows from earlier steps what the blocks after the first add to the image (flux_core/caching.py)."""
+
+    def guess(self, sigma: float, change: Tensor) -> Tensor | None: ...
+
+    def keep(self, sigma: float, added: Tensor) -> None: ...
+
+
 @dataclass(frozen=True)
 class Modulations:
     """Shifts, scales, gates of one evaluation: (image, text) a double block, one a single block, the last."""
@@ -238,10 +246,13 @@ class FluxTransformer(nn.Module):
 
     # What does
 
-    def forward(self, tokens: Tensor, prepared: Prepared, sigma: float) -> Tensor:
+    def forward(
+        self, tokens: Tensor, prepared: Prepared, sigma: float, memory: Memory | None = None
+    ) -> Tensor:
         """Velocity [B, N, out_channels] of tokens [B, N, in_channels] at `sigma`.
 
-        Raises ValueError when `sigma` is none of those prepared.
+        With a memory only as many blocks are computed as it asks for. Raises ValueError when `sigma` is none
+        of those prepared.
         """
         try:
             modulations = prepared.modulations[float(sigma)]
@@ -250,6 +261,8 @@ class FluxTransformer(nn.Module):
                 f"sigma {sigma} was not prepared; pass every sigma that the solver asks for to prepare"
             ) from None
         txt = prepared.txt.expand(tokens.shape[0], -1, -1)
+        if memory is not None:
+            return self.blocks_unless_known(tokens, txt, modulations, prepared.rope, sigma, memory)
         return self.blocks(tokens, txt, modulations, prepared.rope)
 
     def blocks(self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope) -> Tensor:
@@ -261,13 +274,36 @@ class FluxTransformer(nn.Module):
         x = self.single_stream(x, modulations, rope)
         return self.final_layer(x[:, txt.shape[1] :], modulations.last)
 
+    def blocks_unless_known(
+        self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope, sigma: float, memory: Memory
+    ) -> Tensor:
+        """As `blocks`, but what the memory knows of the blocks after the first is not computed."""
+        length = txt.shape[1]
+        img = self.img_in(tokens.to(self.dtype))
+        first, txt = self._double(img, txt, modulations, rope, 0, 1)
+        added = memory.guess(sigma, first - img)
+        if added is not None:
+            return self.final_layer(first + added, modulations.last)
+        img, txt = self._double(first, txt, modulations, rope, 1, len(self.double_blocks))
+        x = self.single_stream(torch.cat([txt, img], dim=1), modulations, rope)[:, length:]
+        memory.keep(sigma, x - first)
+        return self.final_layer(x, modulations.last)
+
     def double_stream(self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope) -> Tensor:
         """The joint state [B, L + N, hidden], text first, after the double blocks."""
         img = self.img_in(tokens.to(self.dtype))
-        blocks = self._near(list(self.double_blocks), then=list(self.single_blocks))
-        for block, (img_mod, txt_mod) in zip(blocks, modulations.double, strict=True):
-            img, txt = block(img, txt, img_mod, txt_mod, rope)
+        img, txt = self._double(img, txt, modulations, rope, 0, len(self.double_blocks))
         return torch.cat([txt, img], dim=1)
+
+    def _double(
+        self, img: Tensor, txt: Tensor, modulations: Modulations, rope: Rope, first: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """img [B, N, hidden] and txt [B, L, hidden] after the double blocks from `first` up to `stop`."""
+        every = list(self.double_blocks)
+        blocks = self._near(every[first:stop], then=[*every[stop:], *self.single_blocks])
+        for block, (img_mod, txt_mod) in zip(blocks, modulations.double[first:stop], strict=True):
+            img, txt = block(img, txt, img_mod, txt_mod, rope)
+        return img, txt
 
     def single_stream(
         self, x: Tensor, modulations: Modulations, rope: Rope, first: int = 0, stop: int | None = None

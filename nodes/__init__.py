@@ -7,6 +7,7 @@
   noise.py          seed -> NOISE
   schedule.py       LATENT, steps -> SIGMAS
   solver.py         name, or a method's settings -> SAMPLER
+  caching.py        MODEL -> MODEL that skips steps
   sampler.py        all of these -> LATENT, report
   vae.py            LATENT -> IMAGE and back
   sheet.py          IMAGEs -> one IMAGE to compare them
@@ -21,7 +22,7 @@
 Only _host.py and the six _comfy files know a host. Node ids never change; titles may.
 """
 
-from . import conditioning, latent, loader, lora, noise, sampler, schedule, sheet, solver, vae
+from . import caching, conditioning, latent, loader, lora, noise, sampler, schedule, sheet, solver, vae
 
 NODES = (
     *loader.NODES,
@@ -31,6 +32,7 @@ NODES = (
     *noise.NODES,
     *schedule.NODES,
     *solver.NODES,
+    *caching.NODES,
     *sampler.NODES,
     *vae.NODES,
     *sheet.NODES,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flux_core import preview
+from ..flux_core.caching import Caching
 from ..flux_core.layers import weight_count
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.spec import FluxSpec
@@ -22,7 +23,7 @@ from ..flux_core.stored import make_dense
 from ..flux_core.streaming import limit_of
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ._comfy_lora import add_lora
-from ._comfy_modules import ComfyNetwork, VAEModule
+from ._comfy_modules import CACHING, ComfyNetwork, VAEModule
 from ._comfy_sampling import make_sampler, sample
 from ._comfy_stored import follow, keep_stored
 from ._comfy_text import encode_text, load_text_encoders, progress, t5_length
@@ -39,6 +40,7 @@ __all__ = [
     "model_roots",
     "sample",
     "t5_length",
+    "with_caching",
 ]
 
 # Files
@@ -154,6 +156,19 @@ def _use_comfy_layers(network: nn.Module, operations: Any) -> None:
                 )
                 ours.weight, ours.bias = layer.weight, layer.bias
                 setattr(parent, name, ours)
+
+
+def with_caching(model: Any, caching: Caching) -> Any:
+    """A clone of a MODEL that skips steps. Raises TypeError for a network that is not ours."""
+    network = model.model.diffusion_model
+    if not isinstance(network, ComfyNetwork):
+        raise TypeError(
+            "Step Cache needs a MODEL from Load FLUX Model, got one from another loader; connect Load FLUX "
+            "Model, or use ComfyUI's EasyCache"
+        )
+    clone = model.clone()
+    clone.model_options["transformer_options"][CACHING] = caching
+    return clone
 
 
 def load_vae(path: Path) -> Any:

@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flux_core.caching import BlockMemory, Caching
 from ..flux_core.conditioning import TextEncoders
 from ..flux_core.layers import Chunks, Rope, rope_table
 from ..flux_core.spec import FluxSpec
 from ..flux_core.transformer import FluxTransformer, Modulations, pack, position_ids, unpack
 from ..flux_core.vae import AutoEncoder
+
+CACHING = "rectiflux_caching"
+"""Under this name a MODEL's transformer options have its Caching."""
 
 
 @dataclass
@@ -33,9 +37,18 @@ class Prompt:
     guidance: Tensor | None
     txt: Tensor
     modulations: dict[float, Modulations] = field(default_factory=dict)
+    memory: BlockMemory | None = None
 
     def is_for(self, context: Tensor, pooled: Tensor, guidance: Tensor | None) -> bool:
         return _same(self.context, context) and _same(self.pooled, pooled) and _same(self.guidance, guidance)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A memory of earlier steps, and the sigma of this one."""
+
+    memory: BlockMemory
+    sigma: float
 
 
 class ComfyNetwork(nn.Module):
@@ -51,6 +64,8 @@ class ComfyNetwork(nn.Module):
         self._patcher: Any = None
         self._prompts: list[Prompt] = []
         self._ropes: dict[tuple[int, int, int], Rope] = {}
+        self.memories: list[BlockMemory] = []
+        """Those of the latest run."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,6 +79,7 @@ class ComfyNetwork(nn.Module):
         """A sampling run begins: its results may be kept from step to step."""
         self.end()
         self._patcher = patcher
+        self.memories = []
 
     def end(self) -> None:
         """The run is over: forget what was kept."""
@@ -122,7 +138,20 @@ class ComfyNetwork(nn.Module):
         modulations = self._modulations(prompt, timestep, options.get("sample_sigmas"))
         rope = self._rope(context.shape[1], h, w, x.device)
         tokens = network.img_in(pack(x))
-        return unpack(self._blocks(tokens, prompt.txt, modulations, rope, control or {}, options), h, w)
+        memory = None if control else self._memory(prompt, options.get(CACHING))
+        known = None if memory is None else Known(memory, float(timestep[0]))
+        return unpack(
+            self._blocks(tokens, prompt.txt, modulations, rope, control or {}, options, known), h, w
+        )
+
+    def _memory(self, prompt: Prompt, caching: Caching | None) -> BlockMemory | None:
+        """What is kept of the prompt's steps in this run, where steps are cached."""
+        if caching is None or self._patcher is None:
+            return None
+        if prompt.memory is None:
+            prompt.memory = caching.memory()
+            self.memories.append(prompt.memory)
+        return prompt.memory
 
     def _prompt(self, context: Tensor, pooled: Tensor, guidance: Tensor | None) -> Prompt:
         """The prompts of this call, text projected; from an earlier step when they are the same."""
@@ -181,9 +210,10 @@ class ComfyNetwork(nn.Module):
         rope: Rope,
         control: dict[str, list[Tensor | None]],
         options: dict[str, Any],
+        known: Known | None = None,
     ) -> Tensor:
         """Velocity tokens [B, N, 64]: FluxTransformer.blocks with ControlNets and replaced blocks."""
-        network = self._network[0]
+        network, before = self._network[0], img
         replaced = options.get("patches_replace", {}).get("dit", {})
         for i, (block, (img_mod, txt_mod)) in enumerate(
             zip(network.double_blocks, modulations.double, strict=True)
@@ -196,6 +226,11 @@ class ComfyNetwork(nn.Module):
             args = {"img": img, "txt": txt, "vec": (img_mod, txt_mod), "pe": rope}
             out = _call(double, replaced.get(("double_block", i)), args, options, i, "double")
             img, txt = _add(out["img"], control.get("input"), i), out["txt"]
+            if known is not None and i == 0:
+                before, change = img, img - before
+                added = known.memory.guess(known.sigma, change)
+                if added is not None:
+                    return network.final_layer(img + added, modulations.last)
         x, length = torch.cat([txt, img], dim=1), txt.shape[1]
         for i, (block, mod) in enumerate(zip(network.single_blocks, modulations.single, strict=True)):
 
@@ -205,7 +240,10 @@ class ComfyNetwork(nn.Module):
             args = {"img": x, "vec": mod, "pe": rope}
             x = _call(single, replaced.get(("single_block", i)), args, options, i, "single")["img"]
             x = _add(x, control.get("output"), i, length)
-        return network.final_layer(x[:, length:], modulations.last)
+        x = x[:, length:]
+        if known is not None:
+            known.memory.keep(known.sigma, x - before)
+        return network.final_layer(x, modulations.last)
 
 
 def _call(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.solver import Report, Solver, Step, integrate, seeded_noise
 from . import _wires
-from ._report import Stopwatch, report_text
+from ._report import Stopwatch, report_text, skipped
 
 
 def make_sampler(solver: Solver) -> Any:
@@ -94,7 +94,8 @@ def sample(
         seed=noise.seed,
     )
     report = told[0] if told else other_report(sampler, guider.evaluations, len(watch.seconds))
-    return samples.to(management.intermediate_device()), report_text(report, watch.seconds)
+    cached = skipped(getattr(model.model.diffusion_model, "memories", []))
+    return samples.to(management.intermediate_device()), report_text(report, watch.seconds, cached)
 
 
 def _guider(model: Any, positive: _wires.Entries, negative: _wires.Entries | None, cfg_scale: float) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..flux_core import preview
+from ..flux_core.caching import BlockMemory, Caching
 from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.pipeline import sample as core_sample
@@ -30,7 +31,7 @@ from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from . import _wires
 from ._memory import advice_when_full
 from ._models import PACK_MODELS, folders_for, names_in, path_of, why_not
-from ._report import Stopwatch, in_percent, report_text
+from ._report import Stopwatch, in_percent, report_text, skipped
 
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
@@ -44,10 +45,11 @@ T5_LENGTHS: dict[str, int | None] = {"auto": None, "512": 512, "256": 256, "128"
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A MODEL of the embedded editor: the network, and how its latents look as colours."""
+    """A MODEL of the embedded editor: the network, how its latents look as colours, which steps it skips."""
 
     network: FluxTransformer
     preview: preview.Factors | None = None
+    caching: Caching | None = None
 
 
 def comfy() -> ModuleType | None:
@@ -164,6 +166,14 @@ def add_lora(
     return replace(model, network=network), clip, report.checked().text()
 
 
+def with_caching(model: Any, caching: Caching) -> Any:
+    """The MODEL, skipping steps so from now on; the one that came in stays as it was."""
+    if (host := comfy()) is not None:
+        return host.with_caching(model, caching)
+    _expect(model, EmbeddedModel, "MODEL", "Load FLUX Model")
+    return replace(model, caching=caching)
+
+
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -231,6 +241,12 @@ def sample(
     start = _wires.model_space_start(samples, to_model_space)
     against = None if negative is None else _wires.core_conditioning(negative, "negative")
     told: list[Report] = []
+    memories: list[BlockMemory] = []
+
+    def memory() -> BlockMemory:
+        memories.append(model.caching.memory())
+        return memories[-1]
+
     watch = Stopwatch(_reporter(model.preview))
     result = core_sample(
         model.network,
@@ -245,11 +261,12 @@ def sample(
         latent.get("noise_mask"),
         seed=noise.seed,
         on_report=told.append,
+        memory=None if model.caching is None else memory,
     )
     # as ComfyUI hands on a path that stops early, so that samplers chain
     samples = to_vae_space(result / (1 - float(sigmas[-1]))).float().cpu()
     samples = _wires.checked_finite(samples, "the sampled values", "choose bf16 or fp32 as weight_dtype")
-    return samples, report_text(told[0], watch.seconds)
+    return samples, report_text(told[0], watch.seconds, skipped(memories))
 
 
 def _reporter(factors: preview.Factors | None) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..flux_core.caching import BlockMemory
 from ..flux_core.solver import Report
 
 SHOWN_FROM = 1 << 26
@@ -43,7 +44,16 @@ class Stopwatch:
         self._since = time.perf_counter()
 
 
-def report_text(report: Report, seconds: list[float]) -> str:
+def skipped(memories: Iterable[BlockMemory]) -> tuple[int, int] | None:
+    """How many evaluations a cache has skipped, and of how many; None without a cache."""
+    memories = list(memories)
+    if not memories:
+        return None
+    gone = sum(memory.skipped for memory in memories)
+    return gone, gone + sum(memory.computed for memory in memories)
+
+
+def report_text(report: Report, seconds: list[float], cached: tuple[int, int] | None = None) -> str:
     """A line for each figure; what a method does not give is said to be unknown."""
     steps, error, straightness = str(report.accepted), "unknown", "unknown"
     if report.rejected:
@@ -59,6 +69,8 @@ def report_text(report: Report, seconds: list[float]) -> str:
         f"estimated error: {error}",
         f"straightness of the path: {straightness}",
     ]
+    if cached is not None:
+        lines.insert(3, f"skipped by the step cache: {cached[0]} of {cached[1]} passes")
     if seconds:
         mean = sum(seconds) / len(seconds)
         lines.append(f"seconds a step: {mean:.3f} ({min(seconds):.3f} to {max(seconds):.3f})")

@@ -13,7 +13,8 @@ from rectiflux.host.workflow import read_document, to_prompt
 
 from ..nodes import graphs
 from .conftest import to_pixels
-from .server import PACK, ComfyServer
+from .pictures import stock_model
+from .server import PACK, ComfyServer, PromptFailed
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
@@ -58,6 +59,38 @@ def test_the_same_length_of_text_and_convention_of_noise(
     assert ("t5_length" in text) == (largest_difference(expected, usual) > 8)
     prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="length")
     assert largest_difference(comfy.pictures(prompt, "save"), expected) <= 1
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_the_step_cache_skips_the_same_steps(comfy: ComfyServer, embedded: Folders, cfg_scale: float) -> None:
+    """With a miniature that ships, whose steps are alike. With guidance both prompts are one batch."""
+    names = ["rectiflux-mini-dev", "rectiflux-mini-clip", "rectiflux-mini-t5", "rectiflux-mini-vae"]
+    files = graphs.loaders(*(f"{name}.safetensors" for name in names))
+    prompt = graphs.text_to_image(files, steps=16, cfg_scale=cfg_scale, width=128, height=128)
+    prompt["cache"] = graphs.node("RectifluxStepCache", model=["model", 0], method="forecast", threshold=0.2)
+    prompt["sample"]["inputs"]["model"] = ["cache", 0]
+    done: dict[str, tuple[Any, ...]] = {}
+    expected = to_pixels(graphs.run(prompt, "decode", done)[0])
+    prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="cached")
+    assert largest_difference(comfy.pictures(prompt, "save"), expected) <= 1
+    del prompt["save"]
+    prompt["text"] = graphs.node("PreviewAny", source=["sample", 1])
+    prompt["noise"]["inputs"]["seed"] += 1  # or ComfyUI would hand out the first run's report
+    graphs.run(prompt, "sample", done := {})
+    told = comfy.run(prompt)["text"]["text"][0].splitlines()[3]
+    assert told == done["sample"][1].splitlines()[3]
+    assert int(told.split()[5]) >= 1 and told.endswith(" of 16 passes")
+
+
+def test_the_step_cache_is_for_our_models(comfy: ComfyServer, files: graphs.Prompt) -> None:
+    prompt = stock_model(graphs.text_to_image(files))
+    prompt["cache"] = graphs.node("RectifluxStepCache", model=["model", 0], method="forecast", threshold=0.1)
+    prompt["sample"]["inputs"]["model"] = ["cache", 0]
+    prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="cached")
+    with pytest.raises(PromptFailed) as refused:
+        comfy.run(prompt)
+    message = refused.value.details["exception_message"]
+    assert message.startswith("Step Cache needs a MODEL from Load FLUX Model, got one from another loader")
 
 
 def test_inpainting_keeps_to_the_mask_alike(

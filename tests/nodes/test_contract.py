@@ -28,6 +28,7 @@ SHIPPED_IDS = {
     "RectifluxSolver": ["solver"],
     "RectifluxAdaptiveSolver": ["rtol", "atol", "max_evaluations"],
     "RectifluxStochasticSolver": ["eta"],
+    "RectifluxStepCache": ["method", "threshold"],
     "RectifluxSampler": ["cfg_scale"],
     "RectifluxVAEDecode": [],
     "RectifluxVAEEncode": [],
