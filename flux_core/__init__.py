@@ -12,6 +12,8 @@
   weights/         files in, modules out
   lora/            LoRAs in, a model with them attached out
   stored.py        linear layers over weights as their file keeps them (forms.py, dequantise.py)
+  streaming/       a model larger than the memory: blocks come in just ahead of use
+  caching.py       steps whose deeper blocks are forecast instead of computed
   flow/            the theory: paths, predictions, objectives, couplings, likelihoods
   train/           how the miniatures in models/ are made
 
