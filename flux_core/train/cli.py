@@ -214,7 +214,8 @@ def run_guidance(folder: Folder, args: argparse.Namespace) -> None:
 
 def run_pairs(folder: Folder, args: argparse.Namespace) -> None:
     teacher = read_transformer(folder.file("base")).to(device())
-    write_pairs(folder.file("pairs").parent, teacher, read_encoders(folder), args.pairs, seed=args.seed)
+    encoders = read_encoders(folder)
+    write_pairs(folder.file("pairs").parent, teacher, encoders, args.pairs, seed=args.seed, bf16=args.bf16)
 
 
 def run_reflow(folder: Folder, args: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ from .world import (
     told,
 )
 
-SHAPES_OF_PICTURES = ((128, 128, 0.7), (160, 112, 0.15), (112, 160, 0.15))
+SHAPES_OF_PICTURES = ((128, 128, 0.64), (160, 112, 0.18), (112, 160, 0.18))
 """Widths, heights and shares of the pictures: FLUX is trained on many aspect ratios of about one area."""
 TOKEN = 16
 """Pixels along the side of a token's square."""

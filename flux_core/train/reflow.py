@@ -65,11 +65,13 @@ def write_pairs(
     seed: int = 0,
     sampling: Sampling = TEACHER,
     batch: int = 64,
+    bf16: bool = False,
 ) -> None:
     """Write `count` pairs, noise and the picture that the teacher makes of it, to files of CHUNK in `folder`.
 
     Each file holds noise and latents [CHUNK, 16, h, w] in model space, float16, of one size of pictures, and
-    the captions. Files that exist are kept: a killed run goes on where it was.
+    the captions. Files that exist are kept: a killed run goes on where it was. With `bf16` the teacher
+    multiplies in bfloat16, which moves its pictures by 1.4 % of their spread.
     """
     empty = encoders.encode([""])
     line = ProgressLine(count)
@@ -83,9 +85,9 @@ def write_pairs(
             latents = []
             for start in range(0, CHUNK, batch):
                 text = encoders.encode(captions[start : start + batch])
-                latents.append(
-                    draw_latents(teacher, text, empty, sampling, noise[start : start + batch]).cpu()
-                )
+                with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
+                    drawn = draw_latents(teacher, text, empty, sampling, noise[start : start + batch])
+                latents.append(drawn.float().cpu())
             texts = torch.zeros(CHUNK, 256, dtype=torch.uint8)
             for row, text in zip(texts, captions, strict=True):
                 code = text.encode()[:256]

@@ -30,7 +30,7 @@ from .reflow import PairSet, fold_guidance, pseudo_huber
 from .text import random_caption
 
 STEPS = 4
-STARTS = (2, 1, 1, 1)
+STARTS = (3, 1, 1, 1)
 """How often, in proportion, a lesson begins at each of them: one step to a picture has only the first."""
 
 
@@ -40,7 +40,7 @@ class SchnellRecipe(Recipe):
 
     lr: float = 5e-4
     guidance: float = 3.5
-    pairs: float = 0.25
+    pairs: float = 1.0
     huber: float = 0.1
     critic_updates: int = 2
 

@@ -116,7 +116,7 @@ def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
     Raises ValueError for an unknown kind.
     """
     while True:
-        scene = _random_scene(rng, kind or rng.choices(("single", "pair", "count"), (0.38, 0.38, 0.24))[0])
+        scene = _random_scene(rng, kind or rng.choices(("single", "pair", "count"), (0.27, 0.56, 0.17))[0])
         if not scene.held_out():
             return scene
 

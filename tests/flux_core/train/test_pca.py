@@ -33,8 +33,11 @@ def test_the_encoder_is_its_linear_code(model: AutoEncoder, images: torch.Tensor
 
 @torch.no_grad()
 def test_latents_suit_the_transformer(model: AutoEncoder) -> None:
-    """Mean 0 and variance 1 in model space over the world, as FLUX.1's are over photographs."""
-    latents = to_model_space(encode_fast(draw_batch(150, random.Random(5)), linear_code(model)))
+    """Mean 0 and variance 1 in model space over the world, as FLUX.1's are over photographs.
+
+    The first number is about the brightness, whose mean over 900 pictures is known to 0.08.
+    """
+    latents = to_model_space(encode_fast(draw_batch(900, random.Random(5)), linear_code(model)))
     assert latents.square().mean().item() == pytest.approx(1.0, abs=0.1)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.25
 
