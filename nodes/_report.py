@@ -1,4 +1,4 @@
-"""What a run tells of itself: how far a load or decode is, seconds of its steps, FLUX Sampler's report as text."""
+"""What a run tells of itself: how far a load or decode is, the seconds of its steps, the report as text."""
 
 from __future__ import annotations
 
