@@ -5,7 +5,7 @@
   schedule.py      steps, number of image tokens -> sigmas
   solver/          velocity, sigmas -> the path from noise to picture
   transformer.py   tokens, prompt, sigma -> velocity (its parts are in layers.py)
-  vae.py           image <-> latent
+  vae.py           image <-> latent; tiling.py: in strips (strips.py), where memory is short
   pipeline.py      all of these in eight numbered steps: text to image
   preview.py       a latent as a small picture, cheaply
   sheet.py         pictures side by side, with labels

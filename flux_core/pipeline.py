@@ -18,6 +18,7 @@ from .conditioning import TextEncoders
 from .schedule import make_sigmas
 from .solver import Report, Solver, Step, integrate, seeded_noise, solver_named
 from .spec import Conditioning, Velocity
+from .tiling import decode
 from .transformer import FluxTransformer, Memory, pack, unpack
 from .vae import AutoEncoder, to_vae_space
 
@@ -86,8 +87,8 @@ def text_to_image(
     latent = integrate(
         method, velocity, start, sigmas, on_step, noise=seeded_noise(seed), on_report=on_report
     )
-    # 7. Decode, out of the transformer's scale.
-    image = models.autoencoder.decode(to_vae_space(latent).to(models.autoencoder.device))
+    # 7. Decode, out of the transformer's scale; in strips where there is no room for it in one piece.
+    image = decode(models.autoencoder, to_vae_space(latent).to(models.autoencoder.device))
     # 8. Keep within the range of a picture.
     return image.float().clamp(-1, 1)
 

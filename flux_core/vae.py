@@ -3,6 +3,9 @@
 Names are BFL's (black-forest-labs/flux, src/flux/modules/autoencoder.py). Images are [B, 3, H, W] in -1..1.
 Latents are [B, 16, h, w] and come in two scales: raw, as the autoencoder makes them and as node editors pass
 them about, and model space, where the transformer works: SCALE * (raw - SHIFT).
+
+Activations lie channels last in memory, where convolutions are fastest; shapes and values are as ever.
+`decode` and `encode` here take a picture in one piece; tiling.py does it in strips, within bounded memory.
 """
 
 from __future__ import annotations
@@ -86,6 +89,11 @@ def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
     return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
 
 
+def activated(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """SiLU of a normed activation, in one new tensor."""
+    return F.silu(norm(x), inplace=True)
+
+
 class ResnetBlock(nn.Module):
     """Two normed 3x3 convolutions around a shortcut."""
 
@@ -100,8 +108,8 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(activated(x, self.norm1))
+        return self.conv2(activated(h, self.norm2)).add_(self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -119,7 +127,7 @@ class AttnBlock(nn.Module):
         normed = self.norm(x)
         q, k, v = (rearrange(part(normed), "b c h w -> b 1 (h w) c") for part in (self.q, self.k, self.v))
         attn = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(attn, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        return self.proj_out(rearrange(attn, "b 1 (h w) c -> b c h w", h=x.shape[2])).add_(x)
 
 
 class Downsample(nn.Module):
@@ -134,14 +142,40 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the sides: nearest neighbours, then a convolution."""
+    """Double the sides: nearest neighbours, then a 3x3 convolution, in 4/9 of the arithmetic that this takes.
+
+    Of the 3 x 3 pixels under the kernel at most 2 x 2 differ, so the outputs of each parity are a convolution
+    of the small picture with a 2x2 kernel, whose weights are sums of the given ones.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, padding: int = 1) -> Tensor:
+        """[B, C, 2 h, 2 w] of [B, C, h, w]; with `padding` 0, x has a row more above and one more below."""
+        batch, channels, height, width = x.shape
+        height += 2 * padding - 2
+        out = torch.empty(batch, channels, 2 * height, 2 * width, dtype=x.dtype, device=x.device).contiguous(
+            memory_format=torch.channels_last
+        )
+        for (a, b), kernel in self.kernels().items():
+            part = F.conv2d(x, kernel, self.conv.bias, padding=(padding, 1))
+            out[:, :, a::2, b::2] = part[:, :, a : a + height, b : b + width]
+        return out
+
+    def kernels(self) -> dict[tuple[int, int], Tensor]:
+        """2x2 kernels [C, C, 2, 2] by the parity of row and column."""
+        # the rows (or columns) of the 3x3 kernel that meet the first and the second pixel, by parity
+        taps = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
+        weight = self.conv.weight.to(torch.promote_types(self.conv.weight.dtype, torch.float32))
+        return {
+            (a, b): torch.stack([weight[:, :, y, x].sum((2, 3)) for y in taps[a] for x in taps[b]], dim=-1)
+            .unflatten(-1, (2, 2))
+            .to(self.conv.weight.dtype)
+            for a in (0, 1)
+            for b in (0, 1)
+        }
 
 
 class Level(nn.Module):
@@ -154,6 +188,11 @@ class Level(nn.Module):
             self.downsample = resample
         elif resample is not None:
             self.upsample = resample
+
+    @property
+    def resample(self) -> Downsample | Upsample | None:
+        """The change to the next level, None at the last one."""
+        return getattr(self, "upsample", None) or getattr(self, "downsample", None)
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.children():
@@ -193,10 +232,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * spec.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(activated(self.mid(x), self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -221,10 +260,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(spec.ch * spec.ch_mult[0], spec.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(activated(x, self.norm_out))
 
 
 class AutoEncoder(nn.Module):
@@ -259,6 +298,19 @@ class AutoEncoder(nn.Module):
 
         Raises ValueError when a side is not a multiple of 16, or there are not 3 channels.
         """
+        self.check_image(image)
+        return self.posterior(image)[0]
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Images [B, 3, H, W], about -1..1 (not clamped), of raw latents [B, 16, h, w].
+
+        Raises ValueError when the latent has another number of channels.
+        """
+        self.check_latent(raw)
+        return self.decoder(raw.to(self.dtype))
+
+    def check_image(self, image: Tensor) -> None:
+        """Raises ValueError for an image that `encode` does not take."""
         channels, height, width = image.shape[1:]
         if channels != self.spec.in_channels:
             raise ValueError(
@@ -269,16 +321,11 @@ class AutoEncoder(nn.Module):
                 f"the image's sides must be multiples of {2 * self.factor} to be encoded, "
                 f"got {width}x{height}; resize or crop it first"
             )
-        return self.posterior(image)[0]
 
-    def decode(self, raw: Tensor) -> Tensor:
-        """Images [B, 3, H, W], about -1..1 (not clamped), of raw latents [B, 16, h, w].
-
-        Raises ValueError when the latent has another number of channels.
-        """
+    def check_latent(self, raw: Tensor) -> None:
+        """Raises ValueError for a latent that `decode` does not take."""
         if raw.shape[1] != self.spec.z_channels:
             raise ValueError(
                 f"this autoencoder decodes latents of {self.spec.z_channels} channels, got {raw.shape[1]}; "
                 "wire in a FLUX.1 latent"
             )
-        return self.decoder(raw.to(self.dtype))

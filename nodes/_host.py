@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flux_core import preview
+from ..flux_core import preview, tiling
 from ..flux_core.caching import BlockMemory, Caching
 from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
@@ -141,7 +141,7 @@ def load_checkpoint(path: Path, weight_dtype: str, memory_limit: str) -> tuple[A
 
 
 def _progress() -> Callable[[int, int], None]:
-    """What hears how many bytes are read, and shows it at the node; raises when the user interrupts."""
+    """What hears how much is read or computed, and shows it at the node; raises when the user interrupts."""
     from ..host import context
 
     return in_percent(context.progress)
@@ -282,21 +282,25 @@ def _reporter(factors: preview.Factors | None) -> Any:
 
 @torch.no_grad()
 def decode(vae: Any, samples: Tensor) -> Tensor:
-    """An IMAGE [B, H, W, 3] from raw samples."""
+    """An IMAGE [B, H, W, 3] from raw samples.
+
+    In the embedded editor a picture that would need too much memory is decoded in strips, with a bar.
+    """
     if (host := comfy()) is not None:
         return host.decode(vae, samples)
     _expect(vae, AutoEncoder, "VAE", "Load FLUX VAE")
-    image = vae.decode(samples.to(vae.device))
+    image = tiling.decode(vae, samples.to(vae.device), _progress())
     return _wires.from_core_image(_wires.checked_finite(image, "the colours", "load another VAE"))
 
 
 @torch.no_grad()
 def encode(vae: Any, image: Tensor) -> Tensor:
-    """Raw samples [B, 16, h, w], float32 on the CPU, from an IMAGE."""
+    """Raw samples [B, 16, h, w], float32 on the CPU, from an IMAGE; in strips as `decode`."""
     if (host := comfy()) is not None:
         return host.encode(vae, image)
     _expect(vae, AutoEncoder, "VAE", "Load FLUX VAE")
-    return vae.encode(_wires.to_core_image(image).to(vae.device)).float().cpu()
+    core_image = _wires.to_core_image(image).to(vae.device)
+    return tiling.encode(vae, core_image, _progress()).float().cpu()
 
 
 def _expect(value: Any, kind: type, wire: str, node: str) -> None:

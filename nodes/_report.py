@@ -1,4 +1,4 @@
-"""What a run tells of itself: how far a load is, the seconds of its steps, FLUX Sampler's report as text."""
+"""What a run tells of itself: how far a load or decode is, the seconds of its steps, the report as text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from ..flux_core.caching import BlockMemory
 from ..flux_core.solver import Report
 
 SHOWN_FROM = 1 << 26
-"""Bytes of a load from which on it has a bar; a smaller one is over before anyone could read it."""
+"""Bytes of a load from which on it has a bar; a smaller one is over before anyone could read it.
+
+Of computing, multiplications: as many are over sooner still.
+"""
 
 
 def in_percent(tell: Callable[[int, int], Any]) -> Callable[[int, int], None]:
-    """A listener to (bytes done, bytes in all) that tells a host (percent, 100), each percent once.
+    """A listener to (done, in all) that tells a host (percent, 100), each percent once.
 
-    Loads of less than SHOWN_FROM bytes are not told.
+    Less than SHOWN_FROM in all is not told.
     """
     told = -1
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import AE_SPEC, autoencoder, diffusers_autoencoder, relative_error
-from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec, to_model_space, to_vae_space
+from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec, Upsample, to_model_space, to_vae_space
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 16, 48), (1, 64, 16)])
@@ -22,6 +23,24 @@ def test_agrees_with_diffusers(batch: int, height: int, width: int) -> None:
     assert torch.equal(ours.encode(image), mean)
     latent = torch.randn(mean.shape, generator=generator)
     assert relative_error(ours.decode(latent), theirs.decode(latent).sample) < 1e-5
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (4, 2)])
+def test_upsampling_is_a_convolution_of_nearest_neighbours(height: int, width: int) -> None:
+    """The four 2x2 kernels give what the 3x3 kernel gives on the enlarged picture, and its gradients."""
+    layer = Upsample(6).double()
+    x = torch.randn(2, 6, height, width, dtype=torch.float64, requires_grad=True)
+    expected = layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    result = layer(x)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    wanted = torch.randn_like(expected)
+    inputs = (x, layer.conv.weight, layer.conv.bias)
+    for ours, theirs in zip(
+        torch.autograd.grad(result, inputs, wanted),
+        torch.autograd.grad(expected, inputs, wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_full_size_is_flux() -> None:

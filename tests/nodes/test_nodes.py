@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rectiflux import flux_core
+from rectiflux.flux_core import tiling
 from rectiflux.flux_core.pipeline import Models, text_to_image
 from rectiflux.flux_core.vae import to_model_space
 from rectiflux.host import context
@@ -189,6 +190,30 @@ def told(stop: bool = False) -> tuple[context.RunContext, list[Any]]:
     if stop:
         run.stop.set()
     return run, heard
+
+
+def test_a_picture_too_large_for_the_memory_is_coded_in_strips_with_a_bar(
+    embedded: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = call("RectifluxVAELoader", vae_name=NAMES["vae"])
+    image = torch.rand(1, 256, 256, 3, generator=torch.Generator().manual_seed(0))
+    encoded = call("RectifluxVAEEncode", image=image, vae=vae)["samples"]
+    decoded = call("RectifluxVAEDecode", samples={"samples": encoded}, vae=vae)
+    need = tiling.bytes_in_one_piece(vae, 256, 256)
+    monkeypatch.setattr(tiling, "LIMIT", need // 2)
+    for name, inputs, expected in (
+        ("RectifluxVAEEncode", {"image": image}, encoded),
+        ("RectifluxVAEDecode", {"samples": {"samples": encoded}}, decoded),
+    ):
+        run, heard = told()
+        with context.running(run):
+            result = call(name, vae=vae, **inputs)
+        result = result["samples"] if isinstance(result, dict) else result
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+        shown = [event[1:] for event in heard if event[0] == "progress"]
+        assert len(shown) > 10 and shown == sorted(shown) and shown[-1] == (100, 100)
+        with pytest.raises(context.Interrupted), context.running(told(stop=True)[0]):
+            call(name, vae=vae, **inputs)
 
 
 def test_the_sampler_tells_the_editor(embedded: Folders) -> None:
