@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .packed import PackedLinear
+from .packed import ReorderedLinear
 from .spec import FluxSpec
 from .stored import computing_dtype, device_of, weight_count
 
@@ -108,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         joint = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v
     else:
         joint = F.scaled_dot_product_attention(q, k, v)
-    return rearrange(joint, "b k l d -> b l (k d)")
+    return joint.transpose(1, 2).flatten(2)  # [B, L, K D], without einops: see queries_keys_values
 
 
 class MLPEmbedder(nn.Module):
@@ -158,10 +158,9 @@ def queries_keys_values(
         k = torch.cat([norm.key_norm(x[1]) for x, (_, norm) in zip(apart, streams, strict=True)], dim=2)
         return rotate(q, rope), rotate(k, rope), torch.cat([x[2] for x in apart], dim=2)
     qkv = first if len(streams) == 1 else torch.cat([qkv for qkv, _ in streams], dim=1)
-    x = rearrange(qkv, "b l (qkv k d) -> b l qkv k d", qkv=3, k=heads)
+    x = qkv.view(*qkv.shape[:2], 3, heads, -1)  # here without einops, which takes as long as the small model
     turned = _normed_and_turned(x[:, :, :2].float(), streams, rope).to(qkv.dtype)
-    q, k = rearrange(turned, "b l qk k d -> qk b k l d").unbind(0)
-    return q, k, rearrange(x[:, :, 2], "b l k d -> b k l d")
+    return turned[:, :, 0].transpose(1, 2), turned[:, :, 1].transpose(1, 2), x[:, :, 2].transpose(1, 2)
 
 
 def _normed_and_turned(qk: Tensor, streams: Sequence[tuple[Tensor, QKNorm]], rope: Rope) -> Tensor:
@@ -171,7 +170,7 @@ def _normed_and_turned(qk: Tensor, streams: Sequence[tuple[Tensor, QKNorm]], rop
     """
     dim = qk.shape[-1]
     length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
-    qk = qk / torch.hypot(length, length.new_tensor((dim * RMS_EPS) ** 0.5))
+    qk = qk * torch.hypot(length, length.new_tensor((dim * RMS_EPS) ** 0.5)).reciprocal_()
     start = 0
     for qkv, norm in streams:
         stop = start + qkv.shape[1]
@@ -179,7 +178,7 @@ def _normed_and_turned(qk: Tensor, streams: Sequence[tuple[Tensor, QKNorm]], rop
         qk[:, start:stop] *= scales[:, None]
         start = stop
     table = torch.complex(*rope)[:, 0, :, None, None, :, 0]
-    pairs = torch.view_as_complex(rearrange(qk, "b l qk k (d pair) -> b l qk k d pair", pair=2))
+    pairs = torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * table).flatten(-2)
 
 
@@ -214,12 +213,12 @@ def _mlp(hidden: int, mlp: int) -> nn.Sequential:
 def feed_forward(mlp: nn.Sequential, x: Tensor) -> Tensor:
     """What `mlp` gives, its GELU within the first layer where that layer can."""
     first, last = mlp[0], mlp[2]
-    return last(first.gelu(x)) if isinstance(first, PackedLinear) else mlp(x)
+    return last(first.gelu(x)) if isinstance(first, ReorderedLinear) else mlp(x)
 
 
 def gelu_behind(layer: nn.Module, x: Tensor, plain: int) -> tuple[Tensor, Tensor]:
     """A linear layer's first `plain` outputs as they are, and the rest through GELU."""
-    if isinstance(layer, PackedLinear) and layer.plain == plain:
+    if isinstance(layer, ReorderedLinear) and layer.plain == plain:
         return layer.plain_and_gelu(x)
     y = layer(x)
     return y[..., :plain], F.gelu(y[..., plain:], approximate="tanh")

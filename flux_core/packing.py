@@ -18,6 +18,8 @@ from .stored import StoredLinear, computing_dtype, device_of
 from .transformer import FluxTransformer
 
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = 1 << 16
+"""Numbers of a weight below which packing gains nothing: the call costs more than the order saves."""
 
 
 def pack_weights(model: FluxTransformer) -> int:
@@ -31,7 +33,9 @@ def pack_weights(model: FluxTransformer) -> int:
         return 0
 
     def packed(layer: nn.Linear | StoredLinear, plain: int | None) -> nn.Module | None:
-        if not isinstance(layer, nn.Linear) or not can_pack(device_of(layer), computing_dtype(layer)):
+        if not isinstance(layer, nn.Linear) or layer.weight.numel() < SMALL:
+            return None
+        if not can_pack(device_of(layer), computing_dtype(layer)):
             return None
         return PackedLinear(layer.weight, layer.bias, plain)
 
@@ -52,7 +56,7 @@ def quantise_to_int8(model: FluxTransformer) -> int:
 
     def quantised(layer: nn.Linear | StoredLinear, plain: int | None) -> nn.Module | None:
         numbers = _numbers(layer)
-        return None if numbers is None else Int8Linear(numbers, layer.bias)
+        return None if numbers is None else Int8Linear(numbers, layer.bias, plain)
 
     return _replace(model, quantised, ends=False)
 
