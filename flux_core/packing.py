@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .forms import Joined, Plain
 from .layers import Modulation, SingleStreamBlock
@@ -17,6 +17,7 @@ from .packed import Int8Linear, PackedLinear, can_pack
 from .stored import StoredLinear, computing_dtype, device_of
 from .transformer import FluxTransformer
 
+LINEAR = (nn.Linear, StoredLinear)
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = 1 << 16
 """Numbers of a weight below which packing gains nothing: the call costs more than the order saves."""
@@ -55,10 +56,22 @@ def quantise_to_int8(model: FluxTransformer) -> int:
         )
 
     def quantised(layer: nn.Linear | StoredLinear, plain: int | None) -> nn.Module | None:
-        numbers = _numbers(layer)
-        return None if numbers is None else Int8Linear(numbers, layer.bias, plain)
+        if not _can_quantise(layer):
+            return None
+        numbers = layer.weight if isinstance(layer, nn.Linear) else layer.dense_weight(layer.dtype)
+        return Int8Linear(numbers, layer.bias, plain)
 
     return _replace(model, quantised, ends=False)
+
+
+def int8_bytes(model: FluxTransformer) -> int:
+    """Bytes of weights that `quantise_to_int8` would leave: a code for each number of what it quantises."""
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    for _, _, layer in _layers(model, ends=False):
+        if _can_quantise(layer):
+            kept = layer.stored.nbytes if isinstance(layer, StoredLinear) else layer.weight.nbytes
+            held += layer.in_features * layer.out_features - kept
+    return held
 
 
 def _replace(
@@ -81,7 +94,7 @@ def _layers(model: FluxTransformer, ends: bool) -> Iterator[tuple[nn.Module, str
     """The linear layers of every step, each with the module that it is a child of."""
     if ends:
         for parent, name in ((model, "img_in"), (model.final_layer, "linear")):
-            if isinstance(layer := getattr(parent, name), nn.Linear | StoredLinear):
+            if isinstance(layer := getattr(parent, name), LINEAR):
                 yield parent, name, layer
     for block in [*model.double_blocks, *model.single_blocks]:
         yield from _inside(block)
@@ -89,19 +102,16 @@ def _layers(model: FluxTransformer, ends: bool) -> Iterator[tuple[nn.Module, str
 
 def _inside(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | StoredLinear]]:
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear | StoredLinear):
+        if isinstance(child, LINEAR):
             yield module, name, child
         elif not isinstance(child, Modulation):
             yield from _inside(child)
 
 
-def _numbers(layer: nn.Linear | StoredLinear) -> Tensor | None:
-    """A layer's weight in the dtype that it computes in; None where it is kept quantised or nowhere."""
-    if device_of(layer).type == "meta":
-        return None
+def _can_quantise(layer: nn.Linear | StoredLinear) -> bool:
+    """Whether a layer has numbers to quantise: is not kept quantised already, nor without memory."""
     if isinstance(layer, nn.Linear):
-        return layer.weight
+        return not layer.weight.is_meta
     stored = layer.stored
     parts = stored.parts if isinstance(stored, Joined) else (stored,)
-    kept = all(isinstance(part, Plain) and part.values.dtype in COMPUTABLE for part in parts)
-    return layer.dense_weight(layer.dtype) if kept else None
+    return all(isinstance(part, Plain) and part.values.dtype in COMPUTABLE for part in parts)
