@@ -12,6 +12,7 @@
   weights/         files in, modules out
   lora/            LoRAs in, a model with them attached out
   stored.py        linear layers over weights as their file keeps them (forms.py, dequantise.py)
+  packed.py        linear layers in the processor's order, exact or in int8 (packing.py: which of a model)
   flow/            the theory: paths, predictions, objectives, couplings, likelihoods
   train/           how the miniatures in models/ are made
 
