@@ -1,124 +1,155 @@
-"""Denoising here against diffusers: ratios of times from interleaved runs, within a minute.
+"""Ours against diffusers, and ComfyUI where COMFYUI_PATH names it: ratios of times, within ten minutes.
 
-    python3 run.py bench speed [--quick] [--seconds 50] [--threads 1] [--json FILE]
+    python3 run.py bench speed [--quick] [--cases miniature,full,int8,vae,pictures] [--seconds 120]
+                               [--threads N] [--clock wall|cpu] [--device cpu|cuda] [--models DIR]
+                               [--json FILE] [--record]
 
-Both sides run eagerly, on the CPU in float32, models of the same small sizes with random weights, Euler, no
-CFG. A run is everything that depends on the prompt or the step: here once `prepare` and then the steps; in
-diffusers, which computes text projection, rotary tables and modulations at each step, the steps. The two
-take turns, so that whatever else the machine does slows both. Nothing is asserted: a ratio above 1 means
-that flux_core is faster.
+Both sides run eagerly on the same weights, inputs and dtype, and take turns (ours, theirs, theirs, ours), so
+that whatever else the machine does slows both. Each comparison ends in a line
+
+  ratio CASE N     theirs over ours in time, a median over turns: above 1, ours is faster
+
+  miniature        8 steps at 128 px in fp32 with what depends on the prompt; theirs does that at each step
+  full-DTYPE-SIDE  a step of 1 double and 2 single blocks of FLUX.1's width, 512 text tokens, random weights;
+                   int8 against diffusers in bf16. What we do once a run is not in it, theirs does it again
+  int8             no times: what a layer loses in int8, on random and on outlier-heavy weights
+  vae-..., text-encode, whole-picture, load, first-picture     decode and encode in full width, the rest of
+                   the shipped miniature
+
+--clock cpu counts the seconds that this process computes: for one thread on a machine that others use. The
+GPU (--device cuda) is written for and was never measured. What is skipped is printed with the reason, and so
+are cases for which no time is left. --record appends the ratios to benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import datetime
+import importlib.metadata
 import time
-from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from ..flux_core.pipeline import guided_velocity
-from ..flux_core.schedule import make_sigmas
-from ..flux_core.spec import Conditioning, FluxSpec
-from ..flux_core.transformer import FluxTransformer, pack, position_ids, unpack
-from .reference.models import diffusers_of_size
-from .report import add_json, write_report
+from . import speed_blocks, speed_models
+from .report import add_json, machine, parser_of, positive, write_report
+from .speed_settings import Case, Settings, Skipped, Told
+from .turns import CLOCKS, Clock, Ratio
 
 NEEDS = "test"  # the part of run.py's environment that has diffusers
-SPEC = FluxSpec(256, 4, 2, 4, context_in=128, vec_in=64, guidance_embed=True)
-QUICK_SPEC = FluxSpec(64, 2, 1, 1, context_in=32, vec_in=16, guidance_embed=True)
-SIZES = ((8, 8), (16, 16), (32, 32))
-TEXT_LENGTH = 64
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+LIMIT = 500.0  # seconds after which no case begins
+COMPARISONS = 12  # about, that share the seconds of --seconds
+
+CASES: dict[str, Case] = {
+    "miniature": speed_blocks.miniature,
+    "full": speed_blocks.full_width,
+    "int8": speed_blocks.int8_error,
+    "vae": speed_models.autoencoder,
+    "pictures": speed_models.pictures,
+}
 
 
-def runs(spec: FluxSpec, h: int, w: int, steps: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One picture's denoising by us and by diffusers."""
-    ours, theirs = FluxTransformer(spec).eval(), diffusers_of_size(spec)
-    txt, pooled = torch.randn(1, TEXT_LENGTH, spec.context_in), torch.randn(1, spec.vec_in)
-    noise = torch.randn(1, 16, h, w)
-    sigmas = make_sigmas(steps, h * w // 4).tolist()
-    ids, guidance = position_ids(TEXT_LENGTH, h, w), torch.tensor([3.5])
-
-    def run_ours() -> torch.Tensor:
-        velocity = guided_velocity(ours, Conditioning(txt, pooled, 3.5), None, 1.0, sigmas[:-1], h, w, 1)
-        x = noise
-        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
-            x = x + (after - sigma) * velocity(x, sigma)
-        return x
-
-    def run_theirs() -> torch.Tensor:
-        x = pack(noise)
-        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
-            v = theirs(
-                hidden_states=x,
-                timestep=torch.tensor([sigma]),
-                guidance=guidance,
-                pooled_projections=pooled,
-                encoder_hidden_states=txt,
-                txt_ids=ids[:TEXT_LENGTH],
-                img_ids=ids[TEXT_LENGTH:],
-            ).sample
-            x = x + (after - sigma) * v
-        return unpack(x, h, w)
-
-    return run_ours, run_theirs
+def measured(names: list[str], settings: Settings) -> tuple[list[Ratio], list[Skipped], list[str]]:
+    """Ratios, what was skipped and what was told, each printed as it comes."""
+    ratios: list[Ratio] = []
+    skipped: list[Skipped] = []
+    told: list[str] = []
+    end = time.perf_counter() + LIMIT
+    for name in names:
+        if time.perf_counter() > end:
+            outcomes = iter([Skipped(name, f"{LIMIT:.0f} s are over")])
+        else:
+            outcomes = CASES[name](settings)
+        for outcome in outcomes:
+            if isinstance(outcome, Ratio):
+                ratios.append(outcome)
+                print(outcome.lines(), flush=True)
+            elif isinstance(outcome, Told):
+                told.append(outcome.line)
+                print(outcome.line, flush=True)
+            else:
+                skipped.append(outcome)
+                print(f"skipped {outcome.case}: {outcome.why}", flush=True)
+    return ratios, skipped, told
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def compare(spec: FluxSpec, h: int, w: int, steps: int, budget: float) -> dict[str, float]:
-    """Median ratio and its quartiles, from as many turns as the budget (seconds) allows; time a step."""
-    ours, theirs = runs(spec, h, w, steps)
-    seconds(ours), seconds(theirs)  # the first run of each pays for allocations
-    end = time.perf_counter() + budget
-    pairs: list[tuple[float, float]] = []
-    while len(pairs) < 3 or time.perf_counter() < end:
-        pairs.append((seconds(ours), seconds(theirs)))
-    low, middle, high = statistics.quantiles([their / our for our, their in pairs], n=4)
-    per_step = 1000 * statistics.median(our for our, _ in pairs) / steps
-    return {
-        "width": 8 * w,
-        "height": 8 * h,
-        "steps": steps,
-        "milliseconds_per_step": per_step,
-        "ratio": middle,
-        "ratio_low": low,
-        "ratio_high": high,
-        "turns": len(pairs),
-    }
-
-
-def line(row: dict[str, float]) -> str:
-    return (
-        f"{row['width']:4d} x {row['height']:<4d} {row['steps']:3d} steps  "
-        f"{row['milliseconds_per_step']:8.2f} ms/step  diffusers takes {row['ratio']:.2f} times as long "
-        f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['turns']} turns)"
+def entry(
+    ratios: list[Ratio], skipped: list[Skipped], told: list[str], settings: Settings, today: datetime.date
+) -> str:
+    """The section of RESULTS.md for one run."""
+    on = machine()
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "transformers")
     )
+    device = on["cuda"] if settings.device.type == "cuda" else f"{on['processor']}, {on['threads']} thread(s)"
+    lines = [
+        f"## {today.isoformat()}, {device}",
+        "",
+        f"torch {on['torch']}, {versions}, Python {on['python']}; {settings.clock.kind} clock",
+        "",
+        "| case | ratio | least to greatest | turns | ours, ms | theirs, ms | |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    lines += [
+        f"| {r.case} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {r.turns} | {1000 * r.ours:.1f} "
+        f"| {1000 * r.theirs:.1f} | {r.note} |"
+        for r in ratios
+    ]
+    if told:
+        lines += ["", *(f"- {line}" for line in told)]
+    if skipped:
+        lines += ["", *(f"- skipped {one.case}: {one.why}" for one in skipped)]
+    return "\n".join(lines) + "\n"
+
+
+def record(section: str, file: Path) -> None:
+    """Append a section to the file of results."""
+    head = "# Results of `bench speed`\n\nAppended by the script (`--record`): theirs over ours in time.\n"
+    before = file.read_text(encoding="utf-8") if file.exists() else head
+    file.write_text(f"{before.rstrip()}\n\n{section}", encoding="utf-8")
+
+
+def cases_of(text: str) -> list[str]:
+    """The names in a list with commas, for argparse."""
+    names = text.split(",")
+    for name in names:
+        if name not in CASES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CASES)}")
+    return names
 
 
 def main(argv: list[str]) -> int:
-    """Compare at every size, print a line for each; 0."""
-    parser = argparse.ArgumentParser(prog="run.py bench speed", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="tiny model and few steps: does it run at all?")
-    parser.add_argument("--seconds", type=float, default=50.0, help="time to spend (default 50)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    """Run the cases, print their ratios; 0."""
+    parser = parser_of("speed", __doc__)
+    parser.add_argument("--quick", action="store_true", help="small models, two turns: does it run at all?")
+    parser.add_argument("--cases", type=cases_of, default=list(CASES), help=f"of {', '.join(CASES)}; all")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for the turns of all cases (120)")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are (wall)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
+    parser.add_argument("--models", type=Path, default=ROOT / "models", help="folder of the miniatures")
+    parser.add_argument("--record", action="store_true", help="append the ratios to benchmarks/RESULTS.md")
     add_json(parser)
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, got none; leave it out to measure on the CPU")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    spec, steps, budget = (
-        (QUICK_SPEC, 2, 0.0) if arguments.quick else (SPEC, 8, arguments.seconds / len(SIZES))
-    )
-    print(f"torch {torch.__version__}, {arguments.threads} threads, {spec}")
-    rows: list[dict[str, float]] = []
+    clock = Clock(arguments.clock, torch.device(arguments.device))
+    budget = 0.0 if arguments.quick else arguments.seconds / COMPARISONS
+    settings = Settings(arguments.quick, budget, clock, arguments.models)
+    print(f"torch {torch.__version__}, {arguments.threads} thread(s), {arguments.clock} clock", flush=True)
     with torch.no_grad():
-        for h, w in SIZES:
-            rows.append(compare(spec, h, w, steps, budget))
-            print(line(rows[-1]), flush=True)
-    write_report(arguments, "speed", {"sizes": rows})
+        ratios, skipped, told = measured(arguments.cases, settings)
+    if arguments.record:
+        record(entry(ratios, skipped, told, settings, datetime.date.today()), RESULTS)
+    figures = {
+        "ratios": [asdict(ratio) for ratio in ratios],
+        "skipped": [asdict(one) for one in skipped],
+        "told": told,
+    }
+    write_report(arguments, "speed", figures)
     return 0

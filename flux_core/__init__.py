@@ -14,6 +14,7 @@
   stored.py        linear layers over weights as their file keeps them (forms.py, dequantise.py)
   streaming/       a model larger than the memory: blocks come in just ahead of use
   caching.py       steps whose deeper blocks are forecast instead of computed
+  packed.py        linear layers in the processor's order, exact or in int8 (packing.py: which of a model)
   flow/            the theory: paths, predictions, objectives, couplings, likelihoods
   train/           how the miniatures in models/ are made
 

@@ -8,12 +8,14 @@ neither depends on the image, and so neither belongs in the step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .packed import ReorderedLinear
 from .spec import FluxSpec
 from .stored import computing_dtype, device_of, weight_count
 
@@ -29,9 +31,12 @@ __all__ = [
     "SelfAttention",
     "SingleStreamBlock",
     "attention",
+    "feed_forward",
+    "gelu_behind",
     "computing_dtype",
     "device_of",
     "modulated_norm",
+    "queries_keys_values",
     "rope_table",
     "rotate",
     "sinusoidal_embedding",
@@ -40,6 +45,8 @@ __all__ = [
 
 Chunks = tuple[Tensor, ...]
 """Modulation of one stream in one block, each [B, 1, hidden]: (shift, 1 + scale, gate), once or twice."""
+
+RMS_EPS = 1e-6
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary angles, each [1, 1, L + N, D/2, 1], float32."""
@@ -101,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         joint = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v
     else:
         joint = F.scaled_dot_product_attention(q, k, v)
-    return rearrange(joint, "b k l d -> b l (k d)")
+    return joint.transpose(1, 2).flatten(2)  # [B, L, K D], without einops: see queries_keys_values
 
 
 class MLPEmbedder(nn.Module):
@@ -124,7 +131,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), eps=1e-6)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), eps=RMS_EPS)
 
 
 class QKNorm(nn.Module):
@@ -136,6 +143,45 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(dim)
 
 
+def queries_keys_values(
+    streams: Sequence[tuple[Tensor, QKNorm]], heads: int, rope: Rope
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed and turned queries and keys, and values, each [B, K, L, D], of streams one after the other.
+
+    A stream is its qkv [B, L, 3 K D] with its norms. On a CPU without gradients q and k of all streams are
+    normed and turned together, in float32: half the passes over memory.
+    """
+    first = streams[0][0]
+    if torch.compiler.is_compiling() or first.device.type != "cpu" or first.requires_grad:
+        apart = [rearrange(qkv, "b l (qkv k d) -> qkv b k l d", qkv=3, k=heads) for qkv, _ in streams]
+        q = torch.cat([norm.query_norm(x[0]) for x, (_, norm) in zip(apart, streams, strict=True)], dim=2)
+        k = torch.cat([norm.key_norm(x[1]) for x, (_, norm) in zip(apart, streams, strict=True)], dim=2)
+        return rotate(q, rope), rotate(k, rope), torch.cat([x[2] for x in apart], dim=2)
+    qkv = first if len(streams) == 1 else torch.cat([qkv for qkv, _ in streams], dim=1)
+    x = qkv.view(*qkv.shape[:2], 3, heads, -1)  # here without einops, which takes as long as the small model
+    turned = _normed_and_turned(x[:, :, :2].float(), streams, rope).to(qkv.dtype)
+    return turned[:, :, 0].transpose(1, 2), turned[:, :, 1].transpose(1, 2), x[:, :, 2].transpose(1, 2)
+
+
+def _normed_and_turned(qk: Tensor, streams: Sequence[tuple[Tensor, QKNorm]], rope: Rope) -> Tensor:
+    """Queries and keys [B, L, 2, K, D], float32, after norm and rotation.
+
+    x / sqrt(mean(x^2) + eps) is sqrt(D) x / hypot(|x|, sqrt(D eps)), and sqrt(D) goes with the scales.
+    """
+    dim = qk.shape[-1]
+    length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
+    qk = qk * torch.hypot(length, length.new_tensor((dim * RMS_EPS) ** 0.5)).reciprocal_()
+    start = 0
+    for qkv, norm in streams:
+        stop = start + qkv.shape[1]
+        scales = torch.stack([norm.query_norm.scale, norm.key_norm.scale]).float() * dim**0.5
+        qk[:, start:stop] *= scales[:, None]
+        start = stop
+    table = torch.complex(*rope)[:, 0, :, None, None, :, 0]
+    pairs = torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table).flatten(-2)
+
+
 class SelfAttention(nn.Module):
     """Weights of one stream's attention in a double block: fused qkv, norms, output projection."""
 
@@ -145,11 +191,6 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.norm = QKNorm(hidden // heads)
         self.proj = nn.Linear(hidden, hidden)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed queries and keys, and values, each [B, K, L, D]."""
-        q, k, v = rearrange(self.qkv(x), "b l (qkv k d) -> qkv b k l d", qkv=3, k=self.heads).unbind(0)
-        return self.norm.query_norm(q), self.norm.key_norm(k), v
 
 
 class Modulation(nn.Module):
@@ -167,6 +208,20 @@ class Modulation(nn.Module):
 
 def _mlp(hidden: int, mlp: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden))
+
+
+def feed_forward(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    """What `mlp` gives, its GELU within the first layer where that layer can."""
+    first, last = mlp[0], mlp[2]
+    return last(first.gelu(x)) if isinstance(first, ReorderedLinear) else mlp(x)
+
+
+def gelu_behind(layer: nn.Module, x: Tensor, plain: int) -> tuple[Tensor, Tensor]:
+    """A linear layer's first `plain` outputs as they are, and the rest through GELU."""
+    if isinstance(layer, ReorderedLinear) and layer.plain == plain:
+        return layer.plain_and_gelu(x)
+    y = layer(x)
+    return y[..., :plain], F.gelu(y[..., plain:], approximate="tanh")
 
 
 class DoubleStreamBlock(nn.Module):
@@ -188,15 +243,19 @@ class DoubleStreamBlock(nn.Module):
         """img [B, N, hidden] and txt [B, L, hidden] after attention and MLP; text stands before image."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
-        iq, ik, iv = self.img_attn.project(modulated_norm(img, img_shift1, img_scale1))
-        tq, tk, tv = self.txt_attn.project(modulated_norm(txt, txt_shift1, txt_scale1))
-        q, k = rotate(torch.cat([tq, iq], dim=2), rope), rotate(torch.cat([tk, ik], dim=2), rope)
-        joint = attention(q, k, torch.cat([tv, iv], dim=2))
+        img_qkv = self.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1))
+        txt_qkv = self.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1))
+        streams = [(txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm)]
+        joint = attention(*queries_keys_values(streams, self.img_attn.heads, rope))
         txt_attn, img_attn = joint.split([txt.shape[1], img.shape[1]], dim=1)
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
-        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
+        img = torch.addcmul(
+            img, img_gate2, feed_forward(self.img_mlp, modulated_norm(img, img_shift2, img_scale2))
+        )
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
-        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
+        txt = torch.addcmul(
+            txt, txt_gate2, feed_forward(self.txt_mlp, modulated_norm(txt, txt_shift2, txt_scale2))
+        )
         return img, txt
 
 
@@ -214,14 +273,9 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, mod: Chunks, rope: Rope) -> Tensor:
         """x [B, L + N, hidden] -> the same shape."""
         shift, scale, gate = mod
-        qkv, mlp = self.linear1(modulated_norm(x, shift, scale)).split(
-            [3 * x.shape[-1], self.mlp_size], dim=-1
-        )
-        q, k, v = rearrange(qkv, "b l (qkv k d) -> qkv b k l d", qkv=3, k=self.heads).unbind(0)
-        attn = attention(rotate(self.norm.query_norm(q), rope), rotate(self.norm.key_norm(k), rope), v)
-        return torch.addcmul(
-            x, gate, self.linear2(torch.cat([attn, F.gelu(mlp, approximate="tanh")], dim=-1))
-        )
+        qkv, mlp = gelu_behind(self.linear1, modulated_norm(x, shift, scale), 3 * x.shape[-1])
+        attn = attention(*queries_keys_values([(qkv, self.norm)], self.heads, rope))
+        return torch.addcmul(x, gate, self.linear2(torch.cat([attn, mlp], dim=-1)))
 
 
 class LastLayer(nn.Module):

@@ -1,10 +1,12 @@
-"""Linear layers whose weights stay in memory as their file has them, and become numbers when a layer is used.
+"""Linear layers whose weights are no parameters; those that stay in memory as their file has them.
 
 The forms themselves are in forms.py. Opening a file copies nothing, and each use makes one layer's numbers.
+Layers whose weights were reordered for the processor are in packed.py.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,37 @@ from torch import Tensor, nn
 from .forms import Stored
 
 
-class StoredLinear(nn.Module):
+class KeptLinear(nn.Module, ABC):
+    """A linear layer that keeps its weight in another form than a parameter."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self._dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        return self._dtype
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the weight is kept."""
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without memory (on the meta device), for code that asks for a layer's dtype and shape."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
+    @abstractmethod
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight's numbers [out, in] in `dtype`, made anew."""
+
+
+class StoredLinear(KeptLinear):
     """A linear layer whose weight stays as the file has it and becomes numbers when it is used.
 
     What is kept are buffers, which may alias the mapped file. The layer moves between devices as any other;
@@ -24,9 +56,7 @@ class StoredLinear(nn.Module):
     """
 
     def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = stored.shape
-        self._dtype = dtype
+        super().__init__(stored.shape[0], stored.shape[1], dtype)
         tensors = stored.tensors()
         self._form = stored.with_tensors({name: t.to("meta") for name, t in tensors.items()})
         for name, tensor in tensors.items():
@@ -39,21 +69,10 @@ class StoredLinear(nn.Module):
         return self._form.with_tensors({n: getattr(self, f"stored_{n}") for n in self._form.tensors()})
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype to compute in."""
-        return self._dtype
-
-    @property
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
-    @property
-    def weight(self) -> Tensor:
-        """A tensor without memory (on the meta device), for code that asks for a layer's dtype and shape."""
-        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
-
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight's numbers [out, in] in `dtype`, made anew."""
         return self.stored.dense(dtype)
 
     def numbers_for(self, x: Tensor) -> Tensor:
@@ -99,19 +118,19 @@ def make_dense(model: nn.Module, dtype: torch.dtype, only: str | None = None) ->
 
 
 def computing_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype that a linear layer, stored or of torch, computes in."""
-    return layer.dtype if isinstance(layer, StoredLinear) else _weight(layer).dtype
+    """The dtype that a linear layer, kept in any form, computes in."""
+    return layer.dtype if isinstance(layer, KeptLinear) else _weight(layer).dtype
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """The device that a linear layer, stored or of torch, is on."""
-    return layer.device if isinstance(layer, StoredLinear) else _weight(layer).device
+    """The device that a linear layer, kept in any form, is on."""
+    return layer.device if isinstance(layer, KeptLinear) else _weight(layer).device
 
 
 def weight_count(module: nn.Module) -> int:
-    """The numbers that a module holds, in parameters or stored; those on the meta device are none."""
+    """The numbers that a module holds, as parameters or otherwise; those on the meta device are none."""
     count = sum(p.numel() for p in module.parameters() if not p.is_meta)
-    layers = (layer for layer in module.modules() if isinstance(layer, StoredLinear))
+    layers = (layer for layer in module.modules() if isinstance(layer, KeptLinear))
     return count + sum(
         layer.in_features * layer.out_features for layer in layers if layer.device.type != "meta"
     )

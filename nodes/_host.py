@@ -21,9 +21,11 @@ from ..flux_core import preview, tiling
 from ..flux_core.caching import BlockMemory, Caching
 from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
+from ..flux_core.packed import can_pack
+from ..flux_core.packing import int8_bytes, pack_weights, quantise_to_int8
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.solver import Report, Solver, Step
-from ..flux_core.streaming import fits, limit_of
+from ..flux_core.streaming import GIB, fits, limit_of
 from ..flux_core.transformer import FluxTransformer
 from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
@@ -38,7 +40,9 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "int8": torch.bfloat16,
 }
+"""What the weights become, None for the file's own; int8 is multiplied as such, the rest computed in bf16."""
 
 T5_LENGTHS: dict[str, int | None] = {"auto": None, "512": 512, "256": 256, "128": 128, "prompt": OWN_LENGTH}
 
@@ -98,16 +102,46 @@ def why_no_model(folder: str, name: str) -> str | None:
 def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
     """A MODEL from a FLUX.1 transformer's file, with at most so much of its weights on the device.
 
-    Raises what flux_core.weights.load_transformer raises.
+    In the embedded editor what computes on a CPU is packed for it (flux_core.packing). Raises what
+    flux_core.weights.load_transformer raises, and ValueError where int8 cannot be.
     """
     dtype = WEIGHT_DTYPES[weight_dtype]
     if (host := comfy()) is not None:
+        if weight_dtype == "int8":
+            raise ValueError(
+                "weight_dtype int8 is for Rectiflux's own editor, this is ComfyUI; choose auto or bf16, or a "
+                "file that is quantised"
+            )
         return host.load_model(path, dtype, memory_limit)
     device = _device()
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
-    network = load_transformer(path, dtype, device, _progress(), limit_of(memory_limit, device))
+    if weight_dtype == "int8":
+        network = _in_int8(path, device, memory_limit)
+    else:
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
+        network = load_transformer(path, dtype, device, _progress(), limit_of(memory_limit, device))
+    if device.type == "cpu" and fits(network, device):  # else its weights stay pages of the file
+        pack_weights(network)
     return EmbeddedModel(network, preview.from_metadata(read_metadata(path)))
+
+
+def _in_int8(path: Path, device: torch.device, memory_limit: str) -> FluxTransformer:
+    """A network that multiplies in int8, once it is sure that it can and that there is room."""
+    if device.type != "cpu":
+        raise ValueError(
+            f"weight_dtype int8 is for models that compute on a CPU, this one would on {device.type}; "
+            "choose auto, or a file in fp8"
+        )
+    dtype = torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
+    network = load_transformer(path, dtype, device, _progress())
+    limit, needed = limit_of(memory_limit, device), int8_bytes(network)
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"in int8 the model takes {needed / GIB:.1f} GB, the memory limit is {limit / GIB:.1f} GB; raise "
+            "memory_limit, or choose auto as weight_dtype, which streams the model"
+        )
+    quantise_to_int8(network)
+    return network
 
 
 def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rectiflux.flux_core.packed import Int8Linear, PackedLinear
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.flux_core.streaming import memory
 from rectiflux.host import context
@@ -109,8 +110,16 @@ def test_names_are_checked_before_a_run(host: Folders, node: str) -> None:
 # Formats
 
 
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No packing, which rounds in another order: for models that must agree bit by bit."""
+    monkeypatch.setattr(_host, "pack_weights", lambda network: 0)
+
+
 @pytest.mark.parametrize("form", ["fp8 e4m3fn", "scale_weight", "int8 by rows", "NF4", "Q8_0", "Q4_K"])
-def test_a_quantised_model_paints_what_its_numbers_paint(host: Folders, models: Path, form: str) -> None:
+def test_a_quantised_model_paints_what_its_numbers_paint(
+    host: Folders, models: Path, form: str, unpacked: None
+) -> None:
     name, dense = quantised(models, form)
     assert name in _host.list_models("diffusion_models")
     model = call("RectifluxModelLoader", model_name=name, weight_dtype="auto")
@@ -123,7 +132,7 @@ def test_a_quantised_model_paints_what_its_numbers_paint(host: Folders, models: 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system alone pages")
 @pytest.mark.parametrize("form", [None, "Q4_K"])
 def test_a_model_beyond_the_memory_paints_the_same(
-    host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch, form: str | None
+    host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch, form: str | None, unpacked: None
 ) -> None:
     name = NAMES["diffusion_models"] if form is None else quantised(models, form)[0]
     expected = picture(model=model_node(name))
@@ -272,3 +281,45 @@ def test_broken_files_in_a_list_stay_one_sentence(host: Folders, models: Path) -
         call("RectifluxModelLoader", model_name="broken.gguf", weight_dtype="auto")
     with pytest.raises(ValueError, match="other.safetensors is of an unknown kind, not a FLUX.1 transformer"):
         call("RectifluxModelLoader", model_name="other.safetensors", weight_dtype="auto")
+
+
+# Packing and int8, on a CPU
+
+
+def test_a_model_that_fits_is_packed_and_paints_the_same(
+    host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 1e-5, the rounding of float32; one that does not fit stays pages of its file."""
+    name = quantised(models, "Q8_0")[1]  # wide enough to be packed, and dense
+    load = {"model_name": name, "weight_dtype": "fp32"}
+    packed = call("RectifluxModelLoader", **load)
+    assert sum(isinstance(layer, PackedLinear) for layer in packed.network.modules()) > 5
+    shown = picture(model=model_node(name))
+    monkeypatch.setattr(_host, "fits", lambda model, device: False)
+    plain = call("RectifluxModelLoader", **load)
+    assert not any(isinstance(layer, PackedLinear) for layer in plain.network.modules())
+    torch.testing.assert_close(picture(model=model_node(name)), shown, rtol=0, atol=1e-5)
+
+
+def test_int8_quantises_the_blocks(host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = quantised(models, "Q8_0")[1]
+    network = call("RectifluxModelLoader", model_name=name, weight_dtype="int8").network
+    blocks = [*network.double_blocks, *network.single_blocks]
+    count = sum(isinstance(layer, Int8Linear) for block in blocks for layer in block.modules())
+    assert count == 8 * len(network.double_blocks) + 2 * len(network.single_blocks)
+    assert not isinstance(network.img_in, Int8Linear)
+    node = model_node(name)
+    node["inputs"]["weight_dtype"] = "int8"
+    exact, shown = picture(model=model_node(name)), picture(model=node)
+    assert 0 < (exact - shown).abs().mean() < 0.02
+    monkeypatch.setattr(_host, "limit_of", lambda choice, device: 1 << 10)
+    with pytest.raises(
+        ValueError, match="GB, the memory limit is 0.0 GB; raise memory_limit, or choose auto"
+    ):
+        call("RectifluxModelLoader", model_name=name, weight_dtype="int8")
+    monkeypatch.setattr(_host, "_device", lambda: torch.device("cuda"))
+    with pytest.raises(ValueError, match="int8 is for models that compute on a CPU, this one would on cuda"):
+        call("RectifluxModelLoader", model_name=name, weight_dtype="int8")
+    monkeypatch.setattr(_host, "comfy", lambda: object())
+    with pytest.raises(ValueError, match="int8 is for Rectiflux's own editor, this is ComfyUI; choose auto"):
+        _host.load_model(models / name, "int8", "auto")

@@ -1,0 +1,263 @@
+"""Cases of `bench speed`: the transformer, small and in FLUX.1's width, against diffusers and ComfyUI."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..flux_core.packed import Int8Linear
+from ..flux_core.packing import pack_weights, quantise_to_int8
+from ..flux_core.pipeline import guided_velocity
+from ..flux_core.schedule import make_sigmas
+from ..flux_core.spec import Conditioning, FluxSpec
+from ..flux_core.transformer import FluxTransformer, pack, position_ids, unpack
+from ..flux_core.weights import load_transformer
+from .footprint import Watch, held
+from .reference.models import diffusers_of_size, diffusers_state_dict
+from .speed_settings import Outcome, Settings, Skipped, Told
+from .turns import Run, compare
+
+FULL = FluxSpec(3072, 24, 1, 2, context_in=4096, vec_in=768, guidance_embed=True)
+QUICK = FluxSpec(128, 1, 1, 2, context_in=64, vec_in=32, guidance_embed=True)
+GUIDANCE = 4.0  # 1000 times it is a whole number in bfloat16, to which diffusers rounds it
+SIGMA = 0.5
+MINIATURE = Path("diffusion_models") / "rectiflux-mini-dev.safetensors"
+
+
+def random_model(spec: FluxSpec, dtype: torch.dtype, device: torch.device) -> FluxTransformer:
+    """A transformer with random weights of a trained network's size."""
+    with torch.device("meta"):
+        model = FluxTransformer(spec)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter.shape[1] ** -0.5)
+        else:
+            parameter.fill_(1.0) if name.endswith("scale") else parameter.normal_(0, 0.02)
+    return model
+
+
+def diffusers_twin(model: FluxTransformer) -> nn.Module:
+    """diffusers' transformer with the same weights, each held once more."""
+    with torch.device("meta"):
+        twin = diffusers_of_size(model.spec)
+    twin.load_state_dict(diffusers_state_dict(model), assign=True)
+    return twin.requires_grad_(False).eval()
+
+
+class Inputs:
+    """A prompt and a noise, drawn for a model."""
+
+    def __init__(self, model: FluxTransformer, side: int, length: int, settings: Settings) -> None:
+        spec, dtype, device = model.spec, model.dtype, settings.device
+        self.h = self.w = side // 8
+        txt = torch.randn(1, length, spec.context_in, device=device, dtype=dtype)
+        pooled = torch.randn(1, spec.vec_in, device=device, dtype=dtype)
+        self.prompt = Conditioning(txt, pooled, GUIDANCE)
+        self.noise = torch.randn(1, 16, self.h, self.w, device=device, dtype=dtype)
+        self.ids = position_ids(length, self.h, self.w).to(device)
+
+    def our_step(self, model: FluxTransformer) -> Run:
+        prepared, tokens = model.prepare(self.prompt, [SIGMA], self.h, self.w), pack(self.noise)
+        return lambda: model(tokens, prepared, SIGMA)
+
+    def their_velocity(self, model: Any, tokens: Tensor, sigma: float) -> Tensor:
+        length = self.prompt.txt.shape[1]
+        return model(
+            hidden_states=tokens,
+            timestep=torch.tensor([sigma], device=tokens.device, dtype=tokens.dtype),
+            guidance=torch.tensor([GUIDANCE], device=tokens.device),
+            pooled_projections=self.prompt.pooled,
+            encoder_hidden_states=self.prompt.txt,
+            txt_ids=self.ids[:length],
+            img_ids=self.ids[length:],
+            return_dict=False,
+        )[0]
+
+    def their_step(self, model: nn.Module) -> Run:
+        tokens = pack(self.noise)
+        return lambda: self.their_velocity(model, tokens, SIGMA)
+
+    def comfy_step(self, model: Any) -> Run:
+        device = self.noise.device
+        sigma, guidance = torch.tensor([SIGMA], device=device), torch.tensor([GUIDANCE], device=device)
+        txt, pooled = self.prompt.txt, self.prompt.pooled
+        return lambda: model(self.noise, sigma, txt, pooled, guidance, transformer_options={})
+
+
+def miniature(settings: Settings) -> Iterator[Outcome]:
+    """Eight steps of the shipped miniature at 128 px, with all that depends on the prompt."""
+    file = settings.models / MINIATURE
+    if not file.is_file():
+        yield Skipped("miniature", f"there is no {file}")
+        return
+    model = load_transformer(file, torch.float32, settings.device)
+    twin = diffusers_twin(model)
+    pack_weights(model)
+    inputs = Inputs(model, 128, 32, settings)
+    sigmas = make_sigmas(2 if settings.quick else 8, inputs.h * inputs.w // 4).tolist()
+    steps = list(zip(sigmas[:-1], sigmas[1:], strict=True))
+
+    def ours() -> Tensor:
+        velocity = guided_velocity(model, inputs.prompt, None, 1.0, sigmas[:-1], inputs.h, inputs.w, 1)
+        x = inputs.noise
+        for sigma, after in steps:
+            x = x + (after - sigma) * velocity(x, sigma)
+        return x
+
+    def theirs() -> Tensor:
+        x = pack(inputs.noise)
+        for sigma, after in steps:
+            x = x + (after - sigma) * inputs.their_velocity(twin, x, sigma)
+        return unpack(x, inputs.h, inputs.w)
+
+    yield Told(f"miniature: largest difference {_difference(ours(), theirs()):.1e} of the largest value")
+    yield compare("miniature", ours, theirs, settings.clock, settings.budget)
+    yield from _against_comfy("miniature", model, inputs, settings)
+
+
+def full_width(settings: Settings) -> Iterator[Outcome]:
+    """A step of 1 double and 2 single blocks, 512 text tokens, at 256 and 512 px: fp32, bf16, int8."""
+    spec, sides = (QUICK, (64,)) if settings.quick else (FULL, (256, 512))
+    length = 16 if settings.quick else 512
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        model = random_model(spec, dtype, settings.device)
+        twin = diffusers_twin(model)
+        with Watch() as watch:
+            before = held().anonymous
+            pack_weights(model)
+        held_bytes = sum(t.nbytes for t in twin.parameters())
+        more = watch.most.anonymous - before
+        yield Told(
+            f"full-{name}: packing {held_bytes / 1e9:.2f} GB took {more / 1e9:.2f} GB more at its peak"
+        )
+        for side in sides:
+            inputs = Inputs(model, side, length, settings)
+            run, theirs, case = inputs.our_step(model), inputs.their_step(twin), f"full-{name}-{side}"
+            yield Told(f"{case}: largest difference {_difference(run(), theirs()):.1e} of the largest value")
+            yield compare(case, run, theirs, settings.clock, settings.budget)
+            yield from _against_comfy(case, model, inputs, settings)
+        if name == "bf16":
+            yield from _int8(model, twin, sides, length, settings)
+        del model, twin
+
+
+def _int8(
+    model: FluxTransformer, twin: nn.Module, sides: tuple[int, ...], length: int, settings: Settings
+) -> Iterator[Outcome]:
+    """The same model in int8 against diffusers in bf16; the model's packed layers are given up for it."""
+    if settings.device.type != "cpu":
+        yield Skipped("full-int8", "int8 is for CPUs")
+        return
+    state = model.state_dict()
+    model = FluxTransformer(model.spec).to(torch.bfloat16).requires_grad_(False).eval()
+    model.load_state_dict(state, assign=True)
+    del state
+    quantise_to_int8(model)
+    pack_weights(model)
+    for side in sides:
+        inputs = Inputs(model, side, length, settings)
+        run, theirs, case = inputs.our_step(model), inputs.their_step(twin), f"full-int8-{side}"
+        exact = theirs()
+        error = float((run().float() - exact.float()).norm() / exact.float().norm())  # type: ignore[attr-defined]
+        yield Told(f"{case}: the velocity's error is {error:.4f} of its length (bf16 against bf16 included)")
+        yield compare(case, run, theirs, settings.clock, settings.budget, "theirs in bf16")
+
+
+def int8_error(settings: Settings) -> Iterator[Outcome]:
+    """No time: what int8 loses in one layer, on random, outlier-heavy and the miniature's weights."""
+    width = 256 if settings.quick else 3072
+    x, weight = torch.randn(256, width), torch.randn(width, width) * width**-0.5
+    heavy, columns = weight.clone(), torch.randperm(width)[: max(1, width // 100)]
+    heavy[:, columns] *= 20
+    kinds = {"random weights": (weight, x), "outliers (20 x in a hundredth of the columns)": (heavy, x)}
+    x_heavy = x.clone()
+    x_heavy[:, columns] *= 20
+    kinds["outliers in the inputs"] = (weight, x_heavy)
+    if (settings.models / MINIATURE).is_file():
+        block: Any = load_transformer(settings.models / MINIATURE, torch.float32).single_blocks[0]
+        kinds["the miniature's linear1, random inputs"] = (block.linear1.weight, torch.randn(256, 192))
+    for kind, (w, inputs) in kinds.items():
+        exact = F.linear(inputs, w)
+        int8 = _relative(Int8Linear(w, None)(inputs), exact)
+        bf16 = _relative(F.linear(inputs.bfloat16(), w.bfloat16()).float(), exact)
+        yield Told(f"error {kind}: int8 {int8:.4f}, bf16 {bf16:.4f} of the outputs' length")
+
+
+def _relative(y: Tensor, exact: Tensor) -> float:
+    return float((y - exact).norm() / exact.norm())
+
+
+def _difference(ours: Any, theirs: Any) -> float:
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+
+
+# ComfyUI
+
+
+def _against_comfy(
+    case: str, model: FluxTransformer, inputs: Inputs, settings: Settings
+) -> Iterator[Outcome]:
+    """A step against ComfyUI's own Flux, where COMFYUI_PATH names a checkout that can be imported."""
+    name, path = f"{case}-comfyui", os.environ.get("COMFYUI_PATH")
+    if not path:
+        yield Skipped(name, "COMFYUI_PATH names no ComfyUI checkout")
+        return
+    try:
+        comfy = _comfy_model(model, path)
+    except (ImportError, AssertionError, RuntimeError, OSError) as error:
+        yield Skipped(name, f"ComfyUI's Flux does not run here: {' '.join(str(error).split())[:120]}")
+        return
+    run, theirs = inputs.our_step(model), inputs.comfy_step(comfy)
+    latent = unpack(run(), inputs.h, inputs.w)  # type: ignore[arg-type]
+    yield Told(f"{name}: largest difference {_difference(latent, theirs()):.1e} of the largest value")
+    yield compare(name, run, theirs, settings.clock, settings.budget)
+
+
+def _comfy_model(model: FluxTransformer, path: str) -> Any:
+    """ComfyUI's Flux with our weights. It reads the command line when it is imported, so that is hidden."""
+    if path not in sys.path:
+        sys.path.insert(0, path)
+    given, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        options: Any = importlib.import_module("comfy.cli_args")
+        options.args.cpu = model.device.type == "cpu"
+        flux = importlib.import_module("comfy.ldm.flux.model")
+        operations = importlib.import_module("comfy.ops").disable_weight_init
+    finally:
+        sys.argv = given
+    spec = model.spec
+    twin = flux.Flux(
+        in_channels=spec.in_channels // 4,
+        out_channels=spec.out_channels // 4,
+        vec_in_dim=spec.vec_in,
+        context_in_dim=spec.context_in,
+        hidden_size=spec.hidden_size,
+        mlp_ratio=spec.mlp_ratio,
+        num_heads=spec.num_heads,
+        depth=spec.depth,
+        depth_single_blocks=spec.depth_single,
+        axes_dim=list(spec.axes_dim),
+        theta=spec.theta,
+        patch_size=2,
+        qkv_bias=True,
+        guidance_embed=spec.guidance_embed,
+        txt_ids_dims=[],
+        dtype=model.dtype,
+        device=model.device,
+        operations=operations,
+    )
+    wanted = twin.state_dict()
+    state = model.state_dict()
+    twin.load_state_dict(
+        {n if n in wanted else n.removesuffix("scale") + "weight": tensor for n, tensor in state.items()}
+    )
+    return twin.requires_grad_(False).eval()

@@ -1,0 +1,251 @@
+"""Linear layers whose weights were reordered once for the processor: by oneDNN, in float32, bfloat16 or int8.
+
+torch's own layers hand their weight over in rows at every call, and oneDNN puts it into the blocks that the
+processor multiplies before it begins (in float32 torch may call MKL instead, which does the same). A layer
+here keeps nothing but the blocks, so that memory does not double, and can do a GELU while the outputs are
+still in the cache. int8 is a trade, speed for exactness; see `Int8Linear`. Which layers of a model are packed
+is said in packing.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .stored import KeptLinear
+
+LEVELS = 127
+"""The largest code: from -127 to 127, so that a number and its negative have codes that are equally exact."""
+
+SLICE = 1 << 17
+"""Numbers that are worked on at a time where each is passed over more than once."""
+
+
+class Blocks:
+    """A weight in the order that oneDNN chose. It is never written to, so that copies of a layer share it."""
+
+    def __init__(self, opaque: Tensor) -> None:
+        self.opaque = opaque
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Blocks:
+        return self
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch on this processor reorders weights of a dtype (float32, bfloat16, int8)."""
+    ops = torch.ops
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.int8:
+        return hasattr(ops.onednn, "qlinear_prepack") and hasattr(ops.onednn, "qlinear_pointwise")
+    if not (hasattr(ops.mkldnn, "_reorder_linear_weight") and hasattr(ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and bool(ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+class ReorderedLinear(KeptLinear):
+    """What the layers here share: a bias, a weight that `_keep` keeps, and GELU (tanh) of the outputs.
+
+    The first `plain` outputs, all of them unless given, are those that `plain_and_gelu` leaves as they are.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, plain: int | None = None) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], weight.dtype)
+        self.plain = weight.shape[0] if plain is None else plain
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(weight), requires_grad=False)
+        self._keep(weight.detach())
+
+    def _keep(self, weight: Tensor) -> None:
+        """Keep a weight [out, in] where it is, to compute in its dtype."""
+        self._dtype, self._device = weight.dtype, weight.device
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the outputs."""
+        return F.gelu(self(x), approximate="tanh")
+
+    def plain_and_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first `plain` outputs as they are, and the rest through GELU."""
+        y = self(x)
+        return y[..., : self.plain], F.gelu(y[..., self.plain :], approximate="tanh")
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReorderedLinear:
+        """What `to`, `cuda` and `half` come down to."""
+        super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.dtype != self.dtype or probe.device != self.device:
+            self._keep(fn(self.dense_weight(self.dtype)))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.dense_weight(self.dtype)
+
+
+class PackedLinear(ReorderedLinear):
+    """A linear layer with its weight in oneDNN's blocks, exact.
+
+    With `plain` below the number of outputs these are kept apart from the rest. Where nothing can be packed
+    (another device or dtype) the weight stays in rows, and for inputs that want a gradient it is put back in
+    rows at each call. No gradient reaches the weight.
+    """
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is in blocks."""
+        return isinstance(self._kept[0], Blocks)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        rows = [part.opaque.to_dense() if isinstance(part, Blocks) else part for part in self._kept]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._reads(x):
+            return F.linear(x, self.dense_weight(x.dtype), self.bias)
+        parts = [self._product(i, x) for i in range(len(self._kept))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        if len(self._kept) == 1 and self._reads(x):
+            return self._product(0, x, "gelu", "tanh")
+        return super().gelu(x)
+
+    def plain_and_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self._kept) == 2 and self._reads(x):
+            return self._product(0, x), self._product(1, x, "gelu", "tanh")
+        return super().plain_and_gelu(x)
+
+    def extra_repr(self) -> str:
+        form = "oneDNN's blocks" if self.packed else "rows"
+        return f"{self.in_features}, {self.out_features}, {self.dtype} in {form}"
+
+    def _keep(self, weight: Tensor) -> None:
+        super()._keep(weight)
+        self._kept: list[Blocks | Tensor] = [weight]
+        if can_pack(weight.device, weight.dtype):
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            parts = [weight[: self.plain], weight[self.plain :]]
+            self._kept = [Blocks(reorder(part.contiguous(), None)) for part in parts if len(part)]
+
+    def _reads(self, x: Tensor) -> bool:
+        """Whether the blocks can be multiplied by x."""
+        return self.packed and x.dtype == self.dtype and x.numel() > 0 and not x.requires_grad
+
+    def _product(self, part: int, x: Tensor, after: str = "none", how: str = "") -> Tensor:
+        bias, blocks = self.bias, self._kept[part]
+        if bias is not None and len(self._kept) == 2:
+            bias = bias[: self.plain] if part == 0 else bias[self.plain :]
+        assert isinstance(blocks, Blocks)
+        return torch.ops.mkldnn._linear_pointwise(x, blocks.opaque, bias, after, [], how)
+
+
+class Int8Linear(ReorderedLinear):
+    """A linear layer that multiplies in int8: y = s_x s_w (q_x . q_w) + b, with 32-bit sums.
+
+    The weight is quantised once, its scale s_w one for each row; the inputs at each call, s_x one for each
+    token: the largest magnitude over 127 (dynamic W8A8; Dettmers et al., arXiv:2208.07339, eq. 5, without
+    the part for outliers). A row or token of zeros has scale 0 and codes 0. What is lost grows with the
+    ratio of the largest to the usual magnitude in a row or token.
+    """
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The numbers that the codes stand for."""
+        return (self.codes.float() * self.scale[:, None]).to(dtype)
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight's codes [out, in], int8."""
+        codes = self._codes
+        return codes.opaque.to_dense().mT.contiguous() if isinstance(codes, Blocks) else codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.requires_grad:
+            return F.linear(x, self.dense_weight(x.dtype), self.bias)
+        codes, scale = quantise_rows(x.reshape(-1, self.in_features))
+        y, scale = self._sums(codes, x.dtype), scale[:, None]
+        y = y * scale if self.bias is None else torch.addcmul(self.bias, y, scale)
+        return y.unflatten(0, x.shape[:-1])
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return gelu_in_slices(self(x))
+
+    def plain_and_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self(x)
+        return y[..., : self.plain], gelu_in_slices(y[..., self.plain :])
+
+    def _sums(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """s_w (q_x . q_w) [N, out] in `dtype`."""
+        if not isinstance(self._codes, Blocks):
+            return (torch.ops.aten._int_mm(codes, self._codes.mT) * self.scale).to(dtype)
+        out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        blocks, linear = self._codes.opaque, torch.ops.onednn.qlinear_pointwise
+        y = linear(codes, 1.0, 0, blocks, self.scale, self._zeros, None, 1.0, 0, out, "none", [], "")
+        return y.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, int8, computed in {self.dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        """Codes and scales stay what they are through every change of dtype."""
+        nn.Module._apply(self, fn, recurse)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if probe.device != self.device:
+            self._place(self.codes.to(probe.device), self.scale.to(probe.device))
+        self._dtype, self._device = probe.dtype, probe.device
+        return self
+
+    def _keep(self, weight: Tensor) -> None:
+        super()._keep(weight)
+        self._place(*quantise_rows(weight.float()))
+
+    def _place(self, codes: Tensor, scale: Tensor) -> None:
+        self._codes: Blocks | Tensor = codes
+        self.scale = scale
+        if can_pack(codes.device, torch.int8):
+            self._codes = Blocks(torch.ops.onednn.qlinear_prepack(codes, None))
+            self._zeros = torch.zeros(len(codes), dtype=torch.int32)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N, C], int8 in -127..127, and scales [N] in x's dtype, of numbers [N, C], x about scale * code.
+
+    A row's scale is its largest magnitude over 127; the nearest code, of two equally near the even one.
+    """
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = x.new_empty(len(x))
+    for rows in _slices(x):
+        part = x[rows]
+        scale[rows] = torch.maximum(part.amax(-1), -part.amin(-1)) / LEVELS
+        inverse = torch.where(scale[rows] > 0, 1 / scale[rows].float(), 0.0)
+        codes[rows] = (part * inverse[:, None]).round_().clamp_(-LEVELS, LEVELS)
+    return codes, scale
+
+
+def gelu_in_slices(x: Tensor) -> Tensor:
+    """GELU (tanh) of x [..., C], computed in float32: x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+
+    What torch's own gives to rounding, in two thirds of its time in bfloat16.
+    """
+    flat = x.flatten(0, -2)
+    result = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    factor = 2 * (2 / torch.pi) ** 0.5
+    for rows in _slices(flat):
+        y = flat[rows].float()
+        inner = (y * y).mul_(0.044715 * factor).add_(factor).mul_(y).sigmoid_()
+        result[rows] = inner.mul_(y)
+    return result.view(x.shape)
+
+
+def _slices(x: Tensor) -> list[slice]:
+    """The rows of x [N, C] in slices that stay in the cache over several passes."""
+    step = max(1, SLICE // max(1, x.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(x), step)]

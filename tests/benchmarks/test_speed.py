@@ -1,0 +1,115 @@
+"""`bench speed`: turns and ratios by hand, the form of what it prints and records; never how fast a thing is."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rectiflux.benchmarks import speed, turns
+from rectiflux.benchmarks.speed_settings import Settings, Skipped
+from rectiflux.benchmarks.turns import Clock, Ratio, compare
+
+RATIO = re.compile(r"^ratio (\S+) (\d+\.\d{3})$", re.MULTILINE)
+
+
+def test_a_ratio_is_a_median_over_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours takes 1, theirs 2, then 3, then 4 a run in three turns: ratios 2, 3, 4."""
+    now, order = [0.0], list[str]()
+    theirs_takes = iter([9.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0])
+
+    def ours() -> None:
+        order.append("ours")
+        now[0] += 1.0
+
+    def theirs() -> None:
+        order.append("theirs")
+        now[0] += next(theirs_takes)
+
+    monkeypatch.setitem(turns.CLOCKS, "wall", lambda: now[0])
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+    ratio = compare("case", ours, theirs, Clock(), 6.0 + 8.0 + 1.0, "a note")
+    assert order == ["ours", "theirs"] + 3 * ["ours", "theirs", "theirs", "ours"]
+    assert ratio == Ratio("case", 3.0, 2.0, 4.0, 3, 1.0, 3.0, "a note")
+    assert ratio.lines().splitlines() == [
+        "case: ours    1000.00 ms, theirs    3000.00 ms (2.00 to 4.00, 3 turns; a note)",
+        "ratio case 3.000",
+    ]
+
+
+def test_two_turns_at_the_least() -> None:
+    assert compare("case", lambda: None, lambda: None, Clock("cpu"), 0.0).turns == 2
+
+
+def test_quick(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that needs no miniature, and what is skipped without it; every figure in the file."""
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    file, threads = tmp_path / "figures.json", str(torch.get_num_threads())
+    arguments = ["--quick", "--models", str(tmp_path), "--json", str(file), "--threads", threads]
+    assert speed.main(arguments) == 0
+    printed = capsys.readouterr().out
+    expected = ["full-bf16-64", "full-int8-64", "full-fp32-64", "vae-decode-64", "vae-encode-64"]
+    assert [name for name, _ in RATIO.findall(printed)] == expected
+    figures = json.loads(file.read_text())["figures"]
+    assert [row["case"] for row in figures["ratios"]] == expected
+    assert all(row["low"] <= row["ratio"] <= row["high"] and row["turns"] == 2 for row in figures["ratios"])
+    skipped = {one["case"]: one["why"] for one in figures["skipped"]}
+    assert skipped["full-bf16-64-comfyui"] == "COMFYUI_PATH names no ComfyUI checkout"
+    for case in ("miniature", "whole-picture", "first-picture", "load", "text-encode"):
+        assert "there is no" in skipped[case] and f"skipped {case}: there is no" in printed
+    same = re.search(r"full-fp32-64: largest difference (\S+) of", printed)
+    assert same is not None and float(same[1]) < 1e-5, "both sides compute the same"
+    lost = re.search(r"error random weights: int8 (\S+), bf16", printed)
+    assert lost is not None and 0.005 < float(lost[1]) < 0.02
+
+
+def test_the_miniature_and_its_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = str(torch.get_num_threads())
+    assert speed.main(["--quick", "--cases", "miniature,pictures", "--threads", threads]) == 0
+    printed = capsys.readouterr().out
+    names = [name for name, _ in RATIO.findall(printed) if not name.endswith("-comfyui")]
+    assert names == ["miniature", "text-encode", "whole-picture", "load", "first-picture"]
+    same = re.search(r"whole-picture: largest difference (\S+) of 1", printed)
+    assert same is not None and float(same[1]) < 1e-4
+
+
+def test_a_record_is_appended(tmp_path: Path) -> None:
+    settings = Settings(False, 1.0, Clock("cpu"), tmp_path)
+    ratio, gap = Ratio("vae", 1.5, 1.25, 2.0, 4, 0.5, 0.75, "eager"), Skipped("load", "no files")
+    section = speed.entry([ratio], [gap], ["packing took 0"], settings, datetime.date(2026, 1, 2))
+    assert section.startswith("## 2026-01-02, ") and "diffusers" in section and "cpu clock" in section
+    assert "| vae | 1.50 | 1.25 to 2.00 | 4 | 500.0 | 750.0 | eager |" in section
+    assert section.endswith("\n- packing took 0\n\n- skipped load: no files\n")
+    file = tmp_path / "RESULTS.md"
+    speed.record(section, file)
+    speed.record(section, file)
+    text = file.read_text()
+    assert text.startswith("# Results of `bench speed`") and text.count(section.rstrip()) == 2
+
+
+def test_no_case_begins_after_the_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def never(settings: Settings) -> Iterator[Ratio]:
+        raise RuntimeError("a case ran")
+
+    monkeypatch.setitem(speed.CASES, "full", never)
+    monkeypatch.setattr(speed, "LIMIT", -1.0)
+    _, skipped, _ = speed.measured(["full"], Settings(True, 0.0, Clock(), tmp_path))
+    assert skipped == [Skipped("full", "-1 s are over")]
+    assert "skipped full" in capsys.readouterr().out
+
+
+def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, message in (
+        (["--cases", "full,half"], "'half' is none of miniature, full, int8, vae, pictures"),
+        (["--device", "cuda"], "--device cuda needs a CUDA device, got none"),
+    ):
+        with pytest.raises(SystemExit):
+            speed.main(arguments)
+        assert message in capsys.readouterr().err

@@ -1,0 +1,239 @@
+"""Packed layers compute what torch's do; int8 layers exactly what their codes say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
+from rectiflux.benchmarks.reference.stored import nf4, weights
+from rectiflux.flux_core import packed as module
+from rectiflux.flux_core.lora.linear import AdaptedLinear, dense_weight
+from rectiflux.flux_core.packed import Int8Linear, PackedLinear, can_pack, gelu_in_slices, quantise_rows
+from rectiflux.flux_core.packing import int8_bytes, pack_weights, quantise_to_int8
+from rectiflux.flux_core.stored import StoredLinear, computing_dtype, device_of, weight_count
+from rectiflux.flux_core.streaming import Streaming
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+EXACT = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # of the largest output; a rounding step of bfloat16
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def layer_of(
+    dtype: torch.dtype = torch.float32, plain: int | None = None
+) -> tuple[PackedLinear, Tensor, Tensor]:
+    weight, bias = drawn(48, 64, dtype=dtype), drawn(48, seed=1, dtype=dtype)
+    return PackedLinear(weight, bias, plain), weight, bias
+
+
+@pytest.fixture(params=["packed", "in rows"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With oneDNN's operators, and as where they are missing."""
+    if request.param == "in rows":
+        monkeypatch.setattr(module, "can_pack", lambda device, dtype: False)
+
+
+# Exact layers
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("plain", [None, 16])
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (5, 64), (2, 3, 64)])
+def test_it_is_a_linear_layer(
+    dtype: torch.dtype, plain: int | None, shape: tuple[int, ...], either_way: None
+) -> None:
+    layer, weight, bias = layer_of(dtype, plain)
+    x = drawn(*shape, seed=2, dtype=dtype)
+    expected = F.linear(x, weight, bias)
+    y = layer(x)
+    assert y.shape == expected.shape and y.dtype == dtype
+    if x.numel():
+        assert relative_error(y, expected) <= EXACT[dtype]
+        gelu = F.gelu(expected, approximate="tanh")
+        assert relative_error(layer.gelu(x), gelu) <= EXACT[dtype]
+        first, rest = layer.plain_and_gelu(x)
+        assert first.shape[-1] == layer.plain
+        torch.testing.assert_close(first, y[..., : layer.plain], rtol=0, atol=0)
+        assert not rest.numel() or relative_error(rest, gelu[..., layer.plain :]) <= EXACT[dtype]
+
+
+def test_cut_inputs_are_read_as_they_lie() -> None:
+    layer, weight, bias = layer_of()
+    x = drawn(2, 9, 128)[:, 4:, 64:]
+    assert relative_error(layer(x), F.linear(x, weight, bias)) <= 1e-6
+
+
+@pytest.mark.parametrize("plain", [None, 16])
+def test_the_numbers_come_back(plain: int | None, either_way: None) -> None:
+    layer, weight, bias = layer_of(plain=plain)
+    assert torch.equal(layer.dense_weight(torch.float32), weight)
+    assert torch.equal(dense_weight(layer, torch.bfloat16), weight.bfloat16())
+    assert torch.equal(layer.state_dict()["weight"], weight) and torch.equal(layer.state_dict()["bias"], bias)
+    assert torch.equal(copy.deepcopy(layer).dense_weight(torch.float32), weight)
+    assert (computing_dtype(layer), device_of(layer)) == (torch.float32, CPU)
+    assert weight_count(layer) == 48 * 64 + 48
+    assert layer.weight.is_meta and layer.weight.shape == weight.shape
+
+
+def test_it_moves_as_a_layer_does() -> None:
+    layer, weight, _ = layer_of(plain=16)
+    assert layer.packed and "oneDNN" in repr(layer)
+    assert layer.half().dtype == torch.float16 and not layer.packed and "in rows" in repr(layer)
+    assert torch.equal(layer.float().dense_weight(torch.float32), weight.half().float()) and layer.packed
+    assert device_of(layer.to("meta")).type == "meta" and weight_count(layer) == 0
+
+
+def test_gradients_reach_the_inputs() -> None:
+    layer, weight, _ = layer_of()
+    x = drawn(3, 64).requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))
+
+
+def test_only_what_can_be_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_pack(CPU, torch.float32) and not can_pack(CPU, torch.float64)
+    assert not can_pack(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not can_pack(CPU, torch.float32) and not can_pack(CPU, torch.int8)
+
+
+# int8
+
+
+def test_codes_are_rounded_shares_of_the_largest() -> None:
+    """By hand: 254 / 127 is 2, so that 3 lies between 1 and 2 and goes to the even one, -5 to -2."""
+    codes, scale = quantise_rows(
+        torch.tensor([[254.0, 3.0, -5.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.5, -127.0, 1.5, 2.5]])
+    )
+    assert codes.tolist() == [[127, 2, -2, 0], [0, 0, 0, 0], [0, -127, 2, 2]]
+    assert scale.tolist() == [2.0, 0.0, 1.0]
+
+
+def test_an_int8_layer_computes_what_its_codes_say(either_way: None) -> None:
+    """y = s_x s_w (q_x . q_w) + b, the sums exact in integers; float32 rounds three times."""
+    weight, bias, x = drawn(48, 64), drawn(48, seed=1), drawn(2, 5, 64, seed=2)
+    layer = Int8Linear(weight, bias)
+    qw, sw = quantise_rows(weight)
+    qx, sx = quantise_rows(x.flatten(0, 1))
+    expected = (qx.long() @ qw.long().T).double() * sx[:, None].double() * sw.double() + bias.double()
+    assert torch.equal(layer.codes, qw) and torch.equal(layer.dense_weight(torch.float32), qw * sw[:, None])
+    torch.testing.assert_close(layer(x).double(), expected.view(2, 5, 48), rtol=1e-6, atol=1e-6)
+    no_bias = Int8Linear(weight, None)(x).double()
+    torch.testing.assert_close(no_bias, (expected - bias).view(2, 5, 48), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+def test_whole_numbers_are_exact_in_int8(dtype: torch.dtype) -> None:
+    """With a largest code of 127 in every row the scales are 1, and nothing is lost."""
+    weight = torch.zeros(3, 8)
+    weight[:, 0], weight[1, 1], weight[2, 3] = 127.0, 5.0, -2.0
+    x = torch.tensor([[0.0, 3.0, 0.0, 1.0, 127.0, 0.0, 0.0, 0.0]])
+    assert Int8Linear(weight.to(dtype), None)(x.to(dtype)).tolist() == [[0.0, 15.0, -2.0]]
+
+
+def test_int8_errors_on_usual_and_on_outlying_weights() -> None:
+    """Rounding errs by scale / sqrt(12) at most as uniform noise: 1 % for Gaussians of 4.2 sigma at most."""
+    x = drawn(64, 256, seed=3)
+    weight = drawn(96, 256)
+    outlying = weight.clone()
+    outlying[:, 7] *= 100
+    errors = []
+    for w in (weight, outlying):
+        y = F.linear(x, w)
+        errors.append(float((Int8Linear(w, None)(x) - y).norm() / y.norm()))
+        step_w = w.abs().amax(1, keepdim=True) / 127
+        step_x = x.abs().amax(1, keepdim=True) / 127
+        noise = (x**2).sum() * (step_w**2).mean() / 12 * 96 + (step_x**2).mean() / 12 * 64 * (w**2).sum()
+        assert errors[-1] == pytest.approx(float(noise**0.5 / y.norm()), rel=0.25)
+    assert errors[0] < 0.015 and errors[1] > 2 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+def test_gelu_in_slices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SLICE", 200)
+    x = (4 * drawn(7, 3, 64)).to(dtype)[:, 1:]
+    assert relative_error(gelu_in_slices(x), F.gelu(x, approximate="tanh")) <= EXACT[dtype]
+
+
+def test_int8_layers_keep_their_codes_through_every_dtype() -> None:
+    layer = Int8Linear(drawn(48, 64), drawn(48), 16)
+    codes = layer.codes
+    assert torch.equal(layer.bfloat16().codes, codes) and layer.dtype == torch.bfloat16
+    x = drawn(3, 64, dtype=torch.bfloat16)
+    first, rest = layer.plain_and_gelu(x)
+    y = layer(x)
+    assert (
+        torch.equal(first, y[:, :16]) and relative_error(rest, F.gelu(y[:, 16:], approximate="tanh")) < 0.01
+    )
+    assert torch.equal(copy.deepcopy(layer).codes, codes)
+    x = drawn(3, 64).requires_grad_()
+    layer.float()(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dense_weight(torch.float32).sum(0).expand(3, -1))
+    assert layer.to("meta").device.type == "meta"
+
+
+# Models
+
+
+def network(**sizes: int) -> nn.Module:
+    return flux_transformer(hidden_size=256, depth=1, depth_single=2, **sizes)
+
+
+def velocity(model: nn.Module) -> Tensor:
+    prepared = model.prepare(text(3), [0.5], 6, 8)
+    return model(drawn(1, 12, 64, seed=4), prepared, 0.5)
+
+
+def test_a_packed_model_gives_the_same_velocity() -> None:
+    model = network()
+    expected, names = velocity(model), model.state_dict().keys()
+    assert pack_weights(model) == 8 + 2 * 2  # the first and the last layer are small
+    assert relative_error(velocity(model), expected) <= 1e-5
+    assert model.state_dict().keys() == names
+    assert pack_weights(model) == 0
+    before = weight_count(model)
+    prepared = model.prepare(text(3), [0.5], 6, 8)
+    assert before - model.release_modulation() == weight_count(model) > 0
+    assert relative_error(model(drawn(1, 12, 64, seed=4), prepared, 0.5), expected) <= 1e-5
+
+
+def test_quantised_weights_stay_and_streamed_models_are_left_alone() -> None:
+    model = network()
+    block = model.single_blocks[0]
+    block.linear2 = StoredLinear(nf4(weights(256, 1280))[0], torch.zeros(256), torch.float32)
+    kept = block.linear2
+    model.streaming = Streaming(None)
+    assert pack_weights(model) == 0
+    with pytest.raises(
+        ValueError, match="int8 needs a model that is not streamed, got one that is larger than"
+    ):
+        quantise_to_int8(model)
+    model.streaming = None
+    assert pack_weights(model) == 8 + 2 * 2 - 1 and block.linear2 is kept
+
+
+def test_int8_models() -> None:
+    model = network()
+    expected, needed = velocity(model), int8_bytes(model)
+    quantised = sum(p.numel() for b in [*model.double_blocks, *model.single_blocks] for p in b.parameters())
+    assert quantise_to_int8(model) == 8 + 2 * 2
+    assert 0 < relative_error(velocity(model), expected) < 0.1
+    held = sum(p.nbytes for p in model.parameters())
+    codes = sum(layer.codes.nbytes for layer in model.modules() if isinstance(layer, Int8Linear))
+    assert held + codes == needed and codes < quantised
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, Int8Linear])
+def test_adapters_go_on_top(kind: type[nn.Module]) -> None:
+    layer = kind(drawn(48, 64), drawn(48, seed=1))
+    adapted = AdaptedLinear(layer, [], torch.float32)
+    x = drawn(5, 64, seed=2)
+    assert torch.equal(adapted(x), layer(x))
+    assert torch.equal(adapted.dense_weight(), layer.dense_weight(torch.float32))
+    assert adapted.device == CPU
