@@ -140,10 +140,14 @@ def full_width(settings: Settings) -> Iterator[Outcome]:
             f"full-{name}: packing {held_bytes / 1e9:.2f} GB took {more / 1e9:.2f} GB more at its peak"
         )
         for side in sides:
+            case = f"full-{name}-{side}"
+            if settings.is_over:
+                yield Skipped(case, "the time is over")
+                continue
             inputs = Inputs(model, side, length, settings)
-            run, theirs, case = inputs.our_step(model), inputs.their_step(twin), f"full-{name}-{side}"
+            run, theirs = inputs.our_step(model), inputs.their_step(twin)
             yield Told(f"{case}: largest difference {_difference(run(), theirs()):.1e} of the largest value")
-            yield compare(case, run, theirs, settings.clock, settings.budget)
+            yield compare(case, run, theirs, settings.clock, settings.budget, warm=True)
             yield from _against_comfy(case, model, inputs, settings)
         if name == "bf16":
             yield from _int8(model, twin, sides, length, settings)
@@ -157,6 +161,9 @@ def _int8(
     if settings.device.type != "cpu":
         yield Skipped("full-int8", "int8 is for CPUs")
         return
+    if settings.is_over:
+        yield Skipped("full-int8", "the time is over")
+        return
     state = model.state_dict()
     model = FluxTransformer(model.spec).to(torch.bfloat16).requires_grad_(False).eval()
     model.load_state_dict(state, assign=True)
@@ -169,7 +176,7 @@ def _int8(
         exact = theirs()
         error = float((run().float() - exact.float()).norm() / exact.float().norm())  # type: ignore[attr-defined]
         yield Told(f"{case}: the velocity's error is {error:.4f} of its length (bf16 against bf16 included)")
-        yield compare(case, run, theirs, settings.clock, settings.budget, "theirs in bf16")
+        yield compare(case, run, theirs, settings.clock, settings.budget, "theirs in bf16", warm=True)
 
 
 def int8_error(settings: Settings) -> Iterator[Outcome]:
@@ -208,8 +215,8 @@ def _against_comfy(
 ) -> Iterator[Outcome]:
     """A step against ComfyUI's own Flux, where COMFYUI_PATH names a checkout that can be imported."""
     name, path = f"{case}-comfyui", os.environ.get("COMFYUI_PATH")
-    if not path:
-        yield Skipped(name, "COMFYUI_PATH names no ComfyUI checkout")
+    if not path or settings.is_over:
+        yield Skipped(name, "the time is over" if path else "COMFYUI_PATH names no ComfyUI checkout")
         return
     try:
         comfy = _comfy_model(model, path)
@@ -219,7 +226,7 @@ def _against_comfy(
     run, theirs = inputs.our_step(model), inputs.comfy_step(comfy)
     latent = unpack(run(), inputs.h, inputs.w)  # type: ignore[arg-type]
     yield Told(f"{name}: largest difference {_difference(latent, theirs()):.1e} of the largest value")
-    yield compare(name, run, theirs, settings.clock, settings.budget)
+    yield compare(name, run, theirs, settings.clock, settings.budget, warm=True)
 
 
 def _comfy_model(model: FluxTransformer, path: str) -> Any:

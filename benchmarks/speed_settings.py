@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,12 @@ class Settings:
     budget: float
     clock: Clock
     models: Path
+    end: float = math.inf
+    """When no comparison may begin any more, by time.perf_counter."""
+
+    @property
+    def is_over(self) -> bool:
+        return time.perf_counter() > self.end
 
     @property
     def device(self) -> torch.device:

@@ -55,9 +55,15 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
 
-def compare(case: str, ours: Run, theirs: Run, clock: Clock, budget: float, note: str = "") -> Ratio:
-    """The ratio of as many turns as fit into `budget` seconds, at least two; a run of each goes before."""
-    ours(), theirs()
+def compare(
+    case: str, ours: Run, theirs: Run, clock: Clock, budget: float, note: str = "", *, warm: bool = False
+) -> Ratio:
+    """The ratio of as many turns as fit into `budget` seconds, at least two.
+
+    A run of each goes before, unless both have run (`warm`).
+    """
+    if not warm:
+        ours(), theirs()
     end = time.perf_counter() + budget
     turns: list[tuple[float, float]] = []
     while len(turns) < 2 or time.perf_counter() < end:
