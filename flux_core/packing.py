@@ -6,6 +6,7 @@ that keep quantised weights, and models that are streamed, whose weights must st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,6 +22,8 @@ LINEAR = (nn.Linear, StoredLinear)
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = 1 << 16
 """Numbers of a weight below which packing gains nothing: the call costs more than the order saves."""
+LARGE = 1 << 22
+"""Numbers of a float32 weight from which on torch's own order, MKL's, is as quick (81 against 77 GFLOP/s)."""
 
 
 def pack_weights(model: FluxTransformer) -> int:
@@ -34,7 +37,10 @@ def pack_weights(model: FluxTransformer) -> int:
         return 0
 
     def packed(layer: nn.Linear | StoredLinear, plain: int | None) -> nn.Module | None:
-        if not isinstance(layer, nn.Linear) or layer.weight.numel() < SMALL:
+        if not isinstance(layer, nn.Linear):
+            return None
+        most = LARGE if computing_dtype(layer) == torch.float32 else math.inf
+        if not SMALL <= layer.weight.numel() < most:
             return None
         if not can_pack(device_of(layer), computing_dtype(layer)):
             return None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.benchmarks.reference.stored import nf4, weights
 from rectiflux.flux_core import packed as module
+from rectiflux.flux_core import packing
 from rectiflux.flux_core.lora.linear import AdaptedLinear, dense_weight
 from rectiflux.flux_core.packed import Int8Linear, PackedLinear, can_pack, gelu_in_slices, quantise_rows
 from rectiflux.flux_core.packing import int8_bytes, pack_weights, quantise_to_int8
@@ -201,6 +202,18 @@ def test_a_packed_model_gives_the_same_velocity() -> None:
     prepared = model.prepare(text(3), [0.5], 6, 8)
     assert before - model.release_modulation() == weight_count(model) > 0
     assert relative_error(model(drawn(1, 12, 64, seed=4), prepared, 0.5), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+def test_large_float32_weights_stay_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has MKL for them, which is as quick; bfloat16 is packed at every size."""
+    monkeypatch.setattr(packing, "SMALL", 0)
+    monkeypatch.setattr(packing, "LARGE", 64 * 256)
+    model = flux_transformer().to(dtype)
+    pack_weights(model)
+    block = model.single_blocks[0]
+    assert isinstance(block.linear1, PackedLinear) == (dtype == torch.bfloat16)  # 448 x 64
+    assert isinstance(model.img_in, PackedLinear)  # 64 x 64
 
 
 def test_quantised_weights_stay_and_streamed_models_are_left_alone() -> None:
