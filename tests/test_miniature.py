@@ -24,7 +24,7 @@ MODELS = ROOT / "models"
 CARD = (MODELS / "README.md").read_text(encoding="utf-8")
 SHIPPED = ("pro", "reflow", "dev", "schnell")
 each = pytest.mark.parametrize("variant", SHIPPED)
-LEAST = {"pro": 0.8, "reflow": 0.7, "dev": 0.8, "schnell": 0.8}
+LEAST = {"pro": 0.85, "reflow": 0.75, "dev": 0.83, "schnell": 0.83}
 """Share of prompts of GenEval's categories that each must get right."""
 
 Painter = Callable[..., list[np.ndarray]]
@@ -145,11 +145,17 @@ def test_other_sizes(variant: str, paint: Painter) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="about half are right: training has not shown enough of these sizes", strict=True)
-@each
+@pytest.mark.parametrize("variant", ["pro", "schnell"])
 def test_two_objects_at_other_sizes(variant: str, paint: Painter) -> None:
-    """The goal is that of square pictures."""
-    assert share_right_at_other_sizes(variant, paint, "position") >= 0.78
+    """45 and 46 of 56 when the card was written; a few may fall on the other side on another machine."""
+    assert share_right_at_other_sizes(variant, paint, "position") >= 0.73
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="33 and 34 of 56 are right: weaker there than mini-pro", strict=True)
+@pytest.mark.parametrize("variant", ["dev", "reflow"])
+def test_two_objects_at_other_sizes_as_well_as_mini_pro(variant: str, paint: Painter) -> None:
+    assert share_right_at_other_sizes(variant, paint, "position") >= 0.73
 
 
 @pytest.mark.slow
