@@ -21,6 +21,12 @@ FLOWS = {
 [dev], not at all for a model without guidance input."""
 
 
+def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
+    """In levels of 255."""
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 pictures, in dB; infinite for equal ones."""
     error = np.mean((a.astype(float) - b.astype(float)) ** 2)

@@ -17,7 +17,7 @@ from ..nodes import graphs
 from ..nodes.stored_models import all_in_one, pipeline, quantised
 from ..nodes.tiny import NAMES, SPEC
 from .conftest import DEV
-from .pictures import k_sampler, our_graph, picture, psnr
+from .pictures import k_sampler, largest_difference, our_graph, picture, psnr
 from .server import ComfyServer, PromptFailed
 from .test_lora import KNOWN, control, saved, with_lora
 
@@ -88,7 +88,7 @@ def test_every_kind_of_adapter(
 def test_two_loras_and_a_control_lora(
     comfy: ComfyServer, base: Path, files: graphs.Prompt, stored: dict[str, tuple[str, str]]
 ) -> None:
-    """The control LoRA widens img_in."""
+    """The control LoRA widens img_in. LoRAs are added beside stored layers and merged into dense ones."""
     first, second = saved(base, "first", KNOWN["kohya"]), saved(base, "second", KNOWN["diffusers"])
     wide = saved(base, "control", control(SPEC))
     name, dense = stored["scale_weight"]
@@ -96,7 +96,7 @@ def test_two_loras_and_a_control_lora(
     for file in (name, dense):
         prompt = with_lora(painted_by(files, file), first, stock=True)
         shown.append(picture(comfy, with_lora(with_lora(prompt, second), wide)))
-    assert np.array_equal(*shown)
+    assert largest_difference(*shown) <= 1
     assert psnr(shown[0], picture(comfy, painted_by(files, name))) < 40
 
 
@@ -138,8 +138,8 @@ def test_a_quantised_t5_and_loras_on_it(comfy: ComfyServer, base: Path, files: g
             assert told.startswith("a T5 text encoder") and ("GGUF Q8_0" in told) == name.endswith("gguf")
     plain, patched = shown[::2], shown[1::2]
     assert all(np.array_equal(plain[0], other) for other in plain)
-    assert all(np.array_equal(patched[0], other) for other in patched)
-    assert not np.array_equal(plain[0], patched[0])
+    assert all(largest_difference(patched[0], other) <= 1 for other in patched)
+    assert largest_difference(plain[0], patched[0]) > 8
 
 
 @pytest.mark.parametrize("write", [all_in_one, pipeline])

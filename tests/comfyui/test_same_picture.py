@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from rectiflux.host.files import Folders
@@ -13,13 +12,8 @@ from rectiflux.host.workflow import read_document, to_prompt
 
 from ..nodes import graphs
 from .conftest import to_pixels
-from .pictures import stock_model
+from .pictures import largest_difference, stock_model
 from .server import PACK, ComfyServer, PromptFailed
-
-
-def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
-    assert a.shape == b.shape
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 @pytest.mark.parametrize(
