@@ -1,4 +1,4 @@
-"""Step caching, honestly: what each threshold saves and costs, beside plain sampling with as much work.
+"""Step caching, honestly: what thresholds save and cost, beside plain sampling with as much work.
 
     python3 run.py bench caching [--prompts 16] [--thresholds 0.05 ...] [--quick] [--threads 1] [--json FILE]
 
