@@ -1,4 +1,4 @@
-"""Ours against diffusers, and ComfyUI where COMFYUI_PATH names it: ratios of times, within ten minutes.
+"""Ours against diffusers, and ComfyUI where COMFYUI_PATH names it: ratios, within ten minutes.
 
     python3 run.py bench speed [--quick] [--cases miniature,full,int8,vae,pictures] [--seconds 120]
                                [--threads N] [--clock wall|cpu] [--device cpu|cuda] [--models DIR]
