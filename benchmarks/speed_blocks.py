@@ -174,7 +174,7 @@ def _int8(
         inputs = Inputs(model, side, length, settings)
         run, theirs, case = inputs.our_step(model), inputs.their_step(twin), f"full-int8-{side}"
         exact = theirs()
-        error = float((run().float() - exact.float()).norm() / exact.float().norm())  # type: ignore[attr-defined]
+        error = float((run().float() - exact.float()).norm() / exact.float().norm())
         yield Told(f"{case}: the velocity's error is {error:.4f} of its length (bf16 against bf16 included)")
         yield compare(case, run, theirs, settings.clock, settings.budget, "theirs in bf16", warm=True)
 
@@ -224,7 +224,7 @@ def _against_comfy(
         yield Skipped(name, f"ComfyUI's Flux does not run here: {' '.join(str(error).split())[:120]}")
         return
     run, theirs = inputs.our_step(model), inputs.comfy_step(comfy)
-    latent = unpack(run(), inputs.h, inputs.w)  # type: ignore[arg-type]
+    latent = unpack(run(), inputs.h, inputs.w)
     yield Told(f"{name}: largest difference {_difference(latent, theirs()):.1e} of the largest value")
     yield compare(name, run, theirs, settings.clock, settings.budget, warm=True)
 

@@ -6,13 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """Seconds that pass, or that this process computes: the second for one thread on a machine that is shared."""
 
-Run = Callable[[], object]
+Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .forms import Joined, Plain
 from .layers import Modulation, SingleStreamBlock
 from .packed import Int8Linear, PackedLinear, can_pack
 from .stored import StoredLinear, computing_dtype, device_of
+from .streaming import GIB
 from .transformer import FluxTransformer
 
 LINEAR = (nn.Linear, StoredLinear)
@@ -49,16 +50,23 @@ def pack_weights(model: FluxTransformer) -> int:
     return _replace(model, packed)
 
 
-def quantise_to_int8(model: FluxTransformer) -> int:
+def quantise_to_int8(model: FluxTransformer, limit: int | None = None) -> int:
     """Multiply in int8 in the layers of every block (`Int8Linear`); returns how many.
 
     The first and the last layer, and those that keep quantised weights, stay as they are. Raises ValueError
-    for a model that is streamed.
+    for a model that is streamed, and for one that would take more than `limit` bytes.
     """
     if model.streaming is not None:
         raise ValueError(
             "int8 needs a model that is not streamed, got one that is larger than its memory limit; "
             "raise memory_limit, or choose another weight_dtype"
+        )
+
+    needed = int8_bytes(model)
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"in int8 the model takes {needed / GIB:.1f} GB, the memory limit is {limit / GIB:.1f} GB; raise "
+            "memory_limit, or choose auto as weight_dtype, which streams the model"
         )
 
     def quantised(layer: nn.Linear | StoredLinear, plain: int | None) -> nn.Module | None:

@@ -14,6 +14,7 @@
   _models.py        files and folders in a loader's list, and what a name in it means
   _wires.py         what travels between nodes, checked and converted to what flux_core takes
   _report.py        what a load or a run tells of itself
+  _memory.py        what to do when memory is full
   _host.py          which host runs the nodes; the embedded editor's side
   _comfy.py         ComfyUI's side, with _comfy_text.py, _comfy_sampling.py, _comfy_lora.py, with
                     _comfy_modules.py, our networks in the form in which it calls them, and _comfy_stored.py,

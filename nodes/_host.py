@@ -22,10 +22,10 @@ from ..flux_core.caching import BlockMemory, Caching
 from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.packed import can_pack
-from ..flux_core.packing import int8_bytes, pack_weights, quantise_to_int8
+from ..flux_core.packing import pack_weights, quantise_to_int8
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.solver import Report, Solver, Step
-from ..flux_core.streaming import GIB, fits, limit_of
+from ..flux_core.streaming import fits, limit_of
 from ..flux_core.transformer import FluxTransformer
 from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
@@ -134,13 +134,7 @@ def _in_int8(path: Path, device: torch.device, memory_limit: str) -> FluxTransfo
         )
     dtype = torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
     network = load_transformer(path, dtype, device, _progress())
-    limit, needed = limit_of(memory_limit, device), int8_bytes(network)
-    if limit is not None and needed > limit:
-        raise ValueError(
-            f"in int8 the model takes {needed / GIB:.1f} GB, the memory limit is {limit / GIB:.1f} GB; raise "
-            "memory_limit, or choose auto as weight_dtype, which streams the model"
-        )
-    quantise_to_int8(network)
+    quantise_to_int8(network, limit_of(memory_limit, device))
     return network
 
 
