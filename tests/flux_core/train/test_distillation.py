@@ -1,4 +1,4 @@
-"""Guidance, reflow, schnell and shorten: each against what it must equal, and each learning something in little."""
+"""Guidance, reflow, schnell, shorten: each against what it must equal, each learning something in little."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_matching_pulls_nowhere_when_critic_and_teacher_agree_and_from_critic_to
 
 
 def test_shorten_asks_each_state_for_the_picture_that_its_noise_became() -> None:
-    """No loss where the network gives that picture at once; else the distance, between square and absolute."""
+    """No loss where the network gives that picture at once; else the distance, pseudo-Huber."""
     noise, _, text = some(2)
     student = teacher()
     x, sigma = schnell.rollout(student, noise, text, 1)
