@@ -25,18 +25,19 @@ Place = tuple[nn.Module, str, "nn.Linear | StoredLinear"]
 """A linear layer with the module that it is a child of, and its name there."""
 
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
+Progress = Callable[[int, int], None]
 SMALL = 1 << 16
 """Numbers of a weight below which packing gains nothing: the call costs more than the order saves."""
 LARGE = 1 << 22
 """Numbers of a float32 weight from which on torch's own order, MKL's, is as quick (81 against 77 GFLOP/s)."""
 
 
-def pack_weights(model: FluxTransformer) -> int:
+def pack_weights(model: FluxTransformer, on_progress: Progress | None = None) -> int:
     """Reorder the weights of every step's layers where that makes them faster; returns how many.
 
     The model computes what it did, to rounding. Layers are replaced one by one, each as soon as its weight is
-    reordered, so that memory does not double. Does nothing where the processor or this torch cannot, and to a
-    model that is streamed.
+    reordered, so that memory does not double; `on_progress` hears how many of their numbers are done, and of
+    how many. Does nothing where the processor or this torch cannot, and to a model that is streamed.
     """
     if model.streaming is not None:
         return 0
@@ -51,14 +52,17 @@ def pack_weights(model: FluxTransformer) -> int:
             return None
         return PackedLinear(layer.weight, layer.bias, plain)
 
-    return _replace(model, packed, _layers(model))
+    return _replace(model, packed, _layers(model), on_progress)
 
 
-def quantise_to_int8(model: FluxTransformer, limit: int | None = None) -> int:
+def quantise_to_int8(
+    model: FluxTransformer, limit: int | None = None, on_progress: Progress | None = None
+) -> int:
     """Multiply in int8 in the layers of every block (`Int8Linear`); returns how many.
 
     The first and the last layer, and those that keep quantised weights, stay as they are. Raises ValueError
-    for a model that is streamed, and for one that would take more than `limit` bytes.
+    for a model that is streamed, and for one that would take more than `limit` bytes. `on_progress` as in
+    `pack_weights`.
     """
     _check(model, "int8", int8_bytes(model), limit)
 
@@ -68,11 +72,14 @@ def quantise_to_int8(model: FluxTransformer, limit: int | None = None) -> int:
         numbers = layer.weight if isinstance(layer, nn.Linear) else layer.dense_weight(layer.dtype)
         return Int8Linear(numbers, layer.bias, plain)
 
-    return _replace(model, quantised, _layers(model, ends=False))
+    return _replace(model, quantised, _layers(model, ends=False), on_progress)
 
 
 def quantise_to_fp8(
-    model: FluxTransformer, device: torch.device | None = None, limit: int | None = None
+    model: FluxTransformer,
+    device: torch.device | None = None,
+    limit: int | None = None,
+    on_progress: Progress | None = None,
 ) -> int:
     """Multiply in fp8 in the blocks but the last (`Fp8Linear`), modulations too; returns in how many layers.
 
@@ -90,7 +97,7 @@ def quantise_to_fp8(
         return Fp8Linear(in_fp8(weight.to(where)), layer.bias, computing_dtype(layer)).to(where)
 
     can_multiply(device or model.device)  # a card is tried now, not when something compiles
-    return _replace(model, quantised, _fp8_layers(model))
+    return _replace(model, quantised, _fp8_layers(model), on_progress)
 
 
 def int8_bytes(model: FluxTransformer) -> int:
@@ -131,15 +138,21 @@ def _replace(
     model: FluxTransformer,
     make: Callable[[nn.Linear | StoredLinear, int | None], nn.Module | None],
     layers: Iterable[Place],
+    on_progress: Progress | None,
 ) -> int:
     """Put what `make` gives for each layer, and its number of outputs without GELU, in the layer's place."""
-    count = 0
+    layers = list(layers)
+    total = sum(layer.in_features * layer.out_features for *_, layer in layers)
+    count = done = 0
     for parent, name, layer in layers:
         first_single = isinstance(parent, SingleStreamBlock) and name == "linear1"
         new = make(layer, 3 * model.spec.hidden_size if first_single else None)
         if new is not None:
             setattr(parent, name, new.train(layer.training))
             count += 1
+        done += layer.in_features * layer.out_features
+        if on_progress is not None:
+            on_progress(done, total)
     return count
 
 

@@ -125,7 +125,7 @@ def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
             dtype = torch.float32
         network = load_transformer(path, dtype, device, _progress(), limit_of(memory_limit, device))
     if device.type == "cpu" and fits(network, device):  # else its weights stay pages of the file
-        pack_weights(network)
+        pack_weights(network, _progress())
     return EmbeddedModel(network, preview.from_metadata(read_metadata(path)))
 
 
@@ -138,7 +138,7 @@ def _in_int8(path: Path, device: torch.device, memory_limit: str) -> FluxTransfo
         )
     dtype = torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
     network = load_transformer(path, dtype, device, _progress())
-    quantise_to_int8(network, limit_of(memory_limit, device))
+    quantise_to_int8(network, limit_of(memory_limit, device), _progress())
     return network
 
 
@@ -148,7 +148,7 @@ def _in_fp8(path: Path, device: torch.device, memory_limit: str) -> FluxTransfor
     dtype = torch.float32 if on_cpu and not can_pack(device, torch.bfloat16) else torch.bfloat16
     network = load_transformer(path, dtype, on_progress=_progress())
     fitting = limit is None or fp8_bytes(network) <= limit
-    quantise_to_fp8(network, device if fitting else None, limit if on_cpu else None)
+    quantise_to_fp8(network, device if fitting else None, limit if on_cpu else None, _progress())
     return network if on_cpu else stream(network, device, limit)
 
 

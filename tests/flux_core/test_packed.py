@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from rectiflux.flux_core.packed import (
     quantise_rows,
     weight_levels,
 )
-from rectiflux.flux_core.packing import int8_bytes, pack_weights, quantise_to_int8
+from rectiflux.flux_core.packing import int8_bytes, pack_weights, quantise_to_fp8, quantise_to_int8
 from rectiflux.flux_core.stored import StoredLinear, computing_dtype, device_of, weight_count
 from rectiflux.flux_core.streaming import Streaming
 from torch import Tensor, nn
@@ -242,6 +243,15 @@ def test_large_float32_weights_stay_as_they_are(dtype: torch.dtype, monkeypatch:
     able = can_pack(torch.device("cpu"), dtype)  # bfloat16 needs a processor that multiplies it
     assert isinstance(block.linear1, PackedLinear) == (dtype == torch.bfloat16 and able)  # 448 x 64
     assert isinstance(model.img_in, PackedLinear) == able  # 64 x 64
+
+
+@pytest.mark.parametrize("change", [pack_weights, quantise_to_int8, quantise_to_fp8])
+def test_progress_ends_at_all_of_it(change: Callable[..., int]) -> None:
+    heard: list[tuple[int, int]] = []
+    change(network(), on_progress=lambda done, total: heard.append((done, total)))
+    done = [one for one, _ in heard]
+    assert done == sorted(set(done)) and len({total for _, total in heard}) == 1
+    assert heard[-1][0] == heard[-1][1] > 0
 
 
 def test_quantised_weights_stay_and_streamed_models_are_left_alone() -> None:
