@@ -1,0 +1,1 @@
+def full_size(settings): yield from ()
