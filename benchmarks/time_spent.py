@@ -26,9 +26,12 @@ process computes: for one thread on a machine that others use.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -150,7 +153,7 @@ def profiled(run: Run, clock: Clock) -> Iterator[tuple[str, float]]:
     """
     on_cuda = clock.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities, acc_events=True) as profiler:
+    with unheard(), profile(activities=activities, acc_events=True) as profiler:
         wall, own = time.perf_counter(), CLOCKS[clock.kind]()
         clock.seconds(run)
         share = (CLOCKS[clock.kind]() - own) / (time.perf_counter() - wall)
@@ -160,6 +163,20 @@ def profiled(run: Run, clock: Clock) -> Iterator[tuple[str, float]]:
             continue  # counted with the operation that launched it
         micros = event.self_device_time_total if on_cuda else event.self_cpu_time_total * share
         yield event.name, 1e-6 * micros
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Without the lines that the profiler's library writes to standard error, past Python, at each use."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def names_of(text: str) -> list[str]:

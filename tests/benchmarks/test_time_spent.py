@@ -125,7 +125,8 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     (case,) = figures["cases"]
     assert sum(part["seconds"] for part in case["parts"]) == pytest.approx(case["seconds"])
     assert printed.splitlines()[-1] == f"floor_share {figures['floor_share']:.3f}"
-    assert Image.open(figure).width > 600
+    with Image.open(figure) as picture:
+        assert picture.width > 600
     assert time_spent.main([*arguments, "--cases", "miniature"]) == 1
 
 
