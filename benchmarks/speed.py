@@ -19,7 +19,8 @@ that whatever else the machine does slows both. Each comparison ends in a line
                    miniature, each side in a process of its own. --large adds our decode at 2048 px: minutes
   gpu              with --device cuda, and first there: FLUX.1 [dev] (28 steps) and [schnell] (4) in full
                    size with random weights at 512 and 1024 px, batch 1 and 4, bf16 and fp8, against
-                   diffusers eager and compiled; what rate that is, of what the card does. Never measured yet
+                   diffusers eager and compiled, and the rate of it beside that of a matrix product. Of long
+                   loops a few steps are measured ("28 steps from 3"). Never run on a GPU yet
 
 --clock cpu counts the seconds that this process computes: for one thread on a machine that others use. What
 is skipped is printed with the reason, and so are cases for which no time is left. --record appends the

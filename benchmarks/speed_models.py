@@ -55,14 +55,16 @@ def autoencoder(settings: Settings) -> Iterator[Outcome]:
         clock,
         budget,
     )
-    yield from _in_bfloat16(model, twin, latent, settings)
+    yield from in_bfloat16(model, twin, latent, settings)
 
 
-def _in_bfloat16(model: AutoEncoder, twin: Any, latent: Tensor, settings: Settings) -> Iterator[Outcome]:
+def in_bfloat16(model: AutoEncoder, twin: Any, latent: Tensor, settings: Settings) -> Iterator[Outcome]:
     """A decode in bfloat16 against theirs in both dtypes; ours is converted for it."""
     case, clock, budget = f"vae-decode-bf16-{8 * latent.shape[-1]}", settings.clock, settings.budget
     if settings.device.type == "cpu" and not settings.quick and not knows_bfloat16():
-        yield Skipped(case, "this processor has no instructions for bfloat16, which is 8 times slower on it")
+        yield Skipped(
+            case, "this processor has no instructions for bfloat16, so that it takes several times fp32"
+        )
         return
     exact = twin.decode(latent).sample
     model, small = model.bfloat16(), latent.bfloat16()
