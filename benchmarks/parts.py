@@ -37,8 +37,8 @@ _PATTERNS = {part: re.compile(pattern) for part, pattern in NAMES.items()}
 
 
 def part_of(operation: str) -> str:
-    """The part that an operation of torch's, or a kernel of ours, belongs to."""
-    name = operation.rpartition("::")[2]
+    """The part that an operation of torch's, with its overload or without, or a kernel of ours belongs to."""
+    name = operation.rpartition("::")[2].partition(".")[0]
     return next((part for part, pattern in _PATTERNS.items() if pattern.fullmatch(name)), OTHER)
 
 

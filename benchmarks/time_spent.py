@@ -7,7 +7,8 @@
 Cases: the shipped miniature at 128 px; 1 double and 2 single blocks of FLUX.1's width at 256 px with 512 text
 tokens and random weights, on CUDA all of FLUX.1 [dev] at 1024 px. The columns:
 
-  ms        the time of a part's operations in a step, as torch.profiler has it (on CUDA: of their kernels)
+  ms        the time of a part's operations in a step, as torch.profiler has it (on CUDA: of their kernels),
+            the least of several runs
   share     of the step's time, which is measured without the profiler
   floor     ms that the part would take at best: linear layers and attention their FLOP over the rate of the
             fastest matrix product that torch does here in the dtype; elementwise parts their bytes, each
@@ -20,7 +21,8 @@ A GELU, norm or residual within another operation takes no time and has no floor
   floor_share CASE N     the sum of the floors over the step's time: 1 would be the hardware's limit
 
 and the last line has the same over all cases, floor_share N. With --clock cpu times are those that this
-process computes: for one thread on a machine that others use.
+process computes, and the operations are timed one by one instead of by torch.profiler, which knows the
+wall's clock only: for one thread on a machine that others use.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..flux_core.packing import pack_weights
 from ..flux_core.spec import FLUX_DEV
@@ -134,7 +137,7 @@ def timed(run: Run, settings: Settings) -> tuple[float, dict[str, float]]:
     while len(plain) < 3 or time.perf_counter() < end:
         plain.append(settings.clock.seconds(run))
         count = Counter[str]()
-        for name, seconds in profiled(run, settings.clock):
+        for name, seconds in operations_of(run, settings.clock):
             key = name, count[name]  # the same call of a step in every run
             least[key] = min(seconds, least.get(key, seconds))
             count[name] += 1
@@ -144,25 +147,43 @@ def timed(run: Run, settings: Settings) -> tuple[float, dict[str, float]]:
     return min(plain), dict(operations)
 
 
-def profiled(run: Run, clock: Clock) -> Iterator[tuple[str, float]]:
-    """Each operation of a run, in order, with the seconds that none of those that it calls takes.
+def operations_of(run: Run, clock: Clock) -> Iterator[tuple[str, float]]:
+    """Each operation of a run, in order, with the seconds that none of those that it calls takes."""
+    if CLOCKS[clock.kind] is not time.perf_counter and clock.device.type == "cpu":
+        with Timing(clock.kind) as timing:
+            run()
+        return iter(timing.took)
+    return profiled(run, clock)
 
-    On CUDA those of the kernels that it launches, and Triton's kernels, which no operation launches. The
-    profiler knows the wall's clock only: for the CPU's, what was not computed meanwhile is taken off all
-    alike.
+
+class Timing(TorchDispatchMode):
+    """Times each operation itself, for a clock that torch.profiler does not know."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.took: list[tuple[str, float]] = []
+        self._now = CLOCKS[kind]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = self._now()
+        result = func(*args, **(kwargs or {}))
+        self.took.append((func.name(), self._now() - start))
+        return result
+
+
+def profiled(run: Run, clock: Clock) -> Iterator[tuple[str, float]]:
+    """As torch.profiler has it; on CUDA the seconds of the kernels that each launches, and Triton's kernels,
+    which no operation launches.
     """
     on_cuda = clock.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with unheard(), profile(activities=activities, acc_events=True) as profiler:
-        wall, own = time.perf_counter(), CLOCKS[clock.kind]()
         clock.seconds(run)
-        share = (CLOCKS[clock.kind]() - own) / (time.perf_counter() - wall)
     for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
         kernel = event.device_type != torch.autograd.DeviceType.CPU
         if kernel and part_of(event.name) == OTHER:
             continue  # counted with the operation that launched it
-        micros = event.self_device_time_total if on_cuda else event.self_cpu_time_total * share
-        yield event.name, 1e-6 * micros
+        yield event.name, 1e-6 * (event.self_device_time_total if on_cuda else event.self_cpu_time_total)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ TINY = FluxSpec(64, 1, 1, 1, context_in=16, vec_in=8, guidance_embed=True)
     [
         ("mkldnn::_linear_pointwise", "linear layers"),
         ("aten::addmm", "linear layers"),
+        ("aten::mm.out", "linear layers"),
         ("onednn::qlinear_pointwise", "linear layers"),
         ("aten::_scaled_mm", "linear layers"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
@@ -44,15 +45,16 @@ def test_which_part_an_operation_belongs_to(operation: str, part: str) -> None:
     assert part_of(operation) == part
 
 
-def test_no_operation_of_a_step_is_left_over() -> None:
-    """Of all that our step does on a CPU; single precision and half of it."""
+@pytest.mark.parametrize("kind", ["wall", "cpu"])
+def test_no_operation_of_a_step_is_left_over(kind: str) -> None:
+    """Of all that our step does on a CPU, in both dtypes, by the profiler and by our own timing."""
     for dtype in (torch.float32, torch.bfloat16):
         model = random_model(TINY, dtype, torch.device("cpu"))
         with torch.no_grad():
-            names = {
-                name for name, _ in time_spent.profiled(Inputs(model, 32, 4).our_step(model), Clock("cpu"))
-            }
-        assert {part_of(name) for name in names} == set(PARTS) - {"other"}
+            took = list(time_spent.operations_of(Inputs(model, 32, 4).our_step(model), Clock(kind)))
+        assert {part_of(name) for name, _ in took} == set(PARTS) - {"other"}
+        assert all(seconds >= 0 for _, seconds in took)
+        assert sum("scaled_dot_product_flash" in name for name, _ in took) == 2, "one attention a block"
 
 
 def test_a_step_is_divided_by_hand() -> None:
@@ -72,7 +74,7 @@ def test_a_step_is_divided_by_hand() -> None:
 def test_the_least_of_several_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of each call, not of each name: 1 + 2 of the first operation's two calls, 4 of the other's."""
     runs = iter([[("a", 1.0), ("b", 5.0), ("a", 3.0)], [("a", 2.0), ("b", 4.0), ("a", 2.0)], [("b", 6.0)]])
-    monkeypatch.setattr(time_spent, "profiled", lambda run, clock: next(runs))
+    monkeypatch.setattr(time_spent, "operations_of", lambda run, clock: next(runs))
     settings = Settings(True, 0.0, Clock(), tmp_path)
     assert time_spent.timed(lambda: None, settings)[1] == {"a": 3.0, "b": 4.0}
 
