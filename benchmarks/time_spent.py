@@ -8,7 +8,7 @@ Cases: the shipped miniature at 128 px; 1 double and 2 single blocks of FLUX.1's
 tokens and random weights, on CUDA all of FLUX.1 [dev] at 1024 px. The columns:
 
   ms        the time of a part's operations in a step, as torch.profiler has it (on CUDA: of their kernels),
-            the least of several runs
+            in the quickest of several runs
   share     of the step's time, which is measured without the profiler
   floor     ms that the part would take at best: linear layers and attention their FLOP over the rate of the
             fastest matrix product that torch does here in the dtype; elementwise parts their bytes, each
@@ -128,23 +128,19 @@ def floors(model: FluxTransformer, inputs: Inputs, clock: Clock) -> dict[str, fl
 
 
 def timed(run: Run, settings: Settings) -> tuple[float, dict[str, float]]:
-    """Seconds of a run and of each operation in it, by name: the least of several, since all else that the
-    machine does only adds. Runs with and without the profiler take turns.
+    """Seconds of a run, and by name those of its operations: of the quickest of several runs either way, since
+    all else that the machine does only adds. Runs with and without timed operations take turns.
     """
     plain: list[float] = []
-    least: dict[tuple[str, int], float] = {}
+    operations: list[dict[str, float]] = []
     end = time.perf_counter() + settings.budget
     while len(plain) < 3 or time.perf_counter() < end:
         plain.append(settings.clock.seconds(run))
-        count = Counter[str]()
+        took = Counter[str]()
         for name, seconds in operations_of(run, settings.clock):
-            key = name, count[name]  # the same call of a step in every run
-            least[key] = min(seconds, least.get(key, seconds))
-            count[name] += 1
-    operations = Counter[str]()
-    for (name, _), seconds in least.items():
-        operations[name] += seconds
-    return min(plain), dict(operations)
+            took[name] += seconds
+        operations.append(dict(took))
+    return min(plain), min(operations, key=lambda took: sum(took.values()))
 
 
 def operations_of(run: Run, clock: Clock) -> Iterator[tuple[str, float]]:
