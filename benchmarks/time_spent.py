@@ -128,7 +128,7 @@ def floors(model: FluxTransformer, inputs: Inputs, clock: Clock) -> dict[str, fl
 
 
 def timed(run: Run, settings: Settings) -> tuple[float, dict[str, float]]:
-    """Seconds of a run, and by name those of its operations: of the quickest of several runs either way, since
+    """Seconds of a run, and by name those of its operations: either of the quickest of several runs, since
     all else that the machine does only adds. Runs with and without timed operations take turns.
     """
     plain: list[float] = []
