@@ -14,7 +14,9 @@
   stored.py        linear layers over weights as their file keeps them (forms.py, dequantise.py)
   streaming/       a model larger than the memory: blocks come in just ahead of use
   caching.py       steps whose deeper blocks are forecast instead of computed
+  attention.py     which backend computes attention, by the card and by what is installed
   packed.py        linear layers in the processor's order, exact or in int8 (packing.py: which of a model)
+  fp8.py           linear layers that multiply in 8-bit floats
   flow/            the theory: paths, predictions, objectives, couplings, likelihoods
   train/           how the miniatures in models/ are made
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .attention import attention
 from .packed import ReorderedLinear
 from .spec import FluxSpec
 from .stored import computing_dtype, device_of, weight_count
@@ -100,15 +101,6 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     if scale.shape[0] == 1:
         return F.layer_norm(x, width, scale.view(-1), shift.view(-1), eps=1e-6)
     return torch.addcmul(shift, F.layer_norm(x, width, eps=1e-6), scale)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention over [B, K, L, D], heads joined again: [B, L, K D]."""
-    if q.requires_grad and q.device.type == "cpu":  # torch's fused backward takes 6 times as long in bf16
-        joint = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v
-    else:
-        joint = F.scaled_dot_product_attention(q, k, v)
-    return joint.transpose(1, 2).flatten(2)  # [B, L, K D], without einops: see queries_keys_values
 
 
 class MLPEmbedder(nn.Module):
@@ -227,6 +219,9 @@ def gelu_behind(layer: nn.Module, x: Tensor, plain: int) -> tuple[Tensor, Tensor
 class DoubleStreamBlock(nn.Module):
     """Text and image attend to each other with weights of their own (MM-DiT, arXiv:2403.03206)."""
 
+    attention_by: str = "auto"
+    """See attention.py; `use_attention` sets it."""
+
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
         hidden = spec.hidden_size
@@ -246,7 +241,8 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1))
         txt_qkv = self.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1))
         streams = [(txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm)]
-        joint = attention(*queries_keys_values(streams, self.img_attn.heads, rope))
+        q, k, v = queries_keys_values(streams, self.img_attn.heads, rope)
+        joint = attention(q, k, v, self.attention_by)
         txt_attn, img_attn = joint.split([txt.shape[1], img.shape[1]], dim=1)
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
         img = torch.addcmul(
@@ -262,6 +258,9 @@ class DoubleStreamBlock(nn.Module):
 class SingleStreamBlock(nn.Module):
     """Attention and MLP side by side, one linear layer in and one out (arXiv:2302.05442)."""
 
+    attention_by: str = "auto"
+    """See attention.py; `use_attention` sets it."""
+
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
         hidden, self.heads, self.mlp_size = spec.hidden_size, spec.num_heads, spec.mlp_size
@@ -274,7 +273,8 @@ class SingleStreamBlock(nn.Module):
         """x [B, L + N, hidden] -> the same shape."""
         shift, scale, gate = mod
         qkv, mlp = gelu_behind(self.linear1, modulated_norm(x, shift, scale), 3 * x.shape[-1])
-        attn = attention(*queries_keys_values([(qkv, self.norm)], self.heads, rope))
+        q, k, v = queries_keys_values([(qkv, self.norm)], self.heads, rope)
+        attn = attention(q, k, v, self.attention_by)
         return torch.addcmul(x, gate, self.linear2(torch.cat([attn, mlp], dim=-1)))
 
 

@@ -1,18 +1,19 @@
-"""A transformer whose layers are packed for the processor (packed.py): those that every step uses.
+"""A transformer whose layers are packed for the processor (packed.py) or quantised (also fp8.py).
 
-What `prepare` uses once a run is left alone, so that `release_modulation` frees it as before; so are layers
-that keep quantised weights, and models that are streamed, whose weights must stay pages of their file.
+Packed are those that every step uses. What `prepare` uses once a run is left alone, but for fp8; so are
+layers that keep quantised weights, and models that are streamed, whose weights must stay pages of their file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
-from .forms import Joined, Plain
+from .forms import Joined, Plain, Scaled
+from .fp8 import FP8, STEP, Fp8Linear, can_multiply, in_fp8
 from .layers import Modulation, SingleStreamBlock
 from .packed import Int8Linear, PackedLinear, can_pack
 from .stored import StoredLinear, computing_dtype, device_of
@@ -20,6 +21,9 @@ from .streaming import GIB
 from .transformer import FluxTransformer
 
 LINEAR = (nn.Linear, StoredLinear)
+Place = tuple[nn.Module, str, "nn.Linear | StoredLinear"]
+"""A linear layer with the module that it is a child of, and its name there."""
+
 COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = 1 << 16
 """Numbers of a weight below which packing gains nothing: the call costs more than the order saves."""
@@ -47,7 +51,7 @@ def pack_weights(model: FluxTransformer) -> int:
             return None
         return PackedLinear(layer.weight, layer.bias, plain)
 
-    return _replace(model, packed)
+    return _replace(model, packed, _layers(model))
 
 
 def quantise_to_int8(model: FluxTransformer, limit: int | None = None) -> int:
@@ -56,18 +60,7 @@ def quantise_to_int8(model: FluxTransformer, limit: int | None = None) -> int:
     The first and the last layer, and those that keep quantised weights, stay as they are. Raises ValueError
     for a model that is streamed, and for one that would take more than `limit` bytes.
     """
-    if model.streaming is not None:
-        raise ValueError(
-            "int8 needs a model that is not streamed, got one that is larger than its memory limit; "
-            "raise memory_limit, or choose another weight_dtype"
-        )
-
-    needed = int8_bytes(model)
-    if limit is not None and needed > limit:
-        raise ValueError(
-            f"in int8 the model takes {needed / GIB:.1f} GB, the memory limit is {limit / GIB:.1f} GB; raise "
-            "memory_limit, or choose auto as weight_dtype, which streams the model"
-        )
+    _check(model, "int8", int8_bytes(model), limit)
 
     def quantised(layer: nn.Linear | StoredLinear, plain: int | None) -> nn.Module | None:
         if not _can_quantise(layer):
@@ -75,27 +68,73 @@ def quantise_to_int8(model: FluxTransformer, limit: int | None = None) -> int:
         numbers = layer.weight if isinstance(layer, nn.Linear) else layer.dense_weight(layer.dtype)
         return Int8Linear(numbers, layer.bias, plain)
 
-    return _replace(model, quantised, ends=False)
+    return _replace(model, quantised, _layers(model, ends=False))
+
+
+def quantise_to_fp8(
+    model: FluxTransformer, device: torch.device | None = None, limit: int | None = None
+) -> int:
+    """Multiply in fp8 in the blocks but the last (`Fp8Linear`), modulations too; returns in how many layers.
+
+    With a device each weight is brought there to be quantised, and stays. Files in float8_e4m3fn hand their
+    codes over; layers that keep weights quantised in other ways stay as they are. Raises ValueError as
+    `quantise_to_int8`.
+    """
+    _check(model, "fp8", fp8_bytes(model), limit)
+
+    def quantised(layer: nn.Linear | StoredLinear, plain: int | None) -> nn.Module | None:
+        if not _can_be_fp8(layer):
+            return None
+        where = device or device_of(layer)
+        weight = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.stored
+        return Fp8Linear(in_fp8(weight.to(where)), layer.bias, computing_dtype(layer)).to(where)
+
+    can_multiply(device or model.device)  # a card is tried now, not when something compiles
+    return _replace(model, quantised, _fp8_layers(model))
 
 
 def int8_bytes(model: FluxTransformer) -> int:
     """Bytes of weights that `quantise_to_int8` would leave: a code for each number of what it quantises."""
+    layers = (layer for _, _, layer in _layers(model, ends=False) if _can_quantise(layer))
+    return _bytes_with_codes(model, layers)
+
+
+def fp8_bytes(model: FluxTransformer) -> int:
+    """Bytes of weights that `quantise_to_fp8` would leave."""
+    return _bytes_with_codes(model, (layer for _, _, layer in _fp8_layers(model) if _can_be_fp8(layer)))
+
+
+def _bytes_with_codes(model: FluxTransformer, layers: Iterable[nn.Linear | StoredLinear]) -> int:
+    """A model's bytes once these layers keep a byte for each number."""
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    for _, _, layer in _layers(model, ends=False):
-        if _can_quantise(layer):
-            kept = layer.stored.nbytes if isinstance(layer, StoredLinear) else layer.weight.nbytes
-            held += layer.in_features * layer.out_features - kept
+    for layer in layers:
+        kept = layer.stored.nbytes if isinstance(layer, StoredLinear) else layer.weight.nbytes
+        held += layer.in_features * layer.out_features - kept
     return held
+
+
+def _check(model: FluxTransformer, form: str, needed: int, limit: int | None) -> None:
+    """Raise ValueError unless a model that takes `needed` bytes in a form can be brought into it."""
+    if model.streaming is not None:
+        raise ValueError(
+            f"{form} needs a model that is not streamed, got one that is larger than its memory limit; "
+            "raise memory_limit, or choose another weight_dtype"
+        )
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"in {form} the model takes {needed / GIB:.1f} GB, the memory limit is {limit / GIB:.1f} GB; "
+            "raise memory_limit, or choose auto as weight_dtype, which streams the model"
+        )
 
 
 def _replace(
     model: FluxTransformer,
     make: Callable[[nn.Linear | StoredLinear, int | None], nn.Module | None],
-    ends: bool = True,
+    layers: Iterable[Place],
 ) -> int:
     """Put what `make` gives for each layer, and its number of outputs without GELU, in the layer's place."""
     count = 0
-    for parent, name, layer in _layers(model, ends):
+    for parent, name, layer in layers:
         first_single = isinstance(parent, SingleStreamBlock) and name == "linear1"
         new = make(layer, 3 * model.spec.hidden_size if first_single else None)
         if new is not None:
@@ -104,8 +143,8 @@ def _replace(
     return count
 
 
-def _layers(model: FluxTransformer, ends: bool) -> Iterator[tuple[nn.Module, str, nn.Linear | StoredLinear]]:
-    """The linear layers of every step, each with the module that it is a child of."""
+def _layers(model: FluxTransformer, ends: bool = True) -> Iterator[Place]:
+    """The linear layers of every step."""
     if ends:
         for parent, name in ((model, "img_in"), (model.final_layer, "linear")):
             if isinstance(layer := getattr(parent, name), LINEAR):
@@ -114,18 +153,33 @@ def _layers(model: FluxTransformer, ends: bool) -> Iterator[tuple[nn.Module, str
         yield from _inside(block)
 
 
-def _inside(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | StoredLinear]]:
+def _fp8_layers(model: FluxTransformer) -> Iterator[Place]:
+    """The linear layers that bear fp8: see fp8.py for the others."""
+    for block in [*model.double_blocks, *list(model.single_blocks)[:-1]]:
+        yield from _inside(block, modulations=True)
+
+
+def _inside(module: nn.Module, modulations: bool = False) -> Iterator[Place]:
     for name, child in list(module.named_children()):
         if isinstance(child, LINEAR):
             yield module, name, child
-        elif not isinstance(child, Modulation):
-            yield from _inside(child)
+        elif modulations or not isinstance(child, Modulation):
+            yield from _inside(child, modulations)
 
 
-def _can_quantise(layer: nn.Linear | StoredLinear) -> bool:
-    """Whether a layer has numbers to quantise: is not kept quantised already, nor without memory."""
+def _can_quantise(layer: nn.Linear | StoredLinear, own: torch.dtype | None = None) -> bool:
+    """Whether a layer has numbers to quantise, or codes in `own` to hand over, and has them in memory."""
     if isinstance(layer, nn.Linear):
         return not layer.weight.is_meta
     stored = layer.stored
-    parts = stored.parts if isinstance(stored, Joined) else (stored,)
-    return all(isinstance(part, Plain) and part.values.dtype in COMPUTABLE for part in parts)
+    return all(
+        (isinstance(part, Plain) and part.values.dtype in (*COMPUTABLE, own))
+        or (isinstance(part, Scaled) and part.codes.dtype == own)
+        for part in (stored.parts if isinstance(stored, Joined) else (stored,))
+    )
+
+
+def _can_be_fp8(layer: nn.Linear | StoredLinear) -> bool:
+    """Whether a layer can become an `Fp8Linear`: by its sides, and as `_can_quantise`."""
+    sides = layer.in_features % STEP == 0 and layer.out_features % STEP == 0
+    return sides and not isinstance(layer, Fp8Linear) and _can_quantise(layer, FP8)

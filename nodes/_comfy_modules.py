@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flux_core.attention import attention_told
 from ..flux_core.caching import BlockMemory, Caching
 from ..flux_core.conditioning import TextEncoders
 from ..flux_core.layers import Chunks, Rope, rope_table
@@ -74,6 +75,10 @@ class ComfyNetwork(nn.Module):
     @property
     def spec(self) -> FluxSpec:
         return self._network[0].spec
+
+    def attends(self, device: torch.device) -> str:
+        """What it attends by on a device, in a few words."""
+        return attention_told(self._network[0], device)
 
     def begin(self, patcher: Any) -> None:
         """A sampling run begins: its results may be kept from step to step."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.solver import Report, Solver, Step, integrate, seeded_noise
 from . import _wires
+from ._comfy_modules import ComfyNetwork
 from ._report import Stopwatch, report_text, skipped
 
 
@@ -94,8 +95,10 @@ def sample(
         seed=noise.seed,
     )
     report = told[0] if told else other_report(sampler, guider.evaluations, len(watch.seconds))
-    cached = skipped(getattr(model.model.diffusion_model, "memories", []))
-    return samples.to(management.intermediate_device()), report_text(report, watch.seconds, cached)
+    network = model.model.diffusion_model
+    attends = network.attends(model.load_device) if isinstance(network, ComfyNetwork) else None
+    text = report_text(report, watch.seconds, skipped(getattr(network, "memories", [])), attends)
+    return samples.to(management.intermediate_device()), text
 
 
 def _guider(model: Any, positive: _wires.Entries, negative: _wires.Entries | None, cfg_scale: float) -> Any:

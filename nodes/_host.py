@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from ..flux_core import preview, tiling
+from ..flux_core.attention import attention_told
 from ..flux_core.caching import BlockMemory, Caching
 from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.packed import can_pack
-from ..flux_core.packing import pack_weights, quantise_to_int8
+from ..flux_core.packing import fp8_bytes, pack_weights, quantise_to_fp8, quantise_to_int8
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.solver import Report, Solver, Step
-from ..flux_core.streaming import fits, limit_of
+from ..flux_core.streaming import fits, limit_of, stream
 from ..flux_core.transformer import FluxTransformer
 from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
@@ -41,8 +42,9 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "int8": torch.bfloat16,
+    "fp8": torch.bfloat16,
 }
-"""What the weights become, None for the file's own; int8 is multiplied as such, the rest computed in bf16."""
+"""What the weights become, None for the file's own; int8 and fp8 are multiplied as such, the rest in bf16."""
 
 T5_LENGTHS: dict[str, int | None] = {"auto": None, "512": 512, "256": 256, "128": 128, "prompt": OWN_LENGTH}
 
@@ -103,19 +105,21 @@ def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
     """A MODEL from a FLUX.1 transformer's file, with at most so much of its weights on the device.
 
     In the embedded editor what computes on a CPU is packed for it (flux_core.packing). Raises what
-    flux_core.weights.load_transformer raises, and ValueError where int8 cannot be.
+    flux_core.weights.load_transformer raises, and ValueError where int8 or fp8 cannot be.
     """
     dtype = WEIGHT_DTYPES[weight_dtype]
     if (host := comfy()) is not None:
-        if weight_dtype == "int8":
+        if weight_dtype in ("int8", "fp8"):
             raise ValueError(
-                "weight_dtype int8 is for Rectiflux's own editor, this is ComfyUI; choose auto or bf16, or a "
-                "file that is quantised"
+                f"weight_dtype {weight_dtype} is for Rectiflux's own editor, this is ComfyUI; choose auto or "
+                "bf16, or a file that is quantised"
             )
         return host.load_model(path, dtype, memory_limit)
     device = _device()
     if weight_dtype == "int8":
         network = _in_int8(path, device, memory_limit)
+    elif weight_dtype == "fp8":
+        network = _in_fp8(path, device, memory_limit)
     else:
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
@@ -130,12 +134,22 @@ def _in_int8(path: Path, device: torch.device, memory_limit: str) -> FluxTransfo
     if device.type != "cpu":
         raise ValueError(
             f"weight_dtype int8 is for models that compute on a CPU, this one would on {device.type}; "
-            "choose auto, or a file in fp8"
+            "choose fp8, or auto"
         )
     dtype = torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
     network = load_transformer(path, dtype, device, _progress())
     quantise_to_int8(network, limit_of(memory_limit, device))
     return network
+
+
+def _in_fp8(path: Path, device: torch.device, memory_limit: str) -> FluxTransformer:
+    """A network that keeps fp8 and multiplies in it where the card can; on a card streamed if it must be."""
+    limit, on_cpu = limit_of(memory_limit, device), device.type == "cpu"
+    dtype = torch.float32 if on_cpu and not can_pack(device, torch.bfloat16) else torch.bfloat16
+    network = load_transformer(path, dtype, on_progress=_progress())
+    fitting = limit is None or fp8_bytes(network) <= limit
+    quantise_to_fp8(network, device if fitting else None, limit if on_cpu else None)
+    return network if on_cpu else stream(network, device, limit)
 
 
 def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
@@ -294,7 +308,7 @@ def sample(
     # as ComfyUI hands on a path that stops early, so that samplers chain
     samples = to_vae_space(result / (1 - float(sigmas[-1]))).float().cpu()
     samples = _wires.checked_finite(samples, "the sampled values", "choose bf16 or fp32 as weight_dtype")
-    return samples, report_text(told[0], watch.seconds, skipped(memories))
+    return samples, report_text(told[0], watch.seconds, skipped(memories), attention_told(model.network))
 
 
 def _reporter(factors: preview.Factors | None) -> Any:

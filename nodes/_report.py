@@ -56,7 +56,12 @@ def skipped(memories: Iterable[BlockMemory]) -> tuple[int, int] | None:
     return gone, gone + sum(memory.computed for memory in memories)
 
 
-def report_text(report: Report, seconds: list[float], cached: tuple[int, int] | None = None) -> str:
+def report_text(
+    report: Report,
+    seconds: list[float],
+    cached: tuple[int, int] | None = None,
+    attention: str | None = None,
+) -> str:
     """A line for each figure; what a method does not give is said to be unknown."""
     steps, error, straightness = str(report.accepted), "unknown", "unknown"
     if report.rejected:
@@ -74,6 +79,8 @@ def report_text(report: Report, seconds: list[float], cached: tuple[int, int] | 
     ]
     if cached is not None:
         lines.insert(3, f"skipped by the step cache: {cached[0]} of {cached[1]} passes")
+    if attention is not None:
+        lines.append(f"attention: {attention}")
     if seconds:
         mean = sum(seconds) / len(seconds)
         lines.append(f"seconds a step: {mean:.3f} ({min(seconds):.3f} to {max(seconds):.3f})")

@@ -14,7 +14,9 @@ VAE = "The autoencoder, for FLUX VAE Decode and Encode or for ComfyUI's own."
 DTYPE = (
     "Number format of the weights. auto: the file's own on a graphics card, fp32 on a CPU. bf16 and fp16 "
     "take half the memory of fp32. int8, on a CPU, takes half of that and is faster than bf16, with errors "
-    "of a hundredth. Quantised weights stay as they are, and are computed in this format."
+    "of a hundredth. fp8 takes as little, and is faster on cards that multiply it (GeForce RTX 40, H100 and "
+    "later), with errors of some hundredths. Quantised weights stay as they are, and are computed in this "
+    "format."
 )
 LIMIT = (
     "How much of the model stays in memory (on the graphics card, where there is one). Of a larger model "

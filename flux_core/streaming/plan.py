@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..transformer import FluxTransformer
+from .memory import free_memory
 from .paging import Pager
 from .parts import Streaming, places, put, weights_of
 from .staging import Stager
@@ -39,7 +40,8 @@ def stream(model: FluxTransformer, device: torch.device | str, limit: int | None
         for place in places(module):
             if id(place[2]) not in away:
                 put(place, place[2].to(device))
-    model.streaming = Streaming(Stager(device))
+    room = free_memory(torch.device("cpu")) or 0
+    model.streaming = Streaming(Stager(device, keep=room // 2))  # the rest is the pages' and everybody's
     return model
 
 

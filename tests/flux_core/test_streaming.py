@@ -141,10 +141,11 @@ class Here(Stager):
     """A stager whose device is the CPU."""
 
     far: set[int]
+    keep: int = 0
     log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        super().__init__(torch.device("cpu"))
+        super().__init__(torch.device("cpu"), self.keep)
 
     def _is_far(self, place: Place) -> bool:
         return id(place[2]) in self.far
@@ -154,9 +155,9 @@ class Here(Stager):
         super().start(part)
 
 
-def staged(model: FluxTransformer, every: int = 1) -> Here:
+def staged(model: FluxTransformer, every: int = 1, keep: int = 0) -> Here:
     parts = [*model.modulations(), *model.double_blocks, *model.single_blocks][::every]
-    stager = Here({id(tensor) for part in parts for tensor in weights_of(part)})
+    stager = Here({id(tensor) for part in parts for tensor in weights_of(part)}, keep)
     model.streaming = Streaming(stager)
     return stager
 
@@ -170,6 +171,25 @@ def test_two_buffers_give_the_same_velocity(every: int) -> None:
     assert torch.equal(velocities(model), expected)
     assert before == [(id(kept), name, tensor.data_ptr()) for kept, name, tensor in places(model)]
     assert "start" in stager.log
+
+
+def test_what_was_gathered_for_a_block_is_kept_within_the_room() -> None:
+    """Room for the first block to come alone: it is read once, the others at every step; modulations go."""
+    model = flux_transformer()
+    expected = velocities(model)
+    block = model.double_blocks[0]
+    stager = staged(model, keep=sum(-(-t.nbytes // 256) * 256 for t in weights_of(block)))
+    assert torch.equal(velocities(model), expected)
+    assert list(stager._kept) == [tuple(t.data_ptr() for t in weights_of(block))]
+    with torch.no_grad():
+        for tensor in (*weights_of(block), *weights_of(model.single_blocks[0])):
+            tensor.zero_()  # behind its back: only what is read again can know
+    changed = velocities(model)
+    plain = flux_transformer()
+    with torch.no_grad():
+        for tensor in weights_of(plain.single_blocks[0]):
+            tensor.zero_()
+    assert torch.equal(changed, velocities(plain))
 
 
 def test_a_stored_layer_is_staged_as_it_is(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rectiflux.flux_core import attention
 from rectiflux.flux_core.conditioning import OWN_LENGTH
 from rectiflux.flux_core.pipeline import guided_velocity
 from rectiflux.flux_core.spec import Conditioning, FluxSpec
@@ -201,3 +202,11 @@ def test_a_stock_clips_tokens_take_another_length() -> None:
     assert _comfy_text.of_length(batches, 3) == [[*words[:2], (1, 1.0)]]
     without_end = [words[:3]]
     assert _comfy_text.of_length(without_end, 4) == [[*words[:3], (0, 1.0)]]
+
+
+def test_what_it_attends_by_is_told_of_the_device_that_it_samples_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI may have taken it off the card before the report is written."""
+    monkeypatch.setattr(attention, "capability_of", lambda device: (10, 0) if device.type == "cuda" else None)
+    module = ComfyNetwork(FluxTransformer(SPEC).bfloat16())
+    assert module.attends(torch.device("cpu")) == "torch"
+    assert module.attends(torch.device("cuda")) == "cuDNN through torch"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rectiflux.flux_core.fp8 import Fp8Linear
 from rectiflux.flux_core.packed import Int8Linear, PackedLinear
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.flux_core.streaming import memory
@@ -323,3 +324,43 @@ def test_int8_quantises_the_blocks(host: Folders, models: Path, monkeypatch: pyt
     monkeypatch.setattr(_host, "comfy", lambda: object())
     with pytest.raises(ValueError, match="int8 is for Rectiflux's own editor, this is ComfyUI; choose auto"):
         _host.load_model(models / name, "int8", "auto")
+
+
+# fp8
+
+
+def test_fp8_quantises_the_blocks_and_modulations(
+    host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a card, too, it works; all but the last block, and neither end."""
+    name = quantised(models, "Q8_0")[1]
+    load = {"model_name": name, "weight_dtype": "fp8"}
+    network = call("RectifluxModelLoader", **load).network
+    count = sum(isinstance(layer, Fp8Linear) for layer in network.modules())
+    assert count == 10 * len(network.double_blocks) + 3 * (len(network.single_blocks) - 1)
+    node = model_node(name)
+    node["inputs"]["weight_dtype"] = "fp8"
+    exact, shown = picture(model=model_node(name)), picture(model=node)
+    assert 0 < (exact - shown).abs().mean() < 0.05
+    monkeypatch.setattr(_host, "limit_of", lambda choice, device: 1 << 10)
+    with pytest.raises(ValueError, match=r"in fp8 the model takes .* GB, the memory limit is 0\.0 GB; raise"):
+        call("RectifluxModelLoader", **load)
+    monkeypatch.setattr(_host, "comfy", lambda: object())
+    with pytest.raises(ValueError, match="fp8 is for Rectiflux's own editor, this is ComfyUI; choose auto"):
+        _host.load_model(models / name, "fp8", "auto")
+
+
+@pytest.mark.parametrize(("limit", "place"), [(None, "cuda"), (1 << 40, "cuda"), (1 << 10, None)])
+def test_on_a_card_fp8_is_made_there_or_streamed(
+    host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, place: str | None
+) -> None:
+    asked: list[Any] = []
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(_host, "_device", lambda: cuda)
+    monkeypatch.setattr(_host, "limit_of", lambda choice, device: limit)
+    monkeypatch.setattr(_host, "quantise_to_fp8", lambda model, *how: asked.append(how))
+    monkeypatch.setattr(_host, "stream", lambda model, *how: asked.append(how) or model)
+    name = quantised(models, "Q8_0")[1]
+    network = call("RectifluxModelLoader", model_name=name, weight_dtype="fp8").network
+    assert asked == [(None if place is None else cuda, None), (cuda, limit)]
+    assert network.dtype == torch.bfloat16

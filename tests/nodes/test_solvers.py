@@ -82,11 +82,12 @@ def test_the_report_of_a_run(embedded: Folders) -> None:
         "evaluations of the model",
         "estimated error",
         "straightness of the path",
+        "attention",
         "seconds a step",
         "seconds in all",
     ]
     assert (lines["solver"], lines["steps"], lines["evaluations of the model"]) == ("heun", "4", "8")
-    assert lines["estimated error"] == "unknown"
+    assert lines["estimated error"] == "unknown" and lines["attention"] == "torch"
     assert re.fullmatch(r"\d+\.\d{4} in these steps \(0: straight\)", lines["straightness of the path"])
     settings = {"rtol": 0.2, "atol": 0.2, "max_evaluations": 2000}
     _, report = run(graphs.node("RectifluxAdaptiveSolver", **settings))
@@ -107,7 +108,11 @@ def test_the_report_in_words() -> None:
         "seconds a step: 0.200 (0.100 to 0.300)\n"
         "seconds in all: 0.60"
     )
-    assert report_text(Report("euler_ancestral", 4, 4, 0, None, None), []) == (
+    plain = Report("euler_ancestral", 4, 4, 0, None, None)
+    assert report_text(plain, [], None, "cuDNN through torch").endswith(
+        "unknown\nattention: cuDNN through torch"
+    )
+    assert report_text(plain, []) == (
         "solver: euler_ancestral\n"
         "steps: 4\n"
         "evaluations of the model: 4\n"
