@@ -40,10 +40,10 @@ def held() -> Memory:
 
 
 class Watch:
-    """Looks at the process's memory 20 times a second and keeps the most of each kind."""
+    """Looks at the process's memory every `period` seconds and keeps the most of each kind."""
 
-    def __init__(self) -> None:
-        self.most = held()
+    def __init__(self, period: float = 0.05) -> None:
+        self.most, self._period = held(), period
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -58,7 +58,7 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.05):
+        while not self._stop.wait(self._period):
             with suppress(OSError):
                 now = held()
                 most = self.most

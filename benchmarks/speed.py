@@ -1,24 +1,30 @@
 """Ours against diffusers, and ComfyUI where COMFYUI_PATH names it: ratios, within ten minutes.
 
-    python3 run.py bench speed [--quick] [--cases miniature,full,int8,vae,pictures] [--seconds 120]
+    python3 run.py bench speed [--quick] [--cases miniature,full,int8,vae,pictures,memory] [--seconds 120]
                                [--threads N] [--clock wall|cpu] [--device cpu|cuda] [--models DIR]
-                               [--json FILE] [--record]
+                               [--large] [--json FILE] [--record]
 
 Both sides run eagerly on the same weights, inputs and dtype, and take turns (ours, theirs, theirs, ours), so
 that whatever else the machine does slows both. Each comparison ends in a line
 
-  ratio CASE N     theirs over ours in time, a median over turns: above 1, ours is faster
+  ratio CASE N     theirs over ours in time, a median over turns: above 1, ours is faster (memory: is less)
 
   miniature        8 steps at 128 px in fp32 with what depends on the prompt; theirs does that at each step
   full-DTYPE-SIDE  a step of 1 double and 2 single blocks of FLUX.1's width, 512 text tokens, random weights;
                    int8 against diffusers in bf16. What we do once a run is not in it, theirs does it again
   int8             no times: what a layer loses in int8, on random and on outlier-heavy weights
   vae-..., text-encode, whole-picture, load, first-picture     decode and encode in full width, the rest of
-                   the shipped miniature
+                   the shipped miniature; vae-...-fp32 is ours in bf16 against diffusers in fp32
+  memory-...       the most bytes above the weights of a step and a decode at 512 px and of a picture by the
+                   miniature, each side in a process of its own. --large adds our decode at 2048 px: minutes
+  gpu              with --device cuda, and first there: FLUX.1 [dev] (28 steps) and [schnell] (4) in full
+                   size with random weights at 512 and 1024 px, batch 1 and 4, bf16 and fp8, against
+                   diffusers eager and compiled, and the rate of it beside that of a matrix product. Of long
+                   loops a few steps are measured ("28 steps from 3"). Never run on a GPU yet
 
---clock cpu counts the seconds that this process computes: for one thread on a machine that others use. The
-GPU (--device cuda) is written for and was never measured. What is skipped is printed with the reason, and so
-are cases for which no time is left. --record appends the ratios to benchmarks/RESULTS.md.
+--clock cpu counts the seconds that this process computes: for one thread on a machine that others use. What
+is skipped is printed with the reason, and so are cases for which no time is left. --record appends the
+ratios to benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-from . import speed_blocks, speed_models
+from . import speed_blocks, speed_gpu, speed_memory, speed_models
 from .report import add_json, machine, parser_of, positive, write_report
 from .speed_settings import Case, Settings, Skipped, Told
 from .turns import CLOCKS, Clock, Ratio
@@ -49,7 +55,14 @@ CASES: dict[str, Case] = {
     "int8": speed_blocks.int8_error,
     "vae": speed_models.autoencoder,
     "pictures": speed_models.pictures,
+    "memory": speed_memory.memory,
+    "gpu": speed_gpu.full_size,
 }
+BY_DEFAULT = {
+    "cpu": [name for name in CASES if name != "gpu"],
+    "cuda": ["gpu", "vae", "memory", "miniature", "full", "pictures"],
+}
+"""Cases of a device, what matters most first where the time is short."""
 
 
 def measured(names: list[str], settings: Settings) -> tuple[list[Ratio], list[Skipped], list[str]]:
@@ -86,12 +99,12 @@ def entry(
         "",
         f"torch {on['torch']}, {versions}, Python {on['python']}; {settings.clock.kind} clock",
         "",
-        "| case | ratio | least to greatest | turns | ours, ms | theirs, ms | |",
+        "| case | ratio | least to greatest | turns | ours | theirs | |",
         "|-|-|-|-|-|-|-|",
     ]
     lines += [
-        f"| {r.case} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {r.turns} | {1000 * r.ours:.1f} "
-        f"| {1000 * r.theirs:.1f} | {r.note} |"
+        f"| {r.case} | {r.ratio:.2f} | {r.low:.2f} to {r.high:.2f} | {r.turns} | {r.told(r.ours)} "
+        f"| {r.told(r.theirs)} | {r.note} |"
         for r in ratios
     ]
     if told:
@@ -103,7 +116,8 @@ def entry(
 
 def record(section: str, file: Path) -> None:
     """Append a section to the file of results."""
-    head = "# Results of `bench speed`\n\nAppended by the script (`--record`): theirs over ours in time.\n"
+    about = "Appended by the script (`--record`): theirs over ours, in time or memory."
+    head = f"# Results of `bench speed`\n\n{about}\n"
     before = file.read_text(encoding="utf-8") if file.exists() else head
     file.write_text(f"{before.rstrip()}\n\n{section}", encoding="utf-8")
 
@@ -121,12 +135,14 @@ def main(argv: list[str]) -> int:
     """Run the cases, print their ratios; 0."""
     parser = parser_of("speed", __doc__)
     parser.add_argument("--quick", action="store_true", help="small models, two turns: does it run at all?")
-    parser.add_argument("--cases", type=cases_of, default=list(CASES), help=f"of {', '.join(CASES)}; all")
+    parser.add_argument("--cases", type=cases_of, help=f"of {', '.join(CASES)}; all of the device")
     parser.add_argument("--seconds", type=float, default=120.0, help="for the turns of all cases (120)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are (wall)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="folder of the miniatures")
+    parser.add_argument("--large", action="store_true", help="the memory of a decode at 2048 px, too")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # what of `memory`, and whose
     parser.add_argument("--record", action="store_true", help="append the ratios to benchmarks/RESULTS.md")
     add_json(parser)
     arguments = parser.parse_args(argv)
@@ -136,10 +152,15 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(0)
     clock = Clock(arguments.clock, torch.device(arguments.device))
     budget = 0.0 if arguments.quick else arguments.seconds / COMPARISONS
-    settings = Settings(arguments.quick, budget, clock, arguments.models, time.perf_counter() + LIMIT)
+    end = time.perf_counter() + LIMIT
+    settings = Settings(arguments.quick, budget, clock, arguments.models, end, arguments.large)
+    if arguments.alone:
+        taken = speed_memory.above_weights(*arguments.alone, settings)
+        write_report(arguments, "speed", {"bytes": taken})
+        return 0
     print(f"torch {torch.__version__}, {arguments.threads} thread(s), {arguments.clock} clock", flush=True)
     with torch.no_grad():
-        ratios, skipped, told = measured(arguments.cases, settings)
+        ratios, skipped, told = measured(arguments.cases or BY_DEFAULT[arguments.device], settings)
     if arguments.record:
         record(entry(ratios, skipped, told, settings, datetime.date.today()), RESULTS)
     figures = {

@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,82 +14,13 @@ from torch import Tensor, nn
 
 from ..flux_core.packed import Int8Linear
 from ..flux_core.packing import pack_weights, quantise_to_int8
-from ..flux_core.pipeline import guided_velocity
 from ..flux_core.schedule import make_sigmas
-from ..flux_core.spec import Conditioning, FluxSpec
-from ..flux_core.transformer import FluxTransformer, pack, position_ids, unpack
+from ..flux_core.transformer import FluxTransformer, unpack
 from ..flux_core.weights import load_transformer
 from .footprint import Watch, held
-from .reference.models import diffusers_of_size, diffusers_state_dict
+from .speed_inputs import FULL, MINIATURE, QUICK, Inputs, difference, diffusers_twin, random_model
 from .speed_settings import Outcome, Settings, Skipped, Told
-from .turns import Run, compare
-
-FULL = FluxSpec(3072, 24, 1, 2, context_in=4096, vec_in=768, guidance_embed=True)
-QUICK = FluxSpec(128, 1, 1, 2, context_in=64, vec_in=32, guidance_embed=True)
-GUIDANCE = 4.0  # 1000 times it is a whole number in bfloat16, to which diffusers rounds it
-SIGMA = 0.5
-MINIATURE = Path("diffusion_models") / "rectiflux-mini-dev.safetensors"
-
-
-def random_model(spec: FluxSpec, dtype: torch.dtype, device: torch.device) -> FluxTransformer:
-    """A transformer with random weights of a trained network's size."""
-    with torch.device("meta"):
-        model = FluxTransformer(spec)
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(0, parameter.shape[1] ** -0.5)
-        else:
-            parameter.fill_(1.0) if name.endswith("scale") else parameter.normal_(0, 0.02)
-    return model
-
-
-def diffusers_twin(model: FluxTransformer) -> nn.Module:
-    """diffusers' transformer with the same weights, each held once more."""
-    with torch.device("meta"):
-        twin = diffusers_of_size(model.spec)
-    twin.load_state_dict(diffusers_state_dict(model), assign=True)
-    return twin.requires_grad_(False).eval()
-
-
-class Inputs:
-    """A prompt and a noise, drawn for a model."""
-
-    def __init__(self, model: FluxTransformer, side: int, length: int, settings: Settings) -> None:
-        spec, dtype, device = model.spec, model.dtype, settings.device
-        self.h = self.w = side // 8
-        txt = torch.randn(1, length, spec.context_in, device=device, dtype=dtype)
-        pooled = torch.randn(1, spec.vec_in, device=device, dtype=dtype)
-        self.prompt = Conditioning(txt, pooled, GUIDANCE)
-        self.noise = torch.randn(1, 16, self.h, self.w, device=device, dtype=dtype)
-        self.ids = position_ids(length, self.h, self.w).to(device)
-
-    def our_step(self, model: FluxTransformer) -> Run:
-        prepared, tokens = model.prepare(self.prompt, [SIGMA], self.h, self.w), pack(self.noise)
-        return lambda: model(tokens, prepared, SIGMA)
-
-    def their_velocity(self, model: Any, tokens: Tensor, sigma: float) -> Tensor:
-        length = self.prompt.txt.shape[1]
-        return model(
-            hidden_states=tokens,
-            timestep=torch.tensor([sigma], device=tokens.device, dtype=tokens.dtype),
-            guidance=torch.tensor([GUIDANCE], device=tokens.device),
-            pooled_projections=self.prompt.pooled,
-            encoder_hidden_states=self.prompt.txt,
-            txt_ids=self.ids[:length],
-            img_ids=self.ids[length:],
-            return_dict=False,
-        )[0]
-
-    def their_step(self, model: nn.Module) -> Run:
-        tokens = pack(self.noise)
-        return lambda: self.their_velocity(model, tokens, SIGMA)
-
-    def comfy_step(self, model: Any) -> Run:
-        device = self.noise.device
-        sigma, guidance = torch.tensor([SIGMA], device=device), torch.tensor([GUIDANCE], device=device)
-        txt, pooled = self.prompt.txt, self.prompt.pooled
-        return lambda: model(self.noise, sigma, txt, pooled, guidance, transformer_options={})
+from .turns import compare
 
 
 def miniature(settings: Settings) -> Iterator[Outcome]:
@@ -102,24 +32,10 @@ def miniature(settings: Settings) -> Iterator[Outcome]:
     model = load_transformer(file, torch.float32, settings.device)
     twin = diffusers_twin(model)
     pack_weights(model)
-    inputs = Inputs(model, 128, 32, settings)
+    inputs = Inputs(model, 128, 32)
     sigmas = make_sigmas(2 if settings.quick else 8, inputs.h * inputs.w // 4).tolist()
-    steps = list(zip(sigmas[:-1], sigmas[1:], strict=True))
-
-    def ours() -> Tensor:
-        velocity = guided_velocity(model, inputs.prompt, None, 1.0, sigmas[:-1], inputs.h, inputs.w, 1)
-        x = inputs.noise
-        for sigma, after in steps:
-            x = x + (after - sigma) * velocity(x, sigma)
-        return x
-
-    def theirs() -> Tensor:
-        x = pack(inputs.noise)
-        for sigma, after in steps:
-            x = x + (after - sigma) * inputs.their_velocity(twin, x, sigma)
-        return unpack(x, inputs.h, inputs.w)
-
-    yield Told(f"miniature: largest difference {_difference(ours(), theirs()):.1e} of the largest value")
+    ours, theirs = inputs.our_loop(model, sigmas), inputs.their_loop(twin, sigmas)
+    yield Told(f"miniature: largest difference {difference(ours(), theirs()):.1e} of the largest value")
     yield compare("miniature", ours, theirs, settings.clock, settings.budget)
     yield from _against_comfy("miniature", model, inputs, settings)
 
@@ -144,9 +60,9 @@ def full_width(settings: Settings) -> Iterator[Outcome]:
             if settings.is_over:
                 yield Skipped(case, "the time is over")
                 continue
-            inputs = Inputs(model, side, length, settings)
+            inputs = Inputs(model, side, length)
             run, theirs = inputs.our_step(model), inputs.their_step(twin)
-            yield Told(f"{case}: largest difference {_difference(run(), theirs()):.1e} of the largest value")
+            yield Told(f"{case}: largest difference {difference(run(), theirs()):.1e} of the largest value")
             yield compare(case, run, theirs, settings.clock, settings.budget, warm=True)
             yield from _against_comfy(case, model, inputs, settings)
         if name == "bf16":
@@ -171,7 +87,7 @@ def _int8(
     quantise_to_int8(model)
     pack_weights(model)
     for side in sides:
-        inputs = Inputs(model, side, length, settings)
+        inputs = Inputs(model, side, length)
         run, theirs, case = inputs.our_step(model), inputs.their_step(twin), f"full-int8-{side}"
         exact = theirs()
         error = float((run().float() - exact.float()).norm() / exact.float().norm())
@@ -203,10 +119,6 @@ def _relative(y: Tensor, exact: Tensor) -> float:
     return float((y - exact).norm() / exact.norm())
 
 
-def _difference(ours: Any, theirs: Any) -> float:
-    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
-
-
 # ComfyUI
 
 
@@ -225,7 +137,7 @@ def _against_comfy(
         return
     run, theirs = inputs.our_step(model), inputs.comfy_step(comfy)
     latent = unpack(run(), inputs.h, inputs.w)
-    yield Told(f"{name}: largest difference {_difference(latent, theirs()):.1e} of the largest value")
+    yield Told(f"{name}: largest difference {difference(latent, theirs()):.1e} of the largest value")
     yield compare(name, run, theirs, settings.clock, settings.budget, warm=True)
 
 

@@ -5,9 +5,11 @@ They run the shipped miniatures; theirs has the same weights, in folders as diff
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 
+from ..flux_core.conditioning import TextEncoders
 from ..flux_core.packing import pack_weights
 from ..flux_core.pipeline import Models, draw_noise, text_to_image
 from ..flux_core.transformer import pack
@@ -52,6 +55,31 @@ def autoencoder(settings: Settings) -> Iterator[Outcome]:
         clock,
         budget,
     )
+    yield from in_bfloat16(model, twin, latent, settings)
+
+
+def in_bfloat16(model: AutoEncoder, twin: Any, latent: Tensor, settings: Settings) -> Iterator[Outcome]:
+    """A decode in bfloat16 against theirs in both dtypes; ours is converted for it."""
+    case, clock, budget = f"vae-decode-bf16-{8 * latent.shape[-1]}", settings.clock, settings.budget
+    if settings.device.type == "cpu" and not settings.quick and not knows_bfloat16():
+        yield Skipped(
+            case, "this processor has no instructions for bfloat16, so that it takes several times fp32"
+        )
+        return
+    exact = twin.decode(latent).sample
+    model, small = model.bfloat16(), latent.bfloat16()
+    lost = (model.decode(small).float() - exact).abs().max()
+    yield Told(f"{case}: largest difference to float32 {float(lost):.1e}")
+    ours = partial(model.decode, small)
+    note = "theirs in fp32"
+    yield compare(f"{case}-fp32", ours, lambda: twin.decode(latent).sample, clock, budget, note, warm=True)
+    half = copy.deepcopy(twin).bfloat16()
+    yield compare(case, ours, lambda: half.decode(small).sample, clock, budget, "theirs in bf16")
+
+
+def knows_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pictures(settings: Settings) -> Iterator[Outcome]:
@@ -88,23 +116,10 @@ def _pictures(files: Files, folder: Path, settings: Settings) -> Iterator[Outcom
         return diffusers_pipeline(transformer, vae).to(settings.device)
 
     def paint_ours(models: Models) -> Tensor:
-        image = text_to_image(
-            models, PROMPT, width=SIDE, height=SIDE, steps=steps, seed=SEED, guidance=GUIDANCE
-        )
-        return image / 2 + 0.5
+        return our_picture(models, steps)
 
     def paint_theirs(pipeline: Any) -> Tensor:
-        text = _read(encoders)
-        return pipeline(
-            prompt_embeds=text[0],
-            pooled_prompt_embeds=text[1],
-            guidance_scale=GUIDANCE,
-            width=SIDE,
-            height=SIDE,
-            num_inference_steps=steps,
-            latents=pack(draw_noise(SEED, 1, SIDE // 8, SIDE // 8)).to(settings.device),
-            output_type="pt",
-        ).images
+        return their_picture(pipeline, encoders, steps)
 
     ours, theirs = load_ours(), load_theirs()
     difference = float((paint_ours(ours) - paint_theirs(theirs)).abs().max())
@@ -133,8 +148,29 @@ def _pictures(files: Files, folder: Path, settings: Settings) -> Iterator[Outcom
     )
 
 
+def our_picture(models: Models, steps: int) -> Tensor:
+    """[1, 3, SIDE, SIDE], 0..1."""
+    image = text_to_image(models, PROMPT, width=SIDE, height=SIDE, steps=steps, seed=SEED, guidance=GUIDANCE)
+    return image / 2 + 0.5
+
+
+def their_picture(pipeline: Any, encoders: TextEncoders, steps: int) -> Tensor:
+    """The same by diffusers' pipeline."""
+    txt, pooled = _read(encoders)
+    return pipeline(
+        prompt_embeds=txt,
+        pooled_prompt_embeds=pooled,
+        guidance_scale=GUIDANCE,
+        width=SIDE,
+        height=SIDE,
+        num_inference_steps=steps,
+        latents=pack(draw_noise(SEED, 1, SIDE // 8, SIDE // 8)).to(txt.device),
+        output_type="pt",
+    ).images
+
+
 @torch.no_grad()
-def _read(encoders: Any) -> tuple[Tensor, Tensor]:
+def _read(encoders: TextEncoders) -> tuple[Tensor, Tensor]:
     """The prompt by transformers' models, called as diffusers calls them."""
     t5_ids, clip_ids = encoders.t5_ids([PROMPT]), encoders.clip_ids([PROMPT])
     device = encoders.t5.device

@@ -23,6 +23,8 @@ class Settings:
     models: Path
     end: float = math.inf
     """When no comparison may begin any more, by time.perf_counter."""
+    large: bool = False
+    """Whether to measure what takes minutes, too."""
 
     @property
     def is_over(self) -> bool:

@@ -15,10 +15,13 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 Run = Callable[[], Any]
 
+UNITS = {"ms": 1e3, "MB": 1e-6}
+"""Of times in seconds and of bytes."""
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """Theirs over ours: a median over turns, with the least and the greatest; medians of both times in s."""
+    """Theirs over ours: a median over turns, with least and greatest; medians of both, in s or bytes."""
 
     case: str
     ratio: float
@@ -28,13 +31,21 @@ class Ratio:
     ours: float
     theirs: float
     note: str = ""
+    unit: str = "ms"
+
+    def told(self, value: float) -> str:
+        """One of both in the unit."""
+        return f"{UNITS[self.unit] * value:.1f} {self.unit}"
 
     def lines(self) -> str:
         """For a person, and the line that scripts look for."""
-        times = f"{1000 * self.ours:10.2f} ms, theirs {1000 * self.theirs:10.2f} ms"
+        times = f"{self._padded(self.ours)}, theirs {self._padded(self.theirs)}"
         spread = f"{self.low:.2f} to {self.high:.2f}, {self.turns} turns"
         note = f"; {self.note}" if self.note else ""
         return f"{self.case}: ours {times} ({spread}{note})\nratio {self.case} {self.ratio:.3f}"
+
+    def _padded(self, value: float) -> str:
+        return f"{UNITS[self.unit] * value:10.2f} {self.unit}"
 
 
 @dataclass(frozen=True)

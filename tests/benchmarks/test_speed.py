@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks import speed, turns
+from rectiflux.benchmarks import speed, speed_models, turns
 from rectiflux.benchmarks.speed_settings import Settings, Skipped
 from rectiflux.benchmarks.turns import Clock, Ratio, compare
+from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec
 
 RATIO = re.compile(r"^ratio (\S+) (\d+\.\d{3})$", re.MULTILINE)
 
@@ -53,16 +54,21 @@ def test_quick(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: 
     assert speed.main(arguments) == 0
     printed = capsys.readouterr().out
     expected = ["full-bf16-64", "full-int8-64", "full-fp32-64", "vae-decode-64", "vae-encode-64"]
-    assert [name for name, _ in RATIO.findall(printed)] == expected
+    expected += ["vae-decode-bf16-64-fp32", "vae-decode-bf16-64"]
+    named = [name for name, _ in RATIO.findall(printed)]
+    assert named[: len(expected)] == expected and all("memory" in name for name in named[len(expected) :])
     figures = json.loads(file.read_text())["figures"]
-    assert [row["case"] for row in figures["ratios"]] == expected
-    assert all(row["low"] <= row["ratio"] <= row["high"] and row["turns"] == 2 for row in figures["ratios"])
+    assert [row["case"] for row in figures["ratios"]] == named
+    for row in figures["ratios"]:
+        assert row["low"] <= row["ratio"] <= row["high"]
+        assert row["turns"] == 2 if row["unit"] == "ms" else "above the weights" in row["note"]
     skipped = {one["case"]: one["why"] for one in figures["skipped"]}
     assert skipped["full-bf16-64-comfyui"] == "COMFYUI_PATH names no ComfyUI checkout"
     for case in ("miniature", "whole-picture", "first-picture", "load", "text-encode"):
         assert "there is no" in skipped[case] and f"skipped {case}: there is no" in printed
     same = re.search(r"full-fp32-64: largest difference (\S+) of", printed)
     assert same is not None and float(same[1]) < 1e-5, "both sides compute the same"
+    assert skipped["memory-decode-2048"] == "minutes on a CPU; --large measures it"
     lost = re.search(r"error random weights: int8 (\S+), bf16", printed)
     assert lost is not None and 0.005 < float(lost[1]) < 0.02
 
@@ -82,7 +88,7 @@ def test_a_record_is_appended(tmp_path: Path) -> None:
     ratio, gap = Ratio("vae", 1.5, 1.25, 2.0, 4, 0.5, 0.75, "eager"), Skipped("load", "no files")
     section = speed.entry([ratio], [gap], ["packing took 0"], settings, datetime.date(2026, 1, 2))
     assert section.startswith("## 2026-01-02, ") and "diffusers" in section and "cpu clock" in section
-    assert "| vae | 1.50 | 1.25 to 2.00 | 4 | 500.0 | 750.0 | eager |" in section
+    assert "| vae | 1.50 | 1.25 to 2.00 | 4 | 500.0 ms | 750.0 ms | eager |" in section
     assert section.endswith("\n- packing took 0\n\n- skipped load: no files\n")
     file = tmp_path / "RESULTS.md"
     speed.record(section, file)
@@ -110,9 +116,23 @@ def test_no_case_begins_after_the_limit(
 def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, message in (
-        (["--cases", "full,half"], "'half' is none of miniature, full, int8, vae, pictures"),
+        (["--cases", "full,half"], "'half' is none of miniature, full, int8, vae, pictures, memory, gpu"),
         (["--device", "cuda"], "--device cuda needs a CUDA device, got none"),
     ):
         with pytest.raises(SystemExit):
             speed.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_bfloat16_is_skipped_where_it_is_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speed_models, "knows_bfloat16", lambda: False)
+    model = AutoEncoder(AutoEncoderSpec(ch=8, ch_mult=(1, 1), num_res_blocks=1))
+    settings = Settings(False, 0.0, Clock(), tmp_path)
+    (gap,) = speed_models.in_bfloat16(model, None, torch.zeros(1, 16, 32, 32), settings)
+    assert isinstance(gap, Skipped) and gap.case == "vae-decode-bf16-256"
+    assert gap.why.startswith("this processor has no instructions for bfloat16")
+
+
+def test_a_card_begins_with_the_full_size() -> None:
+    assert speed.BY_DEFAULT["cuda"][0] == "gpu" and "gpu" not in speed.BY_DEFAULT["cpu"]
+    assert all(name in speed.CASES for names in speed.BY_DEFAULT.values() for name in names)

@@ -1,0 +1,122 @@
+"""The parts of a step that `bench time-spent` tells apart: their operations, their table, their chart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from .palette import FAINT, INK, PAPER, Colour, font
+
+OVERHEAD = "Python and launches"
+OTHER = "other"
+NAMES = {
+    "linear layers": r"mm|addmm|addmv|bmm|linear|t|matmul|_int_mm|_scaled_mm|.*linear.*",
+    "attention": r".*(scaled_dot_product|attention|flash|sage).*|_softmax|softmax",
+    "norms and modulation": r"(native_)?layer_norm|.*(modulated_norm|residual_and_norm).*",
+    "q/k norm and rotary": (
+        r"linalg_vector_norm|hypot|reciprocal_?|mul_?|complex|stack|sub|neg|rms_norm|_fused_rms_norm|pow|mean"
+        r"|rsqrt|.*queries_keys_values.*"
+    ),
+    "GELU": r"gelu|sigmoid_?|.*beside_gelu.*",
+    "gated residuals": r"addcmul|add_?|.*gated_residual.*",
+    "copies": r"cat|copy_|clone|contiguous|_to_copy|to|repeat",
+    OVERHEAD: (
+        r"view|_?reshape(_alias)?|_unsafe_view|view_as_(real|complex)|slice|select|narrow|transpose|permute|mT"
+        r"|movedim|as_strided|expand(_as)?|split(_with_sizes)?|chunk|unflatten|flatten|(un)?squeeze|alias"
+        r"|detach_?|lift_fresh|resolve_(conj|neg)|empty(_like|_strided)?|new_empty|result_type|unbind|item"
+        r"|_local_scalar_dense|is_nonzero"
+    ),
+}
+"""Names of operations, without the library before ::, by part. Views and allocations compute nothing, so they
+count as overhead; addcmul is the modulation of a norm, too, where pictures of a batch have their own."""
+PARTS = (*(name for name in NAMES if name != OVERHEAD), OTHER, OVERHEAD)
+_PATTERNS = {part: re.compile(pattern) for part, pattern in NAMES.items()}
+
+
+def part_of(operation: str) -> str:
+    """The part that an operation of torch's, with its overload or without, or a kernel of ours belongs to."""
+    name = operation.rpartition("::")[2].partition(".")[0]
+    return next((part for part, pattern in _PATTERNS.items() if pattern.fullmatch(name)), OTHER)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Seconds that a part takes in a step, and that it would take at best."""
+
+    name: str
+    seconds: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A step's seconds and its parts; `other` names operations that no part claims, the longest first."""
+
+    case: str
+    seconds: float
+    parts: tuple[Part, ...]
+    other: tuple[str, ...] = ()
+
+    @property
+    def floor(self) -> float:
+        return sum(part.floor for part in self.parts)
+
+    @property
+    def floor_share(self) -> float:
+        """The sum of the floors over the step's time."""
+        return self.floor / self.seconds
+
+    def lines(self) -> str:
+        """The table of one case."""
+        rows = [f"{self.case}: a step takes {1000 * self.seconds:.2f} ms", HEAD]
+        rows += [row(part.name, part.seconds, self.seconds, part.floor) for part in self.parts]
+        rows.append(row("all", self.seconds, self.seconds, self.floor))
+        if self.other:
+            rows.append(f"other: {', '.join(self.other)}")
+        return "\n".join([*rows, f"floor_share {self.case} {self.floor_share:.3f}"])
+
+
+HEAD = f"{'part':22}{'ms':>10}{'share':>8}{'floor':>10}{'x floor':>9}"
+
+
+def row(name: str, seconds: float, whole: float, floor: float) -> str:
+    """One line of the table."""
+    least = f"{1000 * floor:10.3f}{seconds / floor:9.2f}" if floor else f"{'-':>10}{'-':>9}"
+    return f"{name:22}{1000 * seconds:10.3f}{100 * seconds / whole:6.1f} %{least}"
+
+
+BAR, GAP, LABEL, WIDTH, MARGIN = 18, 8, 190, 520, 28  # pixels
+TIME, FLOOR = (150, 170, 214), (38, 70, 140)
+
+
+def draw_bars(cases: Iterable[Spent]) -> Image.Image:
+    """Each part's share of its step as a bar, its floor darker within, one case below the other."""
+    cases = list(cases)
+    block = MARGIN + (len(PARTS) + 1) * (BAR + GAP)
+    picture = Image.new("RGB", (LABEL + WIDTH + 3 * MARGIN, MARGIN + len(cases) * block), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for number, case in enumerate(cases):
+        top = MARGIN + number * block
+        title = (
+            f"{case.case}: {1000 * case.seconds:.2f} ms a step, floors {100 * case.floor_share:.0f} % of it"
+        )
+        pen.text((MARGIN, top), title, INK, font(15))
+        for index, part in enumerate(case.parts):
+            y = top + (index + 1) * (BAR + GAP)
+            pen.text((MARGIN + LABEL - 10, y + BAR // 2), part.name, INK, font(13), "rm")
+            bar(pen, y, part.seconds / case.seconds, TIME)
+            bar(pen, y, part.floor / case.seconds, FLOOR)
+            share = f"{100 * part.seconds / case.seconds:.1f} %"
+            longest = max(part.seconds, part.floor) / case.seconds
+            pen.text((MARGIN + LABEL + WIDTH * longest + 6, y + BAR // 2), share, FAINT, font(12), "lm")
+    return picture
+
+
+def bar(pen: ImageDraw.ImageDraw, y: int, share: float, colour: Colour) -> None:
+    """A bar of this share of the whole width, left where all begin."""
+    if share > 0:
+        left = MARGIN + LABEL
+        pen.rectangle((left, y, left + round(WIDTH * min(share, 1.0)), y + BAR), colour)

@@ -1,0 +1,247 @@
+"""Case of `bench speed --device cuda`: FLUX.1 in full size against diffusers, eager and compiled.
+
+Ours is compiled block by block (flux_core/compiling.py) and, for fp8, quantised (flux_core/fp8.py); what of
+that cannot be had is said. Theirs is in bf16 throughout, its blocks compiled for each size alone. Weights are
+random, and made on the device, one model after the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+
+from ..flux_core.schedule import make_sigmas
+from ..flux_core.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
+from ..flux_core.transformer import FluxTransformer
+from .floors import FP8, matmul_rate, step_flop
+from .reference.models import diffusers_of_size
+from .speed_inputs import Inputs, difference, diffusers_twin, random_model
+from .speed_memory import peak
+from .speed_settings import Outcome, Settings, Skipped, Told
+from .turns import Ratio, Run, compare
+
+MODULES = {
+    "quantise_to_fp8": ("fp8", "packing"),
+    "compile_blocks": ("compiling",),
+    "attention_told": ("attention",),
+}
+"""Functions that flux_core may lack, and its modules where they are looked for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Models (name, sizes, steps of a picture), pictures' sides and batches, and when a loop is cut short."""
+
+    models: tuple[tuple[str, FluxSpec, int], ...] = (("dev", FLUX_DEV, 28), ("schnell", FLUX_SCHNELL, 4))
+    sides: tuple[int, ...] = (1024, 512)
+    batches: tuple[int, ...] = (1, 4)
+    forms: tuple[str, ...] = ("bf16", "fp8")
+    text: int | None = None
+    """Text tokens; None is what the model was trained with."""
+    few: int = 3
+    """Steps that are measured of a loop that would take longer than `whole` seconds in its turns."""
+    whole: float = 60.0
+    backend: str = "inductor"
+    """What compiles theirs."""
+
+    def groups(self) -> Iterator[tuple[int, str, tuple[str, FluxSpec, int]]]:
+        """(batch, form, model), what matters most first."""
+        for batch in self.batches:
+            for form in self.forms:
+                for model in self.models:
+                    yield batch, form, model
+
+
+def full_size(settings: Settings, plan: Plan | None = None) -> Iterator[Outcome]:
+    """Loops of whole pictures without text encoders and autoencoder, from prompt vectors to latents."""
+    if plan is None and settings.device.type != "cuda":
+        yield Skipped("gpu", "for --device cuda")
+        return
+    plan = plan or Plan()
+    rates: dict[str, float] = {}
+    for form, dtype in (("bf16", torch.bfloat16), ("fp8", FP8)):
+        try:
+            rates[form] = matmul_rate(dtype, settings.clock)
+        except RuntimeError as error:
+            yield Skipped(f"gpu-{form}", f"no product: {first_words(error)}")
+        else:
+            yield Told(f"matrix product in {form}: {rates[form] / 1e12:.2f} TFLOP/s")
+    for batch, form, (name, spec, steps) in plan.groups():
+        group = f"{name}-{form}-{batch}"
+        if settings.is_over or form not in rates:
+            why = "the time is over" if settings.is_over else f"{form} cannot be multiplied here"
+            yield Skipped(group, why)
+            continue
+        try:
+            yield from Group(group, spec, steps, batch, form, rates, plan, settings).measured()
+        except RuntimeError as error:  # out of memory, or what compiling stumbles over
+            yield Skipped(group, first_words(error))
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Group:
+    """One model in one form, at all sides."""
+
+    name: str
+    spec: FluxSpec
+    steps: int
+    batch: int
+    form: str
+    rates: dict[str, float]
+    plan: Plan
+    settings: Settings
+
+    def measured(self) -> Iterator[Outcome]:
+        """Raises RuntimeError where the memory is full, and where a compiler fails."""
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        settings, need = self.settings, self.bytes_needed
+        if settings.device.type == "cuda" and (free := torch.cuda.mem_get_info(settings.device)[0]) < need:
+            yield Skipped(self.name, f"needs {need / 1e9:.0f} GB, the card has {free / 1e9:.0f} GB free")
+            return
+        model = random_model(self.spec, torch.bfloat16, settings.device)
+        eager = diffusers_twin(model)
+        compiled: Any = copy_with_same_weights(eager, self.spec)
+        compiled.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=self.plan.backend)
+        if self.form == "fp8":
+            model, why = applied("quantise_to_fp8", model)
+            if why:
+                yield Skipped(self.name, why)
+                return
+        model, why = applied("compile_blocks", model)
+        yield Told(f"{self.name}: ours is {f'eager, {why}' if why else 'compiled'}")
+        for side in self.plan.sides:
+            yield from self.at(side, model, eager, compiled, "eager" if why else "compiled")
+
+    @property
+    def bytes_needed(self) -> int:
+        """Both sides' weights, and room for activations."""
+        with torch.device("meta"):
+            numbers = sum(p.numel() for p in FluxTransformer(self.spec).parameters())
+        return 4 * numbers + 10**10
+
+    def at(
+        self, side: int, model: FluxTransformer, eager: nn.Module, compiled: nn.Module, how: str
+    ) -> Iterator[Outcome]:
+        """Everything at one side of pictures."""
+        case, settings = f"{self.name}-{side}", self.settings
+        if settings.is_over:
+            yield Skipped(case, "the time is over")
+            return
+        length = self.plan.text or self.spec.txt_length
+        inputs = Inputs(model, side, length, self.batch)
+        yield Told(f"{case}: attention through {attention_of(model, inputs)}")
+        ours, run_eager = inputs.our_step(model), inputs.their_step(eager)
+        started = time.perf_counter()
+        first = ours()
+        warm = time.perf_counter()
+        far = difference(first, run_eager())
+        yield Told(f"{case}: first step {warm - started:.1f} s, largest difference {far:.1e} of the largest")
+        yield self.memory(case, ours, run_eager)
+        yield from self.loops(case, inputs, model, eager, compiled, how)
+
+    def memory(self, case: str, ours: Run, theirs: Run) -> Outcome:
+        """What a step takes above the weights."""
+        taken, more = (max(1, peak(run, self.settings)) for run in (ours, theirs))
+        ratio, note = more / taken, "a step, above the weights"
+        return Ratio(f"memory-{case}", ratio, ratio, ratio, 1, taken, more, note, "MB")
+
+    def loops(
+        self,
+        case: str,
+        inputs: Inputs,
+        model: FluxTransformer,
+        eager: nn.Module,
+        compiled: nn.Module,
+        how: str,
+    ) -> Iterator[Outcome]:
+        """Ratios to diffusers eager and compiled, and how near ours is to what the card does."""
+        settings = self.settings
+        tokens = inputs.h * inputs.w // 4
+        sigmas = make_sigmas(self.steps, tokens, shift="none").tolist()
+        for theirs, name in ((eager, "eager"), (compiled, "compiled")):
+            against = f"{case}-{name}"
+            if settings.is_over:
+                yield Skipped(against, "the time is over")
+                continue
+            inputs.their_step(theirs)()  # here it is compiled
+            step = settings.clock.seconds(inputs.their_step(theirs))
+            short = self.steps > self.plan.few and 8 * self.steps * step > self.plan.whole
+            count = self.plan.few if short else self.steps
+            some = sigmas[: count + 1]
+            run, other = inputs.our_loop(model, some), inputs.their_loop(theirs, some)
+            note = f"ours {how}, {self.steps} steps" + (f" from {count}" if short else "")
+            ratio = compare(against, run, other, settings.clock, settings.budget, note)
+            factor = self.steps / count
+            ratio = replace(ratio, ours=factor * ratio.ours, theirs=factor * ratio.theirs)
+            yield ratio
+            yield Told(self.achieved(against, ratio, tokens, inputs.prompt.txt.shape[1]))
+
+    def achieved(self, case: str, ratio: Ratio, image_tokens: int, text_tokens: int) -> str:
+        """Rates of both sides, and ours as a part of what the products would allow."""
+        flop = step_flop(self.spec, text_tokens, image_tokens, self.batch)
+        ours, theirs = ratio.ours / self.steps, ratio.theirs / self.steps
+        least = flop.seconds(self.rates[self.form], self.rates["bf16"])
+        return (
+            f"{case}: a step of {flop.total / 1e12:.4g} TFLOP, ours {1000 * ours:.1f} ms, "
+            f"{flop.total / ours / 1e12:.4g} TFLOP/s, {100 * least / ours:.1f} % of the matrix product's "
+            f"rate; theirs {flop.total / theirs / 1e12:.4g} TFLOP/s"
+        )
+
+
+def copy_with_same_weights(twin: nn.Module, spec: FluxSpec) -> nn.Module:
+    """Another of diffusers' transformers that shares the weights, to be compiled."""
+    with torch.device("meta"):
+        other = diffusers_of_size(spec)
+    other.load_state_dict(twin.state_dict(), assign=True)
+    return other.requires_grad_(False).eval()
+
+
+def find(name: str) -> Callable[[FluxTransformer], Any] | None:
+    """A function of flux_core, None where no module has it."""
+    package = __name__.rpartition(".benchmarks")[0]
+    for module in MODULES[name]:
+        try:
+            found = getattr(importlib.import_module(f"{package}.flux_core.{module}"), name, None)
+        except ImportError:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def applied(name: str, model: FluxTransformer) -> tuple[FluxTransformer, str]:
+    """What a function makes of the model, in place or as a copy; and why that could not be, or ''."""
+    function = find(name)
+    if function is None:
+        return model, f"flux_core has no {name}"
+    try:
+        made = function(model)
+    except (ValueError, RuntimeError) as error:
+        return model, first_words(error)
+    return made if isinstance(made, FluxTransformer) else model, ""
+
+
+def attention_of(model: FluxTransformer, inputs: Inputs) -> str:
+    """By what our attention is computed: what flux_core tells, or what torch takes for a step's queries."""
+    told = find("attention_told")
+    if told is not None:
+        return str(told(model))
+    rows, length = len(inputs.noise), inputs.prompt.txt.shape[1]
+    shape = (rows, model.spec.num_heads, length + inputs.h * inputs.w // 4, model.spec.head_dim)
+    q = torch.empty(shape, dtype=model.dtype, device=model.device)
+    return f"torch's {SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()}"
+
+
+def first_words(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())[:120]

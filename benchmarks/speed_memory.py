@@ -1,0 +1,171 @@
+"""Case of `bench speed`: the most memory that a step, a decode and a whole picture take above the weights.
+
+On the CPU each side runs in a process of its own, where memory that the other gave back cannot hide what it
+takes, and what counts is the process's own (anonymous) memory. On CUDA it is what torch allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..flux_core.packing import pack_weights
+from ..flux_core.pipeline import Models
+from ..flux_core.tiling import decode
+from ..flux_core.vae import AutoEncoder, AutoEncoderSpec
+from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
+from .footprint import STATUS, Watch, held
+from .painting import check_files, files_of
+from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomise
+from .speed_inputs import FULL, QUICK, Inputs, diffusers_twin, random_model
+from .speed_models import our_picture, their_picture
+from .speed_settings import Outcome, Settings, Skipped, Told
+from .turns import Ratio, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("ours", "theirs")
+PERIOD = 0.002
+"""Seconds between looks at a process's memory."""
+REPEATED = 2.0
+"""Seconds for which short runs are repeated, so that a look meets the peak."""
+
+
+def step(side: str, settings: Settings) -> Run:
+    """1 double and 2 single blocks of FLUX.1's width at 512 px, fp32."""
+    model = random_model(QUICK if settings.quick else FULL, torch.float32, settings.device)
+    inputs = Inputs(model, 64, 16) if settings.quick else Inputs(model, 512, 512)
+    if side == "theirs":
+        return inputs.their_step(diffusers_twin(model))
+    pack_weights(model)
+    return inputs.our_step(model)
+
+
+def decoding(pixels: int) -> Callable[[str, Settings], Run]:
+    """A decode to so many pixels square by FLUX.1's autoencoder with random weights, fp32, as each has it."""
+
+    def build(side: str, settings: Settings) -> Run:
+        spec = AutoEncoderSpec(ch=32) if settings.quick else AutoEncoderSpec()
+        model = AutoEncoder(spec).eval().requires_grad_(False)
+        randomise(model)
+        edge = (64 if settings.quick else pixels) // 8
+        latent = torch.randn(1, 16, edge, edge).to(settings.device)
+        if side == "theirs":
+            twin: Any = diffusers_autoencoder(model).to(settings.device)
+            return lambda: twin.decode(latent).sample
+        model = model.to(settings.device)
+        return lambda: decode(model, latent)
+
+    return build
+
+
+def picture(side: str, settings: Settings) -> Run:
+    """A picture by the shipped miniature, the prompt read in it."""
+    files, steps = files_of(settings.models, "dev"), 2
+    check_files(files)
+    options = {"dtype": torch.float32, "device": settings.device}
+    encoders = load_text_encoders(files.clip, files.t5, **options)
+    transformer = load_transformer(files.transformer, **options)
+    vae = load_autoencoder(files.vae, **options)
+    if side == "theirs":
+        twins = diffusers_transformer(transformer), diffusers_autoencoder(vae)
+        pipeline = diffusers_pipeline(*twins).to(settings.device)
+        return lambda: their_picture(pipeline, encoders, steps)
+    pack_weights(transformer)
+    models = Models(encoders, transformer, vae)
+    return lambda: our_picture(models, steps)
+
+
+LARGE = "decode-2048"
+SUBJECTS: dict[str, Callable[[str, Settings], Run]] = {
+    "step-512": step,
+    "decode-512": decoding(512),
+    "picture": picture,
+    LARGE: decoding(2048),
+}
+
+
+def memory(settings: Settings) -> Iterator[Outcome]:
+    """Ratios of bytes; of the decode at 2048 px ours alone, theirs would not fit into most computers."""
+    for name in SUBJECTS:
+        case = f"memory-{name}"
+        if settings.is_over:
+            yield Skipped(case, "the time is over")
+        elif settings.device.type == "cpu" and not STATUS.exists():
+            yield Skipped(case, "this system does not tell what a process holds")
+        elif name == LARGE and not settings.large:
+            yield Skipped(case, "minutes on a CPU; --large measures it")
+        else:
+            try:
+                yield _compared(name, settings)
+            except (OSError, ValueError) as error:
+                yield Skipped(case, str(error))
+
+
+def _compared(name: str, settings: Settings) -> Outcome:
+    """Raises OSError where a process did not end well, and ValueError where there is no miniature."""
+    measure = above_weights if settings.quick or settings.device.type == "cuda" else apart
+    ours = measure(name, "ours", settings)
+    if name == LARGE:
+        return Told(f"memory-{name}: ours takes {ours / 1e6:.0f} MB above the weights")
+    theirs = measure(name, "theirs", settings)
+    if not ours or not theirs:
+        return Skipped(f"memory-{name}", "too small to see")
+    ratio = theirs / ours
+    return Ratio(f"memory-{name}", ratio, ratio, ratio, 1, ours, theirs, "above the weights", "MB")
+
+
+@torch.no_grad()
+def above_weights(name: str, side: str, settings: Settings) -> int:
+    """The most bytes above those held once the model is there. Raises ValueError without a miniature."""
+    torch.manual_seed(0)
+    return peak(SUBJECTS[name](side, settings), settings)
+
+
+def peak(run: Run, settings: Settings) -> int:
+    """The most bytes that a run takes above what is held before it."""
+    gc.collect()
+    device = settings.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    give_back()
+    base, end = held().anonymous, time.perf_counter() + (0.1 if settings.quick else REPEATED)
+    with Watch(PERIOD) as watch:
+        run()
+        while time.perf_counter() < end:
+            run()
+    return watch.most.anonymous - base
+
+
+def give_back() -> None:
+    """Have the C library return what it keeps of freed memory, where it is one that can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def apart(name: str, side: str, settings: Settings) -> int:
+    """`above_weights` by a process of its own. Raises OSError where that process fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "figures.json"
+        command = [sys.executable, str(ROOT / "run.py"), "bench", "speed", "--alone", name, side]
+        command += ["--models", str(settings.models), "--threads", str(torch.get_num_threads())]
+        ended = subprocess.run([*command, "--json", str(report)], capture_output=True, text=True)
+        if ended.returncode:
+            why = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
+            raise OSError(f"the process that measured {side} ended with {ended.returncode} and said: {why}")
+        return json.loads(report.read_text(encoding="utf-8"))["figures"]["bytes"]
