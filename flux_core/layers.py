@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import fused
 from .attention import attention
 from .packed import ReorderedLinear
 from .spec import FluxSpec
@@ -33,6 +34,8 @@ __all__ = [
     "SingleStreamBlock",
     "attention",
     "feed_forward",
+    "gated",
+    "gated_and_normed",
     "gelu_behind",
     "computing_dtype",
     "device_of",
@@ -100,7 +103,26 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     width = x.shape[-1:]
     if scale.shape[0] == 1:
         return F.layer_norm(x, width, scale.view(-1), shift.view(-1), eps=1e-6)
+    if fused.serves(x) and (done := fused.modulated_norm(x, shift, scale)) is not None:
+        return done
     return torch.addcmul(shift, F.layer_norm(x, width, eps=1e-6), scale)
+
+
+def gated(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+    """The residual stream x [B, L, hidden] with gate * change added."""
+    if fused.serves(x) and (done := fused.gated_residual(x, gate, change)) is not None:
+        return done
+    return torch.addcmul(x, gate, change)
+
+
+def gated_and_normed(
+    x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gated`, and its `modulated_norm`."""
+    if fused.serves(x) and (done := fused.residual_and_norm(x, gate, change, shift, scale)) is not None:
+        return done
+    x = gated(x, gate, change)
+    return x, modulated_norm(x, shift, scale)
 
 
 class MLPEmbedder(nn.Module):
@@ -144,6 +166,10 @@ def queries_keys_values(
     normed and turned together, in float32: half the passes over memory.
     """
     first = streams[0][0]
+    if fused.serves(first):
+        scaled = [(qkv, norm.query_norm.scale, norm.key_norm.scale) for qkv, norm in streams]
+        if (done := fused.queries_keys_values(scaled, heads, rope)) is not None:
+            return done
     if torch.compiler.is_compiling() or first.device.type != "cpu" or first.requires_grad:
         apart = [rearrange(qkv, "b l (qkv k d) -> qkv b k l d", qkv=3, k=heads) for qkv, _ in streams]
         q = torch.cat([norm.query_norm(x[0]) for x, (_, norm) in zip(apart, streams, strict=True)], dim=2)
@@ -244,14 +270,10 @@ class DoubleStreamBlock(nn.Module):
         q, k, v = queries_keys_values(streams, self.img_attn.heads, rope)
         joint = attention(q, k, v, self.attention_by)
         txt_attn, img_attn = joint.split([txt.shape[1], img.shape[1]], dim=1)
-        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
-        img = torch.addcmul(
-            img, img_gate2, feed_forward(self.img_mlp, modulated_norm(img, img_shift2, img_scale2))
-        )
-        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
-        txt = torch.addcmul(
-            txt, txt_gate2, feed_forward(self.txt_mlp, modulated_norm(txt, txt_shift2, txt_scale2))
-        )
+        img, inner = gated_and_normed(img, img_gate1, self.img_attn.proj(img_attn), img_shift2, img_scale2)
+        img = gated(img, img_gate2, feed_forward(self.img_mlp, inner))
+        txt, inner = gated_and_normed(txt, txt_gate1, self.txt_attn.proj(txt_attn), txt_shift2, txt_scale2)
+        txt = gated(txt, txt_gate2, feed_forward(self.txt_mlp, inner))
         return img, txt
 
 
@@ -272,10 +294,25 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, mod: Chunks, rope: Rope) -> Tensor:
         """x [B, L + N, hidden] -> the same shape."""
         shift, scale, gate = mod
-        qkv, mlp = gelu_behind(self.linear1, modulated_norm(x, shift, scale), 3 * x.shape[-1])
+        inner, plain = modulated_norm(x, shift, scale), 3 * x.shape[-1]
+        if fused.serves(x):
+            return gated(x, gate, self.linear2(self._joint(self.linear1(inner), plain, rope)))
+        qkv, mlp = gelu_behind(self.linear1, inner, plain)
+        return gated(x, gate, self.linear2(torch.cat([self._attend(qkv, rope), mlp], dim=-1)))
+
+    def _attend(self, qkv: Tensor, rope: Rope) -> Tensor:
         q, k, v = queries_keys_values([(qkv, self.norm)], self.heads, rope)
-        attn = attention(q, k, v, self.attention_by)
-        return torch.addcmul(x, gate, self.linear2(torch.cat([attn, mlp], dim=-1)))
+        return attention(q, k, v, self.attention_by)
+
+    def _joint(self, y: Tensor, plain: int, rope: Rope) -> Tensor:
+        """What `linear2` reads of what `linear1` gave: attention, and GELU of the outputs after `plain`.
+
+        With a kernel the GELU is written straight beside the attention.
+        """
+        attn = self._attend(y[..., :plain], rope)
+        if (done := fused.beside_gelu(attn, y, plain)) is not None:
+            return done
+        return torch.cat([attn, F.gelu(y[..., plain:], approximate="tanh")], dim=-1)
 
 
 class LastLayer(nn.Module):

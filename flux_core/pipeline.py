@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conditioning import TextEncoders
+from .graphs import steps_of
 from .schedule import make_sigmas
 from .solver import Report, Solver, Step, integrate, seeded_noise, solver_named
 from .spec import Conditioning, Velocity
@@ -207,11 +208,12 @@ def guided_velocity(
     memories = [None if memory is None else memory() for _ in passes]
     if release:
         transformer.release_modulation()
+    step = steps_of(transformer)
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         tokens = pack(x).repeat(len(texts) // len(passes), 1, 1)
         parts = zip(prepared, memories, strict=True)
-        both = torch.cat([transformer(tokens, part, sigma, kept) for part, kept in parts])
+        both = torch.cat([step(tokens, part, sigma, kept) for part, kept in parts])
         v = unpack(both, h, w).to(x.dtype)
         if len(texts) == 1:
             return v

@@ -8,6 +8,7 @@ step. Where a solver chooses its sigmas as it goes, the modulations alone follow
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
@@ -56,6 +57,22 @@ class Modulations:
     double: tuple[tuple[Chunks, Chunks], ...]
     single: tuple[Chunks, ...]
     last: Chunks
+    table: Tensor | None = field(default=None, repr=False)
+    """All of them in one piece [P, B, 1, hidden], of which those above are then views, in that order."""
+
+    def chunks(self) -> list[Tensor]:
+        """All of them in order."""
+        return [c for chunks in (*itertools.chain(*self.double), *self.single, self.last) for c in chunks]
+
+    def laid_out(self, table: Tensor) -> Modulations:
+        """Views of a table [P, B, 1, hidden] in the places of these."""
+        rows = iter(table.unbind())
+
+        def next_of(chunks: Chunks) -> Chunks:
+            return tuple(itertools.islice(rows, len(chunks)))
+
+        double = tuple((next_of(img), next_of(txt)) for img, txt in self.double)
+        return Modulations(double, tuple(map(next_of, self.single)), next_of(self.last), table)
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,15 @@ class Prepared:
     txt: Tensor
     rope: Rope
     modulations: Mapping[float, Modulations] = field(repr=False)
+
+    def at(self, sigma: float) -> Modulations:
+        """The modulations at a sigma. Raises ValueError when it is none of those prepared."""
+        try:
+            return self.modulations[float(sigma)]
+        except KeyError:
+            raise ValueError(
+                f"sigma {sigma} was not prepared; pass every sigma that the solver asks for to prepare"
+            ) from None
 
 
 class _OnDemand(Mapping[float, Modulations]):
@@ -210,7 +236,9 @@ class FluxTransformer(nn.Module):
             given = conditioning.guidance
             guidance = None if given is None else torch.full_like(sigma, given)
             stacked = self.modulate(self.embed_time(sigma, guidance, pooled.repeat(len(values), 1)))
-            return {v: _rows(stacked, slice(i * batch, (i + 1) * batch)) for i, v in enumerate(values)}
+            by_sigma = [chunk.unflatten(0, (len(values), batch)) for chunk in stacked.chunks()]
+            tables = torch.stack(by_sigma, dim=1)  # [S, P, B, 1, hidden]: those of one sigma in one piece
+            return {v: stacked.laid_out(table) for v, table in zip(values, tables, strict=True)}
 
         if sigmas is None:
             modulations = _OnDemand(lambda sigma: rows([sigma])[sigma])
@@ -254,12 +282,7 @@ class FluxTransformer(nn.Module):
         With a memory only as many blocks are computed as it asks for. Raises ValueError when `sigma` is none
         of those prepared.
         """
-        try:
-            modulations = prepared.modulations[float(sigma)]
-        except KeyError:
-            raise ValueError(
-                f"sigma {sigma} was not prepared; pass every sigma that the solver asks for to prepare"
-            ) from None
+        modulations = prepared.at(sigma)
         txt = prepared.txt.expand(tokens.shape[0], -1, -1)
         if memory is not None:
             return self.blocks_unless_known(tokens, txt, modulations, prepared.rope, sigma, memory)
@@ -317,16 +340,3 @@ class FluxTransformer(nn.Module):
     def _near(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterable[Part]:
         """The parts, each while its weights are where it computes; `then` come after them."""
         return parts if self.streaming is None else self.streaming.each(parts, then)
-
-
-def _rows(stacked: Modulations, rows: slice) -> Modulations:
-    """The modulations of some rows of the batch, copied, so that the whole batch's memory can go."""
-
-    def cut(chunks: Chunks) -> Chunks:
-        return tuple(c[rows].clone() for c in chunks)
-
-    return Modulations(
-        tuple((cut(img), cut(txt)) for img, txt in stacked.double),
-        tuple(cut(mod) for mod in stacked.single),
-        cut(stacked.last),
-    )

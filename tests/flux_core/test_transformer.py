@@ -126,6 +126,22 @@ def test_every_prepared_sigma_gives_what_it_gives_alone() -> None:
         assert relative_error(model(tokens, together, sigma), model(tokens, alone, sigma)) < 2e-6
 
 
+def test_the_modulations_of_a_sigma_are_one_piece() -> None:
+    """Views of their table, in order, with the numbers that each layer gives."""
+    model = flux_transformer()
+    _, prompt = inputs(SPEC, 2, 4, 4, 3)
+    sigma, guidance = torch.full((2,), 0.7), torch.full((2,), 3.5)
+    alone = model.modulate(model.embed_time(sigma, guidance, prompt.pooled)).chunks()
+    made = model.prepare(prompt, [1.0, 0.7, 0.2], 4, 4).at(0.7)
+    assert made.table is not None and made.table.is_contiguous()
+    assert made.table.shape == (2 * 2 * 6 + 3 * 3 + 2, 2, 1, SPEC.hidden_size)
+    assert [c.data_ptr() for c in made.chunks()] == [row.data_ptr() for row in made.table]
+    for chunk, expected in zip(made.chunks(), alone, strict=True):
+        torch.testing.assert_close(chunk, expected, rtol=1e-5, atol=1e-6)
+    assert [c.shape for c in made.double[0][1]] == [(2, 1, SPEC.hidden_size)] * 6
+    torch.testing.assert_close(made.single[2][1], alone[2 * 12 + 2 * 3 + 1], rtol=1e-5, atol=1e-6)
+
+
 def test_one_conditioning_serves_a_batch() -> None:
     model = flux_transformer()
     tokens, text = inputs(SPEC, 3, 4, 4, 3)
