@@ -200,7 +200,7 @@ class FourBit(Stored):
     nested_absmax: Tensor | None = None
     nested_code: Tensor | None = None
     nested_block: int = 256
-    offset: float = 0.0
+    offset: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -238,7 +238,8 @@ class FourBit(Stored):
         if self.nested_absmax is None or self.nested_code is None:
             return self.absmax
         units = self.nested_absmax.repeat_interleave(self.nested_block)[: self.absmax.numel()]
-        return self.nested_code[self.absmax.int()] * units + self.offset
+        scales = self.nested_code[self.absmax.int()] * units
+        return scales if self.offset is None else scales + self.offset
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,14 @@ class Fp8Linear(StoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             return super().forward(x)
-        codes, scale = rows_in_fp8(x.reshape(-1, self.in_features))
+        inputs = x.reshape(-1, self.in_features)
         weight = self.stored_codes.to(x.device), self.stored_scale.to(x.device)
         bias = None if self.bias is None else self.bias.to(x.device)
-        return multiply((codes, scale), weight, bias, x.dtype).view(*x.shape[:-1], self.out_features)
+        if torch.compiler.is_compiling() and not can_multiply(x.device):
+            y = _as_numbers(inputs, *weight, bias)
+        else:
+            y = multiply(rows_in_fp8(inputs), weight, bias, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +85,17 @@ def multiply(
     numbers = torch.float32 if x_codes.device.type == "cpu" else torch.bfloat16
     y = F.linear(Plain(x_codes).dense(numbers), Plain(codes).dense(numbers)).float() * x_scale * scale.t()
     return (y if bias is None else y + bias).to(dtype)
+
+
+@torch.library.custom_op("rectiflux::fp8_as_numbers", mutates_args=())
+def _as_numbers(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x times a weight in fp8, for compiled code where the card cannot: neither can its compiler read fp8."""
+    return multiply(rows_in_fp8(x), (codes, scale), bias, x.dtype)
+
+
+@_as_numbers.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 def _product(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:

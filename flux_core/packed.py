@@ -10,6 +10,8 @@ is said in packing.py.
 from __future__ import annotations
 
 import functools
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,13 +32,22 @@ SLICE = 1 << 17
 
 
 class Blocks:
-    """A weight in the order that oneDNN chose. It is never written to, so that copies of a layer share it."""
+    """A weight in the order that oneDNN chose. It is never written to, so that copies of a layer share it.
+
+    Compiled code can't take such a tensor: it is told the `number`, a tensor too, so that every layer's fits.
+    """
 
     def __init__(self, opaque: Tensor) -> None:
         self.opaque = opaque
+        self.number = torch.tensor(next(_NUMBERS))
+        _BLOCKS[int(self.number)] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Blocks:
         return self
+
+
+_NUMBERS = itertools.count()
+_BLOCKS: weakref.WeakValueDictionary[int, Blocks] = weakref.WeakValueDictionary()
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -173,7 +184,24 @@ class PackedLinear(ReorderedLinear):
         if bias is not None and len(self._kept) == 2:
             bias = bias[: self.plain] if part == 0 else bias[self.plain :]
         assert isinstance(blocks, Blocks)
+        if torch.compiler.is_compiling():
+            outputs = self.plain if part == 0 else self.out_features - self.plain
+            return _packed_product(x, blocks.number, bias, outputs, after, how)
         return torch.ops.mkldnn._linear_pointwise(x, blocks.opaque, bias, after, [], how)
+
+
+@torch.library.custom_op("rectiflux::packed_product", mutates_args=())
+def _packed_product(
+    x: Tensor, number: Tensor, bias: Tensor | None, outputs: int, after: str, how: str
+) -> Tensor:
+    """A product with numbered blocks [outputs, in], for compiled code."""
+    blocks = _BLOCKS[int(number)]
+    return torch.ops.mkldnn._linear_pointwise(x, blocks.opaque, bias, after, [], how)
+
+
+@_packed_product.register_fake
+def _(x: Tensor, number: Tensor, bias: Tensor | None, outputs: int, after: str, how: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
 class Int8Linear(ReorderedLinear):
@@ -216,6 +244,8 @@ class Int8Linear(ReorderedLinear):
         if not isinstance(self._codes, Blocks):
             return (torch.ops.aten._int_mm(codes, self._codes.mT) * self.scale).to(dtype)
         out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        if torch.compiler.is_compiling():
+            return _int8_product(codes, self._codes.number, self.scale, self._zeros, out).to(dtype)
         return _int8_sums(codes, self._codes.opaque, self.scale, self._zeros, out).to(dtype)
 
     def extra_repr(self) -> str:
@@ -240,6 +270,17 @@ class Int8Linear(ReorderedLinear):
         if can_pack(codes.device, torch.int8):
             self._codes = Blocks(torch.ops.onednn.qlinear_prepack(codes, None))
             self._zeros = torch.zeros(len(codes), dtype=torch.int32)
+
+
+@torch.library.custom_op("rectiflux::int8_product", mutates_args=())
+def _int8_product(codes: Tensor, number: Tensor, scale: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_int8_sums` with numbered blocks, for compiled code."""
+    return _int8_sums(codes, _BLOCKS[int(number)].opaque, scale, zeros, dtype)
+
+
+@_int8_product.register_fake
+def _(codes: Tensor, number: Tensor, scale: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], scale.shape[0], dtype=dtype)
 
 
 def quantise_rows(x: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
@@ -274,6 +315,8 @@ def gelu_in_slices(x: Tensor) -> Tensor:
 
 
 def _slices(x: Tensor) -> list[slice]:
-    """The rows of x [N, C] in slices that stay in the cache over several passes."""
+    """The rows of x [N, C] in slices that stay in the cache over several passes; compiled, in one."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
     step = max(1, SLICE // max(1, x.shape[1]))
     return [slice(start, start + step) for start in range(0, len(x), step)]

@@ -7,7 +7,7 @@ Layers whose weights were reordered for the processor are in packed.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,14 +59,17 @@ class StoredLinear(KeptLinear):
         super().__init__(stored.shape[0], stored.shape[1], dtype)
         tensors = stored.tensors()
         self._form = stored.with_tensors({name: t.to("meta") for name, t in tensors.items()})
-        for name, tensor in tensors.items():
-            self.register_buffer(f"stored_{name}", tensor)
+        self._form_name = repr(self._form)
+        _FORMS[self._form_name] = self._form
+        self._names = [f"stored_{name}" for name in tensors]
+        for name, tensor in zip(self._names, tensors.values(), strict=True):
+            self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
 
     @property
     def stored(self) -> Stored:
         """The weight as it is kept, where it is kept."""
-        return self._form.with_tensors({n: getattr(self, f"stored_{n}") for n in self._form.tensors()})
+        return _stored(self._form, self._kept())
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +83,12 @@ class StoredLinear(KeptLinear):
 
         What is kept elsewhere is brought over for this once. A host that changes weights changes this.
         """
+        if torch.compiler.is_compiling():
+            return _dense(self._kept(), self._form_name, x.dtype, x.device)
         return self.stored.to(x.device).dense(x.dtype)
+
+    def _kept(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._names]
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
@@ -97,6 +105,30 @@ class StoredLinear(KeptLinear):
         self._buffers = {name: None if t is None else t.to(probe.device) for name, t in kept.items()}
         self._dtype = probe.dtype
         return self
+
+
+_FORMS: dict[str, Stored] = {}
+"""Forms without their tensors, by all that they say of a weight."""
+
+
+def _stored(form: Stored, kept: Sequence[Tensor]) -> Stored:
+    """A weight of a form, from its tensors in the form's order."""
+    return form.with_tensors(dict(zip(form.tensors(), kept, strict=True)))
+
+
+@torch.library.custom_op("rectiflux::dense", mutates_args=())
+def _dense(kept: Sequence[Tensor], form: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A stored weight's numbers on a device, as one operation to compilers.
+
+    They would unroll the slices in which the numbers are made, and cannot read fp8 on every card.
+    """
+    numbers = _stored(_FORMS[form], kept).to(device).dense(dtype)
+    return numbers.clone() if any(numbers is tensor for tensor in kept) else numbers
+
+
+@_dense.register_fake
+def _(kept: Sequence[Tensor], form: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(_FORMS[form].shape, dtype=dtype, device=device)
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype, only: str | None = None) -> None:

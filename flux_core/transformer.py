@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from einops import rearrange
@@ -40,6 +40,12 @@ class Streamer(Protocol):
     """Hands out parts of the network in turn, each while its weights are where it computes."""
 
     def each(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterator[Part]: ...
+
+
+class Runner(Protocol):
+    """Calls a block with its inputs (flux_core/compiling.py: its compiled twin)."""
+
+    def __call__(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, ...]) -> Any: ...
 
 
 class Memory(Protocol):
@@ -144,10 +150,12 @@ def position_ids(text_length: int, h: int, w: int) -> Tensor:
 class FluxTransformer(nn.Module):
     """FLUX.1's velocity network (black-forest-labs/flux, src/flux/model.py: Flux), sized by `spec`.
 
-    With `streaming` (flux_core.streaming.stream sets it) it may be larger than the memory.
+    With `streaming` (flux_core.streaming.stream sets it) it may be larger than the memory; with `runner`
+    (flux_core.compiling.compile_blocks sets it) its blocks are compiled.
     """
 
     streaming: Streamer | None = None
+    runner: Runner | None = None
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
@@ -325,7 +333,7 @@ class FluxTransformer(nn.Module):
         every = list(self.double_blocks)
         blocks = self._near(every[first:stop], then=[*every[stop:], *self.single_blocks])
         for block, (img_mod, txt_mod) in zip(blocks, modulations.double[first:stop], strict=True):
-            img, txt = block(img, txt, img_mod, txt_mod, rope)
+            img, txt = self._run(block, img, txt, img_mod, txt_mod, rope)
         return img, txt
 
     def single_stream(
@@ -334,8 +342,11 @@ class FluxTransformer(nn.Module):
         """The joint state [B, L + N, hidden] after the single blocks from `first` up to before `stop`."""
         blocks = self._near(list(self.single_blocks)[first:stop], then=list(self.double_blocks))
         for block, mod in zip(blocks, modulations.single[first:stop], strict=True):
-            x = block(x, mod, rope)
+            x = self._run(block, x, mod, rope)
         return x
+
+    def _run(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, ...]) -> Any:
+        return block(*inputs) if self.runner is None else self.runner(block, *inputs)
 
     def _near(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterable[Part]:
         """The parts, each while its weights are where it computes; `then` come after them."""

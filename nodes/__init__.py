@@ -8,6 +8,7 @@
   schedule.py       LATENT, steps -> SIGMAS
   solver.py         name, or a method's settings -> SAMPLER
   caching.py        MODEL -> MODEL that skips steps
+  compiling.py      MODEL -> MODEL whose blocks are compiled
   sampler.py        all of these -> LATENT, report
   vae.py            LATENT -> IMAGE and back
   sheet.py          IMAGEs -> one IMAGE to compare them
@@ -23,7 +24,20 @@
 Only _host.py and the six _comfy files know a host. Node ids never change; titles may.
 """
 
-from . import caching, conditioning, latent, loader, lora, noise, sampler, schedule, sheet, solver, vae
+from . import (
+    caching,
+    compiling,
+    conditioning,
+    latent,
+    loader,
+    lora,
+    noise,
+    sampler,
+    schedule,
+    sheet,
+    solver,
+    vae,
+)
 
 NODES = (
     *loader.NODES,
@@ -34,6 +48,7 @@ NODES = (
     *schedule.NODES,
     *solver.NODES,
     *caching.NODES,
+    *compiling.NODES,
     *sampler.NODES,
     *vae.NODES,
     *sheet.NODES,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..flux_core import preview
 from ..flux_core.caching import Caching
+from ..flux_core.compiling import check
 from ..flux_core.layers import weight_count
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.spec import FluxSpec
@@ -23,9 +24,9 @@ from ..flux_core.stored import make_dense
 from ..flux_core.streaming import limit_of
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ._comfy_lora import add_lora
-from ._comfy_modules import CACHING, ComfyNetwork, VAEModule
+from ._comfy_modules import CACHING, RUNNER, ComfyNetwork, VAEModule
 from ._comfy_sampling import make_sampler, sample
-from ._comfy_stored import follow, keep_stored
+from ._comfy_stored import follow, keep_stored, run_block
 from ._comfy_text import encode_text, load_text_encoders, progress, t5_length
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "sample",
     "t5_length",
     "with_caching",
+    "with_compiling",
 ]
 
 # Files
@@ -56,10 +58,13 @@ def model_roots(folder: str) -> list[Path]:
 # Loading
 
 
-def load_model(path: Path, dtype: torch.dtype | None, memory_limit: str) -> Any:
+def load_model(
+    path: Path, dtype: torch.dtype | None, memory_limit: str, disable_dynamic: bool = False
+) -> Any:
     """A ModelPatcher over comfy.model_base.Flux that holds our network.
 
-    ComfyUI decides how much of it is on the device; with a limit other than auto, no more than that.
+    ComfyUI decides how much of it is on the device; with a limit other than auto, no more than that. With
+    `disable_dynamic`, by which ComfyUI asks for it, layer by layer as a whole.
     """
     import comfy.model_management as management
     import comfy.model_patcher
@@ -86,11 +91,12 @@ def load_model(path: Path, dtype: torch.dtype | None, memory_limit: str) -> Any:
     limit = None if memory_limit == "auto" else limit_of(memory_limit, device)
     if limit is not None:
         kind = limited(limit)
-    elif stored:
+    elif stored or disable_dynamic:
         kind = comfy.model_patcher.ModelPatcher
     else:
         kind = comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, device, management.unet_offload_device())
+    patcher.cached_patcher_init = (load_model, (path, dtype, memory_limit))
     follow(patcher)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.begin(p))
     patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.end())
@@ -168,6 +174,22 @@ def with_caching(model: Any, caching: Caching) -> Any:
         )
     clone = model.clone()
     clone.model_options["transformer_options"][CACHING] = caching
+    return clone
+
+
+def with_compiling(model: Any) -> Any:
+    """A clone of a MODEL whose blocks are compiled. Raises TypeError for a network that is not ours.
+
+    The clone does without ComfyUI's dynamic loading, as ComfyUI's own TorchCompileModel's does.
+    """
+    if not isinstance(model.model.diffusion_model, ComfyNetwork):
+        raise TypeError(
+            "Compile FLUX needs a MODEL from Load FLUX Model, got one from another loader; connect Load FLUX "
+            "Model, or use ComfyUI's TorchCompileModel"
+        )
+    check(model.load_device)
+    clone = model.clone(disable_dynamic=True)
+    clone.model_options["transformer_options"][RUNNER] = run_block
     return clone
 
 

@@ -28,6 +28,9 @@ from ..flux_core.vae import AutoEncoder
 CACHING = "rectiflux_caching"
 """Under this name a MODEL's transformer options have its Caching."""
 
+RUNNER = "rectiflux_runner"
+"""Under this name they have what runs a block, where that is not the block itself."""
+
 
 @dataclass
 class Prompt:
@@ -218,14 +221,14 @@ class ComfyNetwork(nn.Module):
         known: Known | None = None,
     ) -> Tensor:
         """Velocity tokens [B, N, 64]: FluxTransformer.blocks with ControlNets and replaced blocks."""
-        network, before = self._network[0], img
+        network, before, run = self._network[0], img, options.get(RUNNER, _plain)
         replaced = options.get("patches_replace", {}).get("dit", {})
         for i, (block, (img_mod, txt_mod)) in enumerate(
             zip(network.double_blocks, modulations.double, strict=True)
         ):
 
             def double(args: dict[str, Any], block: nn.Module = block) -> dict[str, Tensor]:
-                img, txt = block(args["img"], args["txt"], *args["vec"], args["pe"])
+                img, txt = run(block, args["img"], args["txt"], *args["vec"], args["pe"])
                 return {"img": img, "txt": txt}
 
             args = {"img": img, "txt": txt, "vec": (img_mod, txt_mod), "pe": rope}
@@ -240,7 +243,7 @@ class ComfyNetwork(nn.Module):
         for i, (block, mod) in enumerate(zip(network.single_blocks, modulations.single, strict=True)):
 
             def single(args: dict[str, Any], block: nn.Module = block) -> dict[str, Tensor]:
-                return {"img": block(args["img"], args["vec"], args["pe"])}
+                return {"img": run(block, args["img"], args["vec"], args["pe"])}
 
             args = {"img": x, "vec": mod, "pe": rope}
             x = _call(single, replaced.get(("single_block", i)), args, options, i, "single")["img"]
@@ -249,6 +252,10 @@ class ComfyNetwork(nn.Module):
         if known is not None:
             known.memory.keep(known.sigma, x - before)
         return network.final_layer(x, modulations.last)
+
+
+def _plain(block: nn.Module, *inputs: Any) -> Any:
+    return block(*inputs)
 
 
 def _call(

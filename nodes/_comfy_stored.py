@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..flux_core.compiling import run_compiled
 from ..flux_core.forms import Plain
 from ..flux_core.lora.arithmetic import LowRankStack
 from ..flux_core.lora.terms import Terms
@@ -91,7 +92,9 @@ class PatchedLinear(StoredLinear):
         y = F.linear(x, self.numbers_for(x), bias)
         if self.beside is None:
             return y
-        return self.beside.to(x.device)(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])).view(y.shape)
+        if self.beside.kept("down", 0).device != x.device:
+            self.beside.to(x.device)
+        return self.beside(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])).view(y.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -152,6 +155,12 @@ def _at(value: Any, device: torch.device) -> Any:
     if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
         return type(value)(value.loaded_keys, _at(value.weights, device))
     return type(value)(_at(v, device) for v in value) if type(value) in (tuple, list) else value
+
+
+def run_block(block: nn.Module, *inputs: Any) -> Any:
+    """A block compiled; as it is where patches are merged into its numbers, which is ComfyUI's own code."""
+    merging = any(isinstance(layer, PatchedLinear) and layer.patches for layer in block.modules())
+    return block(*inputs) if merging else run_compiled(block, *inputs)
 
 
 def keep_stored(module: nn.Module) -> bool:

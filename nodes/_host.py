@@ -20,6 +20,7 @@ from torch import Tensor
 from ..flux_core import preview, tiling
 from ..flux_core.attention import attention_told
 from ..flux_core.caching import BlockMemory, Caching
+from ..flux_core.compiling import compile_blocks
 from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.packed import can_pack
@@ -214,6 +215,17 @@ def with_caching(model: Any, caching: Caching) -> Any:
         return host.with_caching(model, caching)
     _expect(model, EmbeddedModel, "MODEL", "Load FLUX Model")
     return replace(model, caching=caching)
+
+
+def with_compiling(model: Any) -> Any:
+    """The MODEL with its blocks compiled when it first runs; the one that came in stays as it was.
+
+    Raises ValueError where torch.compile cannot work.
+    """
+    if (host := comfy()) is not None:
+        return host.with_compiling(model)
+    _expect(model, EmbeddedModel, "MODEL", "Load FLUX Model")
+    return replace(model, network=compile_blocks(model.network))
 
 
 def _device() -> torch.device:

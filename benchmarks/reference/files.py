@@ -84,10 +84,10 @@ def four_bit(nested: bool) -> Callable[[Tensor], tuple[State, Tensor]]:
         }
         parts = {"weight": stored.packed, "weight.absmax": stored.absmax, "weight.quant_map": stored.code}
         if nested:
-            assert stored.nested_absmax is not None and stored.nested_code is not None
+            assert None not in (stored.nested_absmax, stored.nested_code, stored.offset)
             parts["weight.nested_absmax"] = stored.nested_absmax
             parts["weight.nested_quant_map"] = stored.nested_code
-            about |= {"nested_blocksize": stored.nested_block, "nested_offset": stored.offset}
+            about |= {"nested_blocksize": stored.nested_block, "nested_offset": float(stored.offset)}
         state = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
         return {**parts, "weight.quant_state.bitsandbytes__nf4": state}, numbers
 

@@ -91,7 +91,7 @@ def nf4(weight: Tensor, block: int = 64) -> tuple[FourBit, Tensor]:
 def nested_nf4(weight: Tensor) -> tuple[FourBit, Tensor]:
     """NF4 whose scales are bytes themselves: eight to a unit here, 256 in files."""
     plain, _ = nf4(weight)
-    offset = float(plain.absmax.mean())
+    offset = plain.absmax.mean()
     levels = torch.linspace(-1, 1, 256)
     count = len(plain.absmax)
     grouped = torch.cat([plain.absmax - offset, torch.zeros(-count % 8)]).view(-1, 8)

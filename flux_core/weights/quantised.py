@@ -158,7 +158,7 @@ def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str,
             nested_absmax.float() if isinstance(nested_absmax, Tensor) else None,
             nested_code.float() if isinstance(nested_code, Tensor) else None,
             int(about.get("nested_blocksize", 256)),
-            float(about.get("nested_offset", 0.0)),
+            torch.tensor(float(about["nested_offset"])) if "nested_offset" in about else None,
         )
         _check_four_bit(weight)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:

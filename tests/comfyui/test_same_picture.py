@@ -11,6 +11,7 @@ from rectiflux.host.registry import Registry
 from rectiflux.host.workflow import read_document, to_prompt
 
 from ..nodes import graphs
+from ..nodes.tiny import NAMES
 from .conftest import to_pixels
 from .pictures import largest_difference, stock_model
 from .server import PACK, ComfyServer, PromptFailed
@@ -85,6 +86,37 @@ def test_the_step_cache_is_for_our_models(comfy: ComfyServer, files: graphs.Prom
         comfy.run(prompt)
     message = refused.value.details["exception_message"]
     assert message.startswith("Step Cache needs a MODEL from Load FLUX Model, got one from another loader")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_paint_the_same_picture(
+    comfy: ComfyServer, files: graphs.Prompt, embedded: Folders
+) -> None:
+    """With a LoRA of ComfyUI's own loader before and one of ours behind; eager here."""
+    prompt = graphs.text_to_image(files)
+    ours = graphs.node(
+        "RectifluxLora", lora_name=NAMES["loras"], strength_model=0.5, strength_clip=0.0, blocks=""
+    )
+    prompt["lora"], prompt["sample"]["inputs"]["model"] = ours, ["lora", 0]
+    ours["inputs"]["model"] = ["model", 0]
+    expected = to_pixels(graphs.run(prompt, "decode")[0])
+    half = {"lora_name": NAMES["loras"], "strength_model": 0.25, "model": ["model", 0]}
+    prompt["stock"] = graphs.node("LoraLoaderModelOnly", **half)
+    prompt["compile"] = graphs.node("RectifluxCompile", model=["stock", 0])
+    ours["inputs"] |= {"model": ["compile", 0], "strength_model": 0.25}
+    prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="compiled")
+    assert largest_difference(comfy.pictures(prompt, "save"), expected) <= 1
+
+
+def test_compiling_is_for_our_models(comfy: ComfyServer, files: graphs.Prompt) -> None:
+    prompt = stock_model(graphs.text_to_image(files))
+    prompt["compile"] = graphs.node("RectifluxCompile", model=["model", 0])
+    prompt["sample"]["inputs"]["model"] = ["compile", 0]
+    prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="compiled")
+    with pytest.raises(PromptFailed) as refused:
+        comfy.run(prompt)
+    message = refused.value.details["exception_message"]
+    assert message.startswith("Compile FLUX needs a MODEL from Load FLUX Model, got one from another loader")
 
 
 def test_inpainting_keeps_to_the_mask_alike(

@@ -72,6 +72,30 @@ def test_it_is_a_linear_layer(
         assert not rest.numel() or relative_error(rest, gelu[..., layer.plain :]) <= EXACT[dtype]
 
 
+def test_compilers_see_one_operation() -> None:
+    """By the blocks' number; it gives what the layer gives, in a tensor of the size that it promises."""
+    layer, _, bias = layer_of(plain=16)
+    x, rest = drawn(2, 3, 64, seed=2), layer._kept[1]
+    asked = (x, rest.number, bias[16:], 32, "gelu", "tanh")
+    assert torch.equal(module._packed_product(*asked), layer.plain_and_gelu(x)[1])
+    torch.library.opcheck(module._packed_product, asked, test_utils="test_faketensor")
+    int8 = Int8Linear(drawn(48, 64), None)
+    codes, _ = quantise_rows(x[0])
+    asked = (codes, int8._codes.number, int8.scale, int8._zeros, torch.float32)
+    assert torch.equal(module._int8_product(*asked), int8._sums(codes, torch.float32))
+    torch.library.opcheck(module._int8_product, asked, test_utils="test_faketensor")
+
+
+def test_copies_of_blocks_keep_their_number() -> None:
+    """And a number goes with the last copy, and its weight's memory with it."""
+    layer, _, _ = layer_of()
+    number, twin = int(layer._kept[0].number), copy.deepcopy(layer)
+    del layer
+    assert module._BLOCKS[number] is twin._kept[0]
+    del twin
+    assert number not in module._BLOCKS
+
+
 def test_cut_inputs_are_read_as_they_lie() -> None:
     layer, weight, bias = layer_of()
     x = drawn(2, 9, 128)[:, 4:, 64:]

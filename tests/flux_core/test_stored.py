@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.stored import every_form, nf4, weights
 from rectiflux.flux_core import forms as forms_module
+from rectiflux.flux_core import stored as stored_module
 from rectiflux.flux_core.forms import Plain, Stored
 from rectiflux.flux_core.stored import StoredLinear, computing_dtype, device_of, make_dense, weight_count
 from torch import nn
@@ -48,6 +49,18 @@ def test_the_layer_is_a_linear_layer_of_these_numbers(
     x = weights(5, seed=1).to(dtype)
     assert torch.equal(layer(x), F.linear(x, numbers.to(dtype), bias.to(dtype)))
     assert torch.equal(layer.dense_weight(torch.float32), numbers)
+
+
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compilers_see_one_operation(stored: Stored, numbers: torch.Tensor, dtype: torch.dtype) -> None:
+    """It makes the layer's numbers, in memory of its own, of the shape that it promises."""
+    layer = StoredLinear(stored, None, dtype)
+    asked = (layer._kept(), layer._form_name, dtype, torch.device("cpu"))
+    found = stored_module._dense(*asked)
+    assert torch.equal(found, numbers.to(dtype))
+    assert all(found.data_ptr() != kept.data_ptr() for kept in layer._kept())
+    torch.library.opcheck(stored_module._dense, asked, test_utils="test_faketensor")
 
 
 @each_form

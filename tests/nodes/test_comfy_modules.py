@@ -15,7 +15,7 @@ from rectiflux.flux_core.pipeline import guided_velocity
 from rectiflux.flux_core.spec import Conditioning, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer
 from rectiflux.nodes import _comfy_text
-from rectiflux.nodes._comfy_modules import ComfyNetwork
+from rectiflux.nodes._comfy_modules import RUNNER, ComfyNetwork
 
 from .tiny import random_weights
 
@@ -171,6 +171,19 @@ def test_blocks_can_be_replaced_and_controlled(
     assert torch.equal(step(module, asked, 1.0, control={"input": [zero, None], "output": [zero]}), plain)
     for control in ({"input": [None, one]}, {"output": [one]}):
         assert not torch.allclose(step(module, asked, 1.0, control=control), plain)
+
+
+def test_blocks_go_through_the_runner(network: FluxTransformer, asked: dict[str, torch.Tensor]) -> None:
+    """That of the MODEL's options, in the blocks' order; other clones of the MODEL have none."""
+    module, called = ComfyNetwork(network), []
+
+    def run(block: torch.nn.Module, *inputs: Any) -> Any:
+        called.append(block)
+        return block(*inputs)
+
+    wanted = step(module, asked, 0.4)
+    assert torch.equal(step(module, asked, 0.4, options={RUNNER: run}), wanted)
+    assert called == [*network.double_blocks, *network.single_blocks]
 
 
 def test_what_is_not_supported_is_refused(network: FluxTransformer, asked: dict[str, torch.Tensor]) -> None:

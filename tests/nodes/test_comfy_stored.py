@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.stored import every_form, fp8, weights
+from rectiflux.flux_core import compiling
+from rectiflux.flux_core.lora.arithmetic import LowRankStack
+from rectiflux.flux_core.lora.terms import Terms
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.flux_core.weights.source import WeightFile
-from rectiflux.nodes._comfy_stored import PatchedLinear, StoredWeight, keep_stored
+from rectiflux.nodes._comfy_stored import PatchedLinear, StoredWeight, keep_stored, run_block
 from rectiflux.nodes._comfy_text import comfy_reads
 from torch import Tensor, nn
 
@@ -75,6 +78,30 @@ def test_what_is_kept_elsewhere_is_brought_to_the_input() -> None:
     y = found(torch.empty(2, 64, device="meta"))
     assert (y.device.type, y.shape) == ("meta", (2, 48))
     assert found.device.type == "cpu"
+
+
+def test_a_block_that_merges_patches_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = layer("GGUF Q4_0")
+    block, x, compiled = nn.Sequential(found), weights(5, seed=1), []
+    monkeypatch.setattr(compiling, "_compiled", lambda: lambda block, x: compiled.append(block) or block(x))
+    expected = block(x)
+    assert torch.equal(run_block(block, x), expected) and compiled == [block]
+    found.patches = ["any patch"]
+    monkeypatch.setattr(found, "numbers_for", lambda x: found.stored.dense(x.dtype))
+    assert torch.equal(run_block(block, x), expected) and compiled == [block]
+
+
+@pytest.mark.slow
+def test_compilers_see_through_a_lora_beside_stored_numbers() -> None:
+    """In one piece; another LoRA of the same rank is the same code."""
+    compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, dynamic=False, backend="aot_eager")
+    x = weights(5, seed=1)
+    for seed in (2, 3):
+        found, _ = layer("GGUF Q4_0")
+        terms = Terms(((weights(4, seed=seed), weights(48, 4, seed=seed + 2)),))
+        found.beside = LowRankStack([((0, 48), terms)], 64, torch.float32)
+        with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+            torch.testing.assert_close(compiled(found, x), found(x))
 
 
 def test_a_model_without_stored_layers_is_left_alone() -> None:

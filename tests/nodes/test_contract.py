@@ -29,6 +29,7 @@ SHIPPED_IDS = {
     "RectifluxAdaptiveSolver": ["rtol", "atol", "max_evaluations"],
     "RectifluxStochasticSolver": ["eta"],
     "RectifluxStepCache": ["method", "threshold"],
+    "RectifluxCompile": [],
     "RectifluxSampler": ["cfg_scale"],
     "RectifluxVAEDecode": [],
     "RectifluxVAEEncode": [],
