@@ -28,13 +28,9 @@ from .schnell import STEPS, rollout
 
 @dataclass(frozen=True)
 class ShortenRecipe(Recipe):
-    """Settings: where square turns to absolute error, and how often a lesson begins at each of the STEPS.
-
-    At the full rate the student loses what it has; it gains while the rate descends.
-    """
+    """Settings: where square turns to absolute error, and how often a lesson begins at each of the STEPS."""
 
     lr: float = 5e-4
-    decay_share: float = 0.75
     huber: float = 0.03
     starts: tuple[int, ...] = (6, 1, 1, 1)
 
