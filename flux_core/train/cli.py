@@ -8,7 +8,6 @@ guidance     mini-pro            -> mini-dev, guidance in one pass
 pairs        mini-pro            -> noise, and the picture that its guided flow makes of it
 reflow       mini-dev, pairs     -> a straight flow
 schnell      the straight flow   -> mini-schnell, one to four steps
-shorten      mini-schnell        -> mini-schnell, whose first step alone nears its fourth
 export       all of these        -> half-precision files under models/
 """
 
@@ -38,14 +37,13 @@ from ..weights import load_autoencoder, load_text_encoders, load_transformer
 from .autoencoder import draw_batch, new_autoencoder, train_decoder
 from .checkpoint import write_safetensors
 from .data import write_latents
-from .evaluate import FAMILY, Decode, Sampling, shown_by
+from .evaluate import Decode, Sampling, shown_by
 from .flow import MINI, FlowRecipe, train_flow
 from .guidance import GuidanceRecipe, train_guidance
 from .loop import Recipe, device
 from .pca import decode_fast, linear_code
 from .reflow import ReflowRecipe, fold_guidance, train_reflow, write_pairs
 from .schnell import SchnellRecipe, train_schnell
-from .shorten import ShortenRecipe, train_shorten
 from .text import train_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,8 +54,7 @@ NEEDS = {
     "pairs": ("base",),
     "reflow": ("guidance", "pairs"),
     "schnell": ("reflow",),
-    "shorten": ("schnell",),
-    "export": ("shorten", "autoencoder"),
+    "export": ("schnell", "autoencoder"),
 }
 """Stages whose files a stage reads, besides what those need themselves."""
 STEPS = {
@@ -67,7 +64,6 @@ STEPS = {
     "guidance": 3_000,
     "reflow": 4_000,
     "schnell": 4_000,
-    "shorten": 3_000,
 }
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -253,28 +249,11 @@ def run_schnell(folder: Folder, args: argparse.Namespace) -> None:
     )
 
 
-def run_shorten(folder: Folder, args: argparse.Namespace) -> None:
-    encoders = read_encoders(folder)
-    student = read_transformer(folder.file("schnell")).to(device())
-    pairs = folder.path / "own_pairs"
-    write_pairs(pairs, student, encoders, args.pairs, args.seed + 1, FAMILY["schnell"], bf16=args.bf16)
-    train_shorten(
-        folder.file("shorten"),
-        pairs,
-        encoders,
-        student,
-        args.shorten_steps,
-        seed=args.seed,
-        recipe=recipe_of(ShortenRecipe, args),
-        picture=shown(folder, student.spec, encoders, Sampling(1, shift="none")),
-    )
-
-
 EXPORTED = {
     "base": ("diffusion_models/rectiflux-mini-pro", "Rectiflux mini-pro"),
     "guidance": ("diffusion_models/rectiflux-mini-dev", "Rectiflux mini-dev"),
     "reflow": ("diffusion_models/rectiflux-mini-reflow", "Rectiflux mini-pro, reflowed"),
-    "shorten": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
+    "schnell": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
     "autoencoder": ("vae/rectiflux-mini-vae", "Rectiflux miniature autoencoder"),
 }
 """What the stages' files become under models/, and what their metadata call them."""
@@ -334,6 +313,5 @@ RUN = {
     "pairs": run_pairs,
     "reflow": run_reflow,
     "schnell": run_schnell,
-    "shorten": run_shorten,
     "export": run_export,
 }

@@ -28,7 +28,6 @@ def test_an_unknown_stage_is_refused_with_the_known_ones(capsys: pytest.CaptureF
         ("guidance", "text"),
         ("reflow", "text"),
         ("schnell", "text"),
-        ("shorten", "text"),
         ("export", "text"),
     ],
 )
@@ -63,7 +62,6 @@ def test_all_stages_in_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = models / "text_encoders"
     load_text_encoders(text / "rectiflux-mini-clip.safetensors", text / "rectiflux-mini-t5.safetensors")
     load_autoencoder(models / "vae" / "rectiflux-mini-vae.safetensors")
-    shown = ("base", "guidance", "reflow", "schnell", "shorten")
-    for stage in shown:
+    for stage in ("base", "guidance", "reflow", "schnell"):
         with Image.open(tmp_path / "work" / f"{stage}.png") as sheet:
             assert sheet.size == (4 * 128, 2 * 128)

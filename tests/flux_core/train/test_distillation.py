@@ -1,4 +1,4 @@
-"""Guidance, reflow, schnell, shorten: each against what it must equal, each learning something in little."""
+"""Guidance, reflow and schnell: each against what it must equal, and each learning something in little."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, read_state_dict
 from rectiflux.flux_core.spec import Conditioning
-from rectiflux.flux_core.train import data, evaluate, guidance, reflow, schnell, shorten
+from rectiflux.flux_core.train import data, evaluate, guidance, reflow, schnell
 from rectiflux.flux_core.train.autoencoder import new_autoencoder
 from rectiflux.flux_core.train.flow import predict
 from rectiflux.flux_core.train.text import WIDTH, make_encoders
@@ -154,24 +154,9 @@ def test_matching_pulls_nowhere_when_critic_and_teacher_agree_and_from_critic_to
     assert torch.allclose(gradient * denoised.numel(), (fake - real) / distance, atol=1e-3)
 
 
-def test_shorten_asks_each_state_for_the_picture_that_its_noise_became() -> None:
-    """No loss where the network gives that picture at once; else the distance, pseudo-Huber."""
-    noise, _, text = some(2)
-    student = teacher()
-    x, sigma = schnell.rollout(student, noise, text, 1)
-    with torch.no_grad():
-        at_once = x - 0.75 * predict(student, x, sigma, text)
-    lesson = shorten.ShortenLesson(student, 0.03)
-    assert lesson(x, sigma, at_once, text).item() == pytest.approx(0.0, abs=1e-6)
-    assert lesson(x, sigma, at_once + 0.04, text).item() == pytest.approx(0.02, abs=1e-6)  # of 3, 4 and 5
-
-
 @pytest.mark.slow
 def test_each_stage_learns(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In 60 small steps guidance lowers its loss by a third, reflow by a quarter, shorten by a tenth.
-
-    schnell writes a model.
-    """
+    """Guidance lowers its loss by a third, reflow by a quarter in 60 small steps; schnell writes a model."""
     latents = tmp_path / "latents.safetensors"
     data.write_latents(latents, new_autoencoder(), 16, workers=1, sizes=SIZES)
     encoders = make_encoders()
@@ -201,11 +186,3 @@ def test_each_stage_learns(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFi
     recipe = schnell.SchnellRecipe(**common)
     schnell.train_schnell(out, pairs, encoders, flow_student, dev_teacher, 2, recipe=recipe)
     assert load_transformer(out).spec == TINY
-    own, short = tmp_path / "own", tmp_path / "short.safetensors"
-    reflow.write_pairs(own, flow_student, encoders, 8, 1, evaluate.FAMILY["schnell"], batch=4)
-    capsys.readouterr()
-    for steps in (1, 60):
-        shorten_recipe = shorten.ShortenRecipe(**common)
-        shorten.train_shorten(short, own, encoders, flow_student, steps, recipe=shorten_recipe)
-    first, *_, last = losses()
-    assert last < 0.9 * first, (first, last)
