@@ -88,7 +88,10 @@ def test_the_most_of_each_kind_is_kept() -> None:
     before = footprint.held()
     with footprint.Watch() as watch:
         ballast = torch.ones(1 << 24)
-        footprint.time.sleep(0.3)
+        for _ in range(100):  # a busy machine lets the watcher wait
+            footprint.time.sleep(0.1)
+            if watch.most.anonymous >= before.anonymous + (1 << 25):
+                break
         del ballast
     if footprint.STATUS.exists():
         assert watch.most.anonymous >= before.anonymous + (1 << 25)

@@ -49,6 +49,16 @@ def velocity(model: FluxTransformer) -> Tensor:
         return model(tokens, model.prepare(prompt, [SIGMA], SIDE, SIDE), SIGMA)
 
 
+def check_same(model: FluxTransformer, original: FluxTransformer) -> None:
+    """The same numbers to the last bit, and the same answer to rounding.
+
+    Where mapped numbers begin on an odd boundary some processors add them in another order.
+    """
+    numbers = model.state_dict()
+    assert all(torch.equal(numbers[name], tensor) for name, tensor in original.state_dict().items())
+    assert relative_error(velocity(model), velocity(original)) < 1e-6
+
+
 def with_numbers(model: FluxTransformer, numbers: State) -> FluxTransformer:
     """A model of torch's own layers with these numbers, in float32."""
     plain = FluxTransformer(model.spec).eval().requires_grad_(False)
@@ -135,7 +145,7 @@ def test_bfloat16_in_a_folder_has_the_plain_name_first(tmp_path: Path) -> None:
         diffusers_state_dict(flux_transformer(1)), tmp_path / "diffusion_pytorch_model.fp16.safetensors"
     )
     save_file(diffusers_state_dict(flux_transformer(0)), tmp_path / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(velocity(load_transformer(tmp_path)), velocity(flux_transformer(0)))
+    check_same(load_transformer(tmp_path), flux_transformer(0))
 
 
 @pytest.mark.parametrize("folder", ["", "vae"])
@@ -234,7 +244,7 @@ def test_fill_canny_and_depth_read_more_than_they_write(tmp_path: Path, inputs: 
     )
     model = load_transformer(tmp_path / "f.safetensors")
     assert (model.spec.in_channels, model.spec.out_channels) == (inputs, 64)
-    assert torch.equal(velocity(model), velocity(original))
+    check_same(model, original)
 
 
 def test_progress_counts_the_files_bytes(tmp_path: Path) -> None:
