@@ -44,9 +44,7 @@ def merged(strength_model: float, strength_clip: float) -> dict[str, tuple[Any, 
     done: dict[str, tuple[Any, ...]] = {}
     with pytest.MonkeyPatch.context() as patched:
         # unpacked, so that the weights are parameters
-        patched.setattr(
-            _host, "pack_weights", lambda network, on_progress: 0
-        )  # so that the weights are parameters
+        patched.setattr(_host, "pack_weights", lambda network, on_progress: 0)
         model, encoders = (graphs.run(dict(FILES), name, done)[0] for name in ("model", "clip"))
     tensors = lora_tensors()
     for parameters, front, strength in (
