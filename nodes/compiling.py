@@ -6,7 +6,7 @@ from . import _host
 
 
 class Compile:
-    """Compiles the blocks by torch.compile: for graphics cards, no gain on a CPU. The first run waits for it."""
+    """Compiles the blocks: for graphics cards, no gain on a CPU. The first run waits for it."""
 
     NODE_ID = "RectifluxCompile"
     TITLE = "Compile FLUX"
