@@ -60,14 +60,17 @@ def test_a_lora_on_it_and_off_again(
     form: str,
     stock: bool,
 ) -> None:
-    """As on the dense model, whose weights ComfyUI patches; afterwards not a bit is changed."""
+    """As on the dense model, whose weights ComfyUI patches; afterwards not a bit is changed.
+
+    A LoRA beside a layer and one merged into it are other sums: a level of 255 where a pixel is between two.
+    """
     name, dense = stored[form]
     file = saved(base, "kohya", KNOWN["kohya"])
     before = picture(comfy, painted_by(files, name))
     strong = {"strength_model": 2.0}
     shown = picture(comfy, with_lora(painted_by(files, name), file, stock, **strong))
     expected = picture(comfy, with_lora(painted_by(files, dense), file, stock, **strong))
-    assert np.array_equal(shown, expected)
+    assert largest_difference(shown, expected) <= 1
     assert psnr(shown, before) < 40
     assert np.array_equal(picture(comfy, painted_by(files, name)), before)
     other = picture(comfy, painted_by(files, name, seed=8))
@@ -81,7 +84,7 @@ def test_every_kind_of_adapter(
     name, dense = stored["Q8_0"]
     file = saved(base, f"known-{kind}", KNOWN[kind])
     shown = picture(comfy, with_lora(painted_by(files, name), file))
-    assert np.array_equal(shown, picture(comfy, with_lora(painted_by(files, dense), file)))
+    assert largest_difference(shown, picture(comfy, with_lora(painted_by(files, dense), file))) <= 1
     assert psnr(shown, picture(comfy, painted_by(files, name))) < 40
 
 
