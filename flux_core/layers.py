@@ -298,7 +298,9 @@ class SingleStreamBlock(nn.Module):
         if fused.serves(x):
             return gated(x, gate, self.linear2(self._joint(self.linear1(inner), plain, rope)))
         qkv, mlp = gelu_behind(self.linear1, inner, plain)
-        return gated(x, gate, self.linear2(torch.cat([self._attend(qkv, rope), mlp], dim=-1)))
+        attn = self._attend(qkv, rope)
+        del inner, qkv  # half of what a step holds at its most, if they stayed until linear2 is done
+        return gated(x, gate, self.linear2(torch.cat([attn, mlp], dim=-1)))
 
     def _attend(self, qkv: Tensor, rope: Rope) -> Tensor:
         q, k, v = queries_keys_values([(qkv, self.norm)], self.heads, rope)
