@@ -39,9 +39,9 @@ from pathlib import Path
 import torch
 
 from . import speed_blocks, speed_gpu, speed_memory, speed_models
-from .report import add_json, machine, parser_of, positive, write_report
-from .speed_settings import Case, Settings, Skipped, Told
-from .turns import CLOCKS, Clock, Ratio
+from .report import add_json, machine, parser_of, write_report
+from .speed_settings import Case, Settings, Skipped, Told, add_options, clock_of
+from .turns import Ratio
 
 NEEDS = "test"  # the part of run.py's environment that has diffusers
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,35 +122,17 @@ def record(section: str, file: Path) -> None:
     file.write_text(f"{before.rstrip()}\n\n{section}", encoding="utf-8")
 
 
-def cases_of(text: str) -> list[str]:
-    """The names in a list with commas, for argparse."""
-    names = text.split(",")
-    for name in names:
-        if name not in CASES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CASES)}")
-    return names
-
-
 def main(argv: list[str]) -> int:
     """Run the cases, print their ratios; 0."""
     parser = parser_of("speed", __doc__)
-    parser.add_argument("--quick", action="store_true", help="small models, two turns: does it run at all?")
-    parser.add_argument("--cases", type=cases_of, help=f"of {', '.join(CASES)}; all of the device")
+    add_options(parser, CASES)
     parser.add_argument("--seconds", type=float, default=120.0, help="for the turns of all cases (120)")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are (wall)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
-    parser.add_argument("--models", type=Path, default=ROOT / "models", help="folder of the miniatures")
     parser.add_argument("--large", action="store_true", help="the memory of a decode at 2048 px, too")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # what of `memory`, and whose
     parser.add_argument("--record", action="store_true", help="append the ratios to benchmarks/RESULTS.md")
     add_json(parser)
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device, got none; leave it out to measure on the CPU")
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    clock = Clock(arguments.clock, torch.device(arguments.device))
+    clock = clock_of(parser, arguments)
     budget = 0.0 if arguments.quick else arguments.seconds / COMPARISONS
     end = time.perf_counter() + LIMIT
     settings = Settings(arguments.quick, budget, clock, arguments.models, end, arguments.large)

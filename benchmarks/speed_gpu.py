@@ -1,22 +1,23 @@
 """Case of `bench speed --device cuda`: FLUX.1 in full size against diffusers, eager and compiled.
 
-Ours is compiled block by block (flux_core/compiling.py) and, for fp8, quantised (flux_core/fp8.py); what of
-that cannot be had is said. Theirs is in bf16 throughout, its blocks compiled for each size alone. Weights are
+Ours is compiled block by block (flux_core/compiling.py), or eager where it is said why, and for fp8 quantised
+(flux_core/fp8.py). Theirs is in bf16 throughout, its blocks compiled for each size alone. Weights are
 random, and made on the device, one model after the other.
 """
 
 from __future__ import annotations
 
-import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
 
+from ..flux_core.attention import attention_told
+from ..flux_core.compiling import compile_blocks
+from ..flux_core.packing import quantise_to_fp8
 from ..flux_core.schedule import make_sigmas
 from ..flux_core.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from ..flux_core.transformer import FluxTransformer
@@ -26,13 +27,6 @@ from .speed_inputs import Inputs, difference, diffusers_twin, random_model
 from .speed_memory import peak
 from .speed_settings import Outcome, Settings, Skipped, Told
 from .turns import Ratio, Run, compare
-
-MODULES = {
-    "quantise_to_fp8": ("fp8", "packing"),
-    "compile_blocks": ("compiling",),
-    "attention_told": ("attention",),
-}
-"""Functions that flux_core may lack, and its modules where they are looked for."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +107,8 @@ class Group:
         compiled: Any = copy_with_same_weights(eager, self.spec)
         compiled.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=self.plan.backend)
         if self.form == "fp8":
-            model, why = applied("quantise_to_fp8", model)
-            if why:
-                yield Skipped(self.name, why)
-                return
-        model, why = applied("compile_blocks", model)
+            quantise_to_fp8(model)
+        model, why = compiled_or_not(model)
         yield Told(f"{self.name}: ours is {f'eager, {why}' if why else 'compiled'}")
         for side in self.plan.sides:
             yield from self.at(side, model, eager, compiled, "eager" if why else "compiled")
@@ -139,7 +130,7 @@ class Group:
             return
         length = self.plan.text or self.spec.txt_length
         inputs = Inputs(model, side, length, self.batch)
-        yield Told(f"{case}: attention through {attention_of(model, inputs)}")
+        yield Told(f"{case}: attention through {attention_told(model)}")
         ours, run_eager = inputs.our_step(model), inputs.their_step(eager)
         started = time.perf_counter()
         first = ours()
@@ -206,40 +197,12 @@ def copy_with_same_weights(twin: nn.Module, spec: FluxSpec) -> nn.Module:
     return other.requires_grad_(False).eval()
 
 
-def find(name: str) -> Callable[[FluxTransformer], Any] | None:
-    """A function of flux_core, None where no module has it."""
-    package = __name__.rpartition(".benchmarks")[0]
-    for module in MODULES[name]:
-        try:
-            found = getattr(importlib.import_module(f"{package}.flux_core.{module}"), name, None)
-        except ImportError:
-            continue
-        if found is not None:
-            return found
-    return None
-
-
-def applied(name: str, model: FluxTransformer) -> tuple[FluxTransformer, str]:
-    """What a function makes of the model, in place or as a copy; and why that could not be, or ''."""
-    function = find(name)
-    if function is None:
-        return model, f"flux_core has no {name}"
+def compiled_or_not(model: FluxTransformer) -> tuple[FluxTransformer, str]:
+    """The model with compiled blocks; or itself, and why it could not be compiled."""
     try:
-        made = function(model)
-    except (ValueError, RuntimeError) as error:
+        return compile_blocks(model), ""
+    except ValueError as error:
         return model, first_words(error)
-    return made if isinstance(made, FluxTransformer) else model, ""
-
-
-def attention_of(model: FluxTransformer, inputs: Inputs) -> str:
-    """By what our attention is computed: what flux_core tells, or what torch takes for a step's queries."""
-    told = find("attention_told")
-    if told is not None:
-        return str(told(model))
-    rows, length = len(inputs.noise), inputs.prompt.txt.shape[1]
-    shape = (rows, model.spec.num_heads, length + inputs.h * inputs.w // 4, model.spec.head_dim)
-    q = torch.empty(shape, dtype=model.dtype, device=model.device)
-    return f"torch's {SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()}"
 
 
 def first_words(error: Exception) -> str:

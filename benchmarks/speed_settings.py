@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .turns import Clock, Ratio
+from .report import positive
+from .turns import CLOCKS, Clock, Ratio
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,29 @@ class Skipped:
 
 Outcome = Ratio | Told | Skipped
 Case = Callable[[Settings], Iterator[Outcome]]
+
+
+def add_options(parser: argparse.ArgumentParser, cases: Collection[str]) -> None:
+    """What benchmarks of these settings are asked in common; `clock_of` makes the rest ready."""
+
+    def names(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in cases:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(cases)}")
+        return text.split(",")
+
+    parser.add_argument("--quick", action="store_true", help="small models, few runs: does it run at all?")
+    parser.add_argument("--cases", type=names, help=f"of {', '.join(cases)}; all of the device")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are (wall)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the miniatures")
+
+
+def clock_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Clock:
+    """The clock that was asked for, once torch has its threads and seed; ends where there is no device."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, got none; leave it out to measure on the CPU")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    return Clock(arguments.clock, torch.device(arguments.device))

@@ -32,7 +32,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,9 +48,9 @@ from ..flux_core.transformer import FluxTransformer
 from ..flux_core.weights import load_transformer
 from .floors import bandwidth, matmul_rate, step_bytes, step_flop
 from .parts import OTHER, OVERHEAD, PARTS, Part, Spent, draw_bars, part_of
-from .report import add_json, parser_of, positive, writable, write_report
+from .report import add_json, parser_of, writable, write_report
 from .speed_inputs import FULL, MINIATURE, QUICK, Inputs, random_model
-from .speed_settings import Settings, Skipped
+from .speed_settings import Settings, Skipped, add_options, clock_of
 from .turns import CLOCKS, Clock, Run
 
 NEEDS = "test"  # the part of run.py's environment that has diffusers, which the random models' file imports
@@ -78,7 +78,7 @@ def full(settings: Settings, dtype: torch.dtype) -> tuple[str, FluxTransformer, 
     return f"full-{side}", model, Inputs(model, side, length)
 
 
-def cases(names: list[str], settings: Settings, dtype: torch.dtype) -> Iterator[Spent | Skipped]:
+def cases(names: Sequence[str], settings: Settings, dtype: torch.dtype) -> Iterator[Spent | Skipped]:
     """Where the time of each case goes."""
     for name in names:
         try:
@@ -196,39 +196,21 @@ def unheard() -> Iterator[None]:
         os.close(nowhere)
 
 
-def names_of(text: str) -> list[str]:
-    """The names in a list with commas, for argparse."""
-    names = text.split(",")
-    for name in names:
-        if name not in CASES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CASES)}")
-    return names
-
-
 def main(argv: list[str]) -> int:
     """Print a table for each case; 0, or 1 where there was none to measure."""
     parser = parser_of("time-spent", __doc__)
-    parser.add_argument("--quick", action="store_true", help="small models, few runs: does it run at all?")
-    parser.add_argument("--cases", type=names_of, default=list(CASES), help=f"of {', '.join(CASES)}; all")
+    add_options(parser, CASES)
     parser.add_argument("--dtype", choices=list(DTYPES), help="fp32, on CUDA bf16")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the runs of a case (20)")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are (wall)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
-    parser.add_argument("--models", type=Path, default=ROOT / "models", help="folder of the miniatures")
     parser.add_argument("--figure", type=writable, metavar="FILE", help="draw the parts into this picture")
     add_json(parser)
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device, got none; leave it out to measure on the CPU")
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    clock = Clock(arguments.clock, torch.device(arguments.device))
+    clock = clock_of(parser, arguments)
     budget = 0.0 if arguments.quick else arguments.seconds
     settings = Settings(arguments.quick, budget, clock, arguments.models)
     form = arguments.dtype or ("bf16" if arguments.device == "cuda" else "fp32")
     print(f"torch {torch.__version__}, {arguments.threads} thread(s), {arguments.clock} clock, {form}")
-    return told(list(shown(cases(arguments.cases, settings, DTYPES[form]))), arguments)
+    return told(list(shown(cases(arguments.cases or CASES, settings, DTYPES[form]))), arguments)
 
 
 def shown(outcomes: Iterator[Spent | Skipped]) -> Iterator[Spent]:

@@ -15,6 +15,9 @@
   streaming/       a model larger than the memory: blocks come in just ahead of use
   caching.py       steps whose deeper blocks are forecast instead of computed
   attention.py     which backend computes attention, by the card and by what is installed
+  compiling.py     one torch.compile for all blocks of a kind
+  graphs.py        small steps replayed as CUDA graphs
+  fused/           passes between the products joined (Triton, optional)
   packed.py        linear layers in the processor's order, exact or in int8 (packing.py: which of a model)
   fp8.py           linear layers that multiply in 8-bit floats
   flow/            the theory: paths, predictions, objectives, couplings, likelihoods

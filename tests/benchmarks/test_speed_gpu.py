@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from rectiflux.benchmarks.speed_gpu import Group, Plan, full_size
 from rectiflux.benchmarks.speed_inputs import Inputs, random_model
 from rectiflux.benchmarks.speed_settings import Settings, Skipped, Told
 from rectiflux.benchmarks.turns import Clock, Ratio
+from rectiflux.flux_core.packing import quantise_to_fp8
 from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,9 +27,9 @@ TINY = FluxSpec(64, 1, 1, 1, context_in=16, vec_in=8, guidance_embed=True)
 DISTILLED = FluxSpec(64, 1, 1, 1, context_in=16, vec_in=8)
 
 
-def tiny(**changes: object) -> Plan:
-    plan = {"models": (("dev", TINY, 3),), "sides": (32,), "batches": (1,), "forms": ("bf16",), "text": 4}
-    return Plan(**{**plan, "backend": "eager", "whole": 1e9, **changes})  # type: ignore[arg-type]
+def tiny(**changes: Any) -> Plan:
+    plan = Plan((("dev", TINY, 3),), (32,), (1,), ("bf16",), text=4, whole=1e9, backend="eager")
+    return replace(plan, **changes)
 
 
 def settings_of(folder: Path, end: float = float("inf")) -> Settings:
@@ -42,9 +43,13 @@ def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flux_core without anything that it may lack."""
-    monkeypatch.setattr(speed_gpu, "MODULES", {name: ("nowhere", "spec") for name in speed_gpu.MODULES})
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a compiler."""
+
+    def refuse(model: FluxTransformer) -> FluxTransformer:
+        raise ValueError("compiling needs g++ on the PATH,\nfound none")
+
+    monkeypatch.setattr(speed_gpu, "compile_blocks", refuse)
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def test_rates_are_the_best_of_the_products(monkeypatch: pytest.MonkeyPatch) -> 
     assert floors.bandwidth(4096, Clock()) == 2 * 4096 / 0.5
 
 
-def test_everything_of_a_model(tmp_path: Path, lacking: None) -> None:
+def test_everything_of_a_model(tmp_path: Path, eager: None) -> None:
     outcomes = list(
         full_size(settings_of(tmp_path), tiny(models=(("dev", TINY, 3), ("schnell", DISTILLED, 2))))
     )
@@ -108,15 +113,15 @@ def test_everything_of_a_model(tmp_path: Path, lacking: None) -> None:
     assert [ratio.case for ratio in ratios] == expected
     assert ratios[0].unit == "MB" and ratios[1].note == "ours eager, 3 steps"
     told = "\n".join(one.line for one in outcomes if isinstance(one, Told))
-    assert "dev-bf16-1: ours is eager, flux_core has no compile_blocks" in told
-    assert "matrix product in bf16" in told and "dev-bf16-1-32: attention through torch's" in told
+    assert "dev-bf16-1: ours is eager, compiling needs g++ on the PATH, found none" in told
+    assert "matrix product in bf16" in told and "dev-bf16-1-32: attention through torch" in told
     for far in re.findall(r"largest difference (\S+) of", told):
         assert float(far) < 0.05, "both sides compute the same"
     assert len(re.findall(r"% of the matrix product's rate; theirs", told)) == 4
 
 
 def test_a_long_loop_is_cut_short(
-    tmp_path: Path, lacking: None, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, eager: None, uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 6 steps 2 are measured; both times are then three times what was measured, the ratio what it was."""
     given: list[tuple[object, object]] = []
@@ -132,26 +137,22 @@ def test_a_long_loop_is_cut_short(
     assert len(given) == 2
 
 
-def test_what_flux_core_has_is_used(
+def test_fp8_is_quantised_and_compiling_makes_a_copy(
     tmp_path: Path, uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp8 in place, compiling by a copy: the calls, and the names that are told."""
     calls: list[str] = []
-    module = ModuleType("rectiflux.flux_core.nowhere")
 
-    def quantise(model: FluxTransformer) -> int:
+    def quantised(model: FluxTransformer) -> int:
         calls.append("fp8")
-        return 3
+        return quantise_to_fp8(model)
 
-    def compile_copy(model: FluxTransformer) -> FluxTransformer:
+    def compiled(model: FluxTransformer) -> FluxTransformer:
         calls.append("compile")
         return model
 
-    module.__dict__.update(
-        quantise_to_fp8=quantise, compile_blocks=compile_copy, attention_told=lambda model: "magic"
-    )
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(speed_gpu, "MODULES", {name: ("nowhere",) for name in speed_gpu.MODULES})
+    monkeypatch.setattr(speed_gpu, "quantise_to_fp8", quantised)
+    monkeypatch.setattr(speed_gpu, "compile_blocks", compiled)
+    monkeypatch.setattr(speed_gpu, "attention_told", lambda model: "magic")
     outcomes = list(full_size(settings_of(tmp_path), tiny(forms=("bf16", "fp8"))))
     assert calls == ["compile", "fp8", "compile"]
     told = [one.line for one in outcomes if isinstance(one, Told)]
@@ -159,10 +160,8 @@ def test_what_flux_core_has_is_used(
     assert "ours compiled, 3 steps" in {one.note for one in outcomes if isinstance(one, Ratio)}
 
 
-def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: None) -> None:
+def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None) -> None:
     assert list(full_size(settings_of(tmp_path))) == [Skipped("gpu", "for --device cuda")]
-    outcomes = list(full_size(settings_of(tmp_path), tiny(forms=("fp8",))))
-    assert outcomes[-1] == Skipped("dev-fp8-1", "flux_core has no quantise_to_fp8")
     late = list(full_size(settings_of(tmp_path, end=time.perf_counter()), tiny()))
     assert late[-1] == Skipped("dev-bf16-1", "the time is over")
 
@@ -179,7 +178,7 @@ def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_model_that_does_not_fit_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None
 ) -> None:
     def full(*given: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -188,16 +187,6 @@ def test_a_model_that_does_not_fit_is_told(
     assert list(full_size(settings_of(tmp_path), tiny()))[-1] == Skipped("dev-bf16-1", "CUDA out of memory")
     group = Group("dev", FLUX_DEV, 28, 1, "bf16", {}, Plan(), settings_of(tmp_path))
     assert group.bytes_needed == 4 * 11_901_408_320 + 10**10
-
-
-def test_a_function_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model: FluxTransformer) -> None:
-        raise ValueError("needs a card\nof capability 8.9")
-
-    monkeypatch.setattr(speed_gpu, "find", lambda name: refuse)
-    with torch.device("meta"):
-        model = FluxTransformer(TINY)
-    assert speed_gpu.applied("compile_blocks", model) == (model, "needs a card of capability 8.9")
 
 
 def test_the_order_is_by_importance() -> None:

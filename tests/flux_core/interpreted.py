@@ -23,6 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+# below, because they import Triton, which must find both lines above done
 from flux_core import fused, layers  # noqa: E402
 from flux_core.spec import Conditioning, FluxSpec  # noqa: E402
 from flux_core.transformer import FluxTransformer  # noqa: E402

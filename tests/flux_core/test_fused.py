@@ -80,8 +80,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 def launching(monkeypatch: pytest.MonkeyPatch, **launches: Any) -> None:
     """Put these in the place of the launches, and of the import of Triton."""
-    stand_in = SimpleNamespace(**launches)
-    monkeypatch.setitem(sys.modules, f"{fused.__name__}.launch", stand_in)  # type: ignore[arg-type]
+    stand_in: Any = SimpleNamespace(**launches)
+    monkeypatch.setitem(sys.modules, f"{fused.__name__}.launch", stand_in)
     monkeypatch.setattr(fused, "launch", stand_in, raising=False)
 
 
@@ -125,7 +125,8 @@ def test_without_triton_all_twins_go_on(
     fresh: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(fused, "launch", raising=False)
-    monkeypatch.setitem(sys.modules, f"{fused.__name__}.launch", None)  # type: ignore[arg-type]
+    missing: Any = None  # an import of it raises ImportError
+    monkeypatch.setitem(sys.modules, f"{fused.__name__}.launch", missing)
     x, gate, y = arguments()
     for _ in range(2):
         assert torch.equal(layers.gated(x, gate, y), torch.addcmul(x, gate, y))

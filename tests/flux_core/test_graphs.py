@@ -116,13 +116,15 @@ def test_replayed_steps_are_the_steps(
     assert (recorder.recorded, recorder.replayed) == (recordings, replays)
 
 
-def test_another_run_of_the_shape_uses_the_recording(recorder: Traced) -> None:
+def test_another_run_of_the_shape_uses_the_recording(
+    recorder: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With other prompts, latents and sigmas, and none of the model's Python."""
     model = flux_transformer()
     run(model, text(0))
     called = []
     plain_blocks = model.blocks
-    model.blocks = lambda *args: called.append(1) or plain_blocks(*args)  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "blocks", lambda *args: called.append(1) or plain_blocks(*args))
     other = run(model, text(7, guidance=1.5), seed=7, sigmas=[0.9, 0.5])
     assert recorder.recorded == 1 and not called
     assert_same(other, plainly(model, text(7, guidance=1.5), seed=7, sigmas=[0.9, 0.5]))
@@ -149,12 +151,12 @@ def test_each_step_has_its_result_for_itself(recorder: Traced) -> None:
     assert_same(run(flux_transformer(), text(0)), kept)
 
 
-def test_few_shapes_are_kept_and_the_oldest_goes(recorder: Traced) -> None:
+def test_few_shapes_are_kept_and_the_oldest_goes(recorder: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     def quickly(work: Callable[[], Tensor]) -> Replay:
         recorder.recorded += 1
         return work
 
-    recorder.record = quickly  # type: ignore[method-assign]
+    monkeypatch.setattr(recorder, "record", quickly)
     model = flux_transformer()
     lengths = list(range(1, KEPT + 1))
     for length in lengths:
@@ -169,9 +171,11 @@ def test_few_shapes_are_kept_and_the_oldest_goes(recorder: Traced) -> None:
     assert recorder.recorded == KEPT + 2
 
 
-def test_each_model_has_recordings_of_its_own_and_takes_them_along(recorder: Traced) -> None:
+def test_each_model_has_recordings_of_its_own_and_takes_them_along(
+    recorder: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a LoRA does, which makes a copy of the model that shares its numbers (flux_core/lora/attach.py)."""
-    recorder.record = lambda work: work().clone  # type: ignore[method-assign]  # keeps no model, as a graph
+    monkeypatch.setattr(recorder, "record", lambda work: work().clone)  # keeps no model, as a graph
     one, other = flux_transformer(0), flux_transformer(1)
     for model in (one, other):
         run(model, text(0), sigmas=SIGMAS[:1])
@@ -269,7 +273,7 @@ def test_comfyui_does_not_come_through_here() -> None:
 
 
 def test_an_error_is_told_once_and_the_model_goes_on(
-    recorder: Traced, caplog: pytest.LogCaptureFixture
+    recorder: Traced, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
 
@@ -277,7 +281,7 @@ def test_an_error_is_told_once_and_the_model_goes_on(
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    recorder.record = fails  # type: ignore[method-assign]
+    monkeypatch.setattr(recorder, "record", fails)
     model = flux_transformer()
     for length in (5, 6):
         assert_same(run(model, text(0, length=length)), plainly(model, text(0, length=length)))
@@ -288,7 +292,9 @@ def test_an_error_is_told_once_and_the_model_goes_on(
     ]
 
 
-def test_a_recording_that_is_stale_is_found_out(recorder: Traced, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_recording_that_is_stale_is_found_out(
+    recorder: Traced, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that gives again what it gave: the second step is computed both ways."""
 
     def stale(work: Callable[[], Tensor]) -> Replay:
@@ -296,7 +302,7 @@ def test_a_recording_that_is_stale_is_found_out(recorder: Traced, caplog: pytest
         result = work()
         return lambda: result
 
-    recorder.record = stale  # type: ignore[method-assign]
+    monkeypatch.setattr(recorder, "record", stale)
     model = flux_transformer()
     assert_same(run(model, text(0)), plainly(model, text(0)))
     assert recorder.recorded == 1
