@@ -12,7 +12,8 @@ The choice depends on the card, the dtype and the head dim, and on what the mode
   sage        SageAttention (package sageattention; Zhang et al.,  capability 8.0 and up, fp16 and bf16
               arXiv:2410.02367): queries and keys in int8
 
-All but sage are exact to rounding. sage changes the picture, so it is used only where it is asked for. What
+All but sage are exact to rounding. sage changes the picture, so it is used only where it is asked for: of a
+model, or by RECTIFLUX_ATTENTION=sage in the environment, which stands in for auto wherever it can be. What
 torch cannot do by the first backend it does by the next, and at last by plain products: that never fails.
 None of the packages is needed, and each is imported only when it may be used.
 """
@@ -23,6 +24,7 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -60,6 +62,9 @@ TOLD = {
 
 ATTENTIONS = ("auto", *TOLD)
 """What a model can be told to attend by."""
+
+PREFERRED = os.environ.get("RECTIFLUX_ATTENTION", "auto")
+"""One of ATTENTIONS, which stands in for auto where it can be."""
 
 Capability = tuple[int, int] | None
 """An NVIDIA card's compute capability; None for any other device."""
@@ -133,8 +138,19 @@ def chosen(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     if asked in ("auto", "torch") and device.type != "cuda":
         return "torch"
     able = capability_of(device)
+    if asked == "auto":
+        asked = preferred(able, dtype, head_dim)
     may = (asked,) if asked in PACKAGES else ("flash3",) if asked == "auto" and able == (9, 0) else ()
     return choose(asked, able, tuple(name for name in may if importable(name)), dtype, head_dim)
+
+
+def preferred(capability: Capability, dtype: torch.dtype, head_dim: int) -> str:
+    """PREFERRED where it can be, else "auto". Raises ValueError when it is none of ATTENTIONS."""
+    if PREFERRED not in ATTENTIONS:
+        raise ValueError(f"RECTIFLUX_ATTENTION is one of {', '.join(ATTENTIONS)}, got {PREFERRED!r}")
+    there = PREFERRED not in PACKAGES or importable(PREFERRED)
+    fits = dtype in _HALF and head_dim % 8 == 0 and _fits(PREFERRED, capability, head_dim)
+    return PREFERRED if there and (fits or PREFERRED == "torch") else "auto"
 
 
 @torch.compiler.assume_constant_result

@@ -111,6 +111,25 @@ def test_packages_are_looked_for_only_where_they_may_be_used(monkeypatch: pytest
     assert chosen("sage", torch.device("cuda"), BF16, 128) == "sage" and asked == ["flash3", "sage"]
 
 
+def test_the_environment_stands_in_for_auto_where_it_can(
+    hopper: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice by name stays; in fp32, with too large heads, elsewhere and without the package: auto."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(module, "PREFERRED", "sage")
+    assert chosen("auto", cuda, BF16, 128) == "sage" and chosen("cudnn", cuda, BF16, 128) == "cudnn"
+    assert chosen("auto", cuda, FP32, 128) == "torch" and chosen("auto", cuda, BF16, 256) == "flash3"
+    assert chosen("auto", CPU, BF16, 128) == "torch"
+    monkeypatch.setattr(module, "PREFERRED", "torch")
+    assert chosen("auto", cuda, BF16, 128) == chosen("auto", cuda, FP32, 100) == "torch"
+    monkeypatch.setattr(module, "PREFERRED", "sage")
+    monkeypatch.setattr(module, "importable", lambda name: name == "flash3")
+    assert chosen("auto", cuda, BF16, 128) == "flash3"
+    monkeypatch.setattr(module, "PREFERRED", "sega")
+    with pytest.raises(ValueError, match="RECTIFLUX_ATTENTION is one of auto, torch, .*, got 'sega'"):
+        chosen("auto", cuda, BF16, 128)
+
+
 def test_only_nvidia_cards_have_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     assert module.capability_of(CPU) is None
