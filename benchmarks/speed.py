@@ -1,6 +1,6 @@
 """Ours against diffusers, and ComfyUI where COMFYUI_PATH names it: ratios, within ten minutes.
 
-    python3 run.py bench speed [--quick] [--cases miniature,full,int8,vae,pictures,memory] [--seconds 120]
+    python3 run.py bench speed [--quick] [--cases miniature,full,int8,vae,pictures,png,memory] [--seconds 120]
                                [--threads N] [--clock wall|cpu] [--device cpu|cuda] [--models DIR]
                                [--large] [--json FILE] [--record]
 
@@ -15,6 +15,8 @@ that whatever else the machine does slows both. Each comparison ends in a line
   int8             no times: what a layer loses in int8, on random and on outlier-heavy weights
   vae-..., text-encode, whole-picture, load, first-picture     decode and encode in full width, the rest of
                    the shipped miniature; vae-...-fp32 is ours in bf16 against diffusers in fp32
+  png-SIDE         [schnell] in 4 steps, from the prompt's words to the bytes of a PNG: the miniature, with
+                   --device cuda full size with random weights, T5-XXL and CLIP-L
   memory-...       the most bytes above the weights of a step and a decode at 512 px and of a picture by the
                    miniature, each side in a process of its own. --large adds our decode at 2048 px: minutes
   gpu              with --device cuda, and first there: FLUX.1 [dev] (28 steps) and [schnell] (4) in full
@@ -38,7 +40,7 @@ from pathlib import Path
 
 import torch
 
-from . import speed_blocks, speed_gpu, speed_memory, speed_models
+from . import speed_blocks, speed_gpu, speed_memory, speed_models, speed_png
 from .report import add_json, machine, parser_of, write_report
 from .speed_settings import Case, Settings, Skipped, Told, add_options, clock_of
 from .turns import Ratio
@@ -55,12 +57,13 @@ CASES: dict[str, Case] = {
     "int8": speed_blocks.int8_error,
     "vae": speed_models.autoencoder,
     "pictures": speed_models.pictures,
+    "png": speed_png.png,
     "memory": speed_memory.memory,
     "gpu": speed_gpu.full_size,
 }
 BY_DEFAULT = {
     "cpu": [name for name in CASES if name != "gpu"],
-    "cuda": ["gpu", "vae", "memory", "miniature", "full", "pictures"],
+    "cuda": ["gpu", "png", "vae", "memory", "miniature", "full", "pictures"],
 }
 """Cases of a device, what matters most first where the time is short."""
 

@@ -64,7 +64,7 @@ def test_quick(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: 
         assert row["turns"] == 2 if row["unit"] == "ms" else "above the weights" in row["note"]
     skipped = {one["case"]: one["why"] for one in figures["skipped"]}
     assert skipped["full-bf16-64-comfyui"] == "COMFYUI_PATH names no ComfyUI checkout"
-    for case in ("miniature", "whole-picture", "first-picture", "load", "text-encode"):
+    for case in ("miniature", "whole-picture", "first-picture", "load", "text-encode", "png"):
         assert "there is no" in skipped[case] and f"skipped {case}: there is no" in printed
     same = re.search(r"full-fp32-64: largest difference (\S+) of", printed)
     assert same is not None and float(same[1]) < 1e-5, "both sides compute the same"
@@ -116,7 +116,7 @@ def test_no_case_begins_after_the_limit(
 def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, message in (
-        (["--cases", "full,half"], "'half' is none of miniature, full, int8, vae, pictures, memory, gpu"),
+        (["--cases", "full,half"], "'half' is none of miniature, full, int8, vae, pictures, png, memory,"),
         (["--device", "cuda"], "--device cuda needs a CUDA device, got none"),
     ):
         with pytest.raises(SystemExit):
