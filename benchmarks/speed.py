@@ -11,7 +11,8 @@ that whatever else the machine does slows both. Each comparison ends in a line
 
   miniature        8 steps at 128 px in fp32 with what depends on the prompt; theirs does that at each step
   full-DTYPE-SIDE  a step of 1 double and 2 single blocks of FLUX.1's width, 512 text tokens, random weights;
-                   int8 against diffusers in bf16. What we do once a run is not in it, theirs does it again
+                   int8 against diffusers in bf16 (both only in fp32 where a processor would take minutes for
+                   bf16). What we do once a run is not in it, theirs does it again
   int8             no times: what a layer loses in int8, on random and on outlier-heavy weights
   vae-..., text-encode, whole-picture, load, first-picture     decode and encode in full width, the rest of
                    the shipped miniature; vae-...-fp32 is ours in bf16 against diffusers in fp32

@@ -25,7 +25,7 @@ from ..flux_core.vae import AutoEncoder, AutoEncoderSpec
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from .painting import Files, check_files, files_of
 from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomise
-from .speed_settings import Outcome, Settings, Skipped, Told
+from .speed_settings import NO_BFLOAT16, Outcome, Settings, Skipped, Told, knows_bfloat16
 from .turns import compare
 
 PROMPT = "a red circle left of a blue square on a gray background"
@@ -61,10 +61,8 @@ def autoencoder(settings: Settings) -> Iterator[Outcome]:
 def in_bfloat16(model: AutoEncoder, twin: Any, latent: Tensor, settings: Settings) -> Iterator[Outcome]:
     """A decode in bfloat16 against theirs in both dtypes; ours is converted for it."""
     case, clock, budget = f"vae-decode-bf16-{8 * latent.shape[-1]}", settings.clock, settings.budget
-    if settings.device.type == "cpu" and not settings.quick and not knows_bfloat16():
-        yield Skipped(
-            case, "this processor has no instructions for bfloat16, so that it takes several times fp32"
-        )
+    if not settings.quick and not knows_bfloat16(settings.device):
+        yield Skipped(case, NO_BFLOAT16)
         return
     exact = twin.decode(latent).sample
     model, small = model.bfloat16(), latent.bfloat16()
@@ -75,11 +73,6 @@ def in_bfloat16(model: AutoEncoder, twin: Any, latent: Tensor, settings: Setting
     yield compare(f"{case}-fp32", ours, lambda: twin.decode(latent).sample, clock, budget, note, warm=True)
     half = copy.deepcopy(twin).bfloat16()
     yield compare(case, ours, lambda: half.decode(small).sample, clock, budget, "theirs in bf16")
-
-
-def knows_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pictures(settings: Settings) -> Iterator[Outcome]:

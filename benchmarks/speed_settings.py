@@ -58,6 +58,16 @@ Outcome = Ratio | Told | Skipped
 Case = Callable[[Settings], Iterator[Outcome]]
 
 
+NO_BFLOAT16 = "this processor has no instructions for bfloat16, so that it takes many times fp32"
+
+
+def knows_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself."""
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def add_options(parser: argparse.ArgumentParser, cases: Collection[str]) -> None:
     """What benchmarks of these settings are asked in common; `clock_of` makes the rest ready."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks import speed, speed_models, turns
+from rectiflux.benchmarks import speed, speed_blocks, speed_models, turns
 from rectiflux.benchmarks.speed_settings import Settings, Skipped
 from rectiflux.benchmarks.turns import Clock, Ratio, compare
 from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec
@@ -125,12 +125,26 @@ def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_bfloat16_is_skipped_where_it_is_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(speed_models, "knows_bfloat16", lambda: False)
+    monkeypatch.setattr(speed_models, "knows_bfloat16", lambda device: False)
     model = AutoEncoder(AutoEncoderSpec(ch=8, ch_mult=(1, 1), num_res_blocks=1))
     settings = Settings(False, 0.0, Clock(), tmp_path)
     (gap,) = speed_models.in_bfloat16(model, None, torch.zeros(1, 16, 32, 32), settings)
     assert isinstance(gap, Skipped) and gap.case == "vae-decode-bf16-256"
     assert gap.why.startswith("this processor has no instructions for bfloat16")
+
+
+def test_without_bfloat16_the_full_width_is_measured_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """int8 against diffusers in fp32 then; a step of 512 px in emulated bf16 takes minutes."""
+    monkeypatch.setattr(speed_blocks, "knows_bfloat16", lambda device: False)
+    monkeypatch.setattr(speed_blocks, "FULL", speed_blocks.QUICK)
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    outcomes = list(speed_blocks.full_width(Settings(False, 0.0, Clock(), tmp_path)))
+    assert outcomes[0] == Skipped("full-bf16", speed_blocks.NO_BFLOAT16)
+    ratios = [one for one in outcomes if isinstance(one, Ratio)]
+    assert [ratio.case for ratio in ratios] == [f"full-{f}-{s}" for f in ("fp32", "int8") for s in (256, 512)]
+    assert {ratio.note for ratio in ratios if "int8" in ratio.case} == {"theirs in fp32"}
 
 
 def test_a_card_begins_with_the_full_size() -> None:
