@@ -256,16 +256,21 @@ def test_a_packed_model_gives_the_same_velocity() -> None:
     assert relative_error(model(drawn(1, 12, 64, seed=4), prepared, 0.5), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("dtype", EXACT)
-def test_large_float32_weights_stay_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has MKL for them, which is as quick; bfloat16 is packed at every size."""
+def test_large_float32_weights_are_left_to_mkl_where_it_is_as_quick(
+    dtype: torch.dtype, avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is with AVX-512; bfloat16 is packed at every size."""
     monkeypatch.setattr(packing, "SMALL", 0)
     monkeypatch.setattr(packing, "LARGE", 64 * 256)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
     model = flux_transformer().to(dtype)
     pack_weights(model)
     block = model.single_blocks[0]
     able = can_pack(torch.device("cpu"), dtype)  # bfloat16 needs a processor that multiplies it
-    assert isinstance(block.linear1, PackedLinear) == (dtype == torch.bfloat16 and able)  # 448 x 64
+    left = avx512 and dtype == torch.float32
+    assert isinstance(block.linear1, PackedLinear) == (able and not left)  # 448 x 64
     assert isinstance(model.img_in, PackedLinear) == able  # 64 x 64
 
 
