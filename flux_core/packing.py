@@ -15,7 +15,7 @@ from torch import nn
 from .forms import Joined, Plain, Scaled
 from .fp8 import FP8, STEP, Fp8Linear, can_multiply, in_fp8
 from .layers import Modulation, SingleStreamBlock
-from .packed import Int8Linear, PackedLinear, can_pack
+from .packed import Int8Linear, PackedLinear, can_pack, has_avx512
 from .stored import StoredLinear, computing_dtype, device_of
 from .streaming import GIB
 from .transformer import FluxTransformer
@@ -49,7 +49,7 @@ def pack_weights(model: FluxTransformer, on_progress: Progress | None = None) ->
     def packed(layer: nn.Linear | StoredLinear, plain: int | None) -> nn.Module | None:
         if not isinstance(layer, nn.Linear):
             return None
-        left_to_mkl = computing_dtype(layer) == torch.float32 and _has_avx512()
+        left_to_mkl = computing_dtype(layer) == torch.float32 and has_avx512()
         most = LARGE if left_to_mkl else math.inf
         if not SMALL <= layer.weight.numel() < most:
             return None
@@ -137,10 +137,6 @@ def _check(model: FluxTransformer, form: str, needed: int, limit: int | None) ->
             f"in {form} the model takes {needed / GIB:.1f} GB, the memory limit is {limit / GIB:.1f} GB; "
             "raise memory_limit, or choose auto as weight_dtype, which streams the model"
         )
-
-
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _replace(

@@ -51,12 +51,23 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 # Exact layers
 
 
+def pretend(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
+
+
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("plain", [None, 16])
 @pytest.mark.parametrize("shape", [(64,), (0, 64), (5, 64), (2, 3, 64)])
 def test_it_is_a_linear_layer(
-    dtype: torch.dtype, plain: int | None, shape: tuple[int, ...], either_way: None
+    dtype: torch.dtype,
+    plain: int | None,
+    shape: tuple[int, ...],
+    avx512: bool,
+    either_way: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pretend(avx512, monkeypatch)
     layer, weight, bias = layer_of(dtype, plain)
     x = drawn(*shape, seed=2, dtype=dtype)
     expected = F.linear(x, weight, bias)
@@ -72,8 +83,9 @@ def test_it_is_a_linear_layer(
         assert not rest.numel() or relative_error(rest, gelu[..., layer.plain :]) <= EXACT[dtype]
 
 
-def test_compilers_see_one_operation() -> None:
+def test_compilers_see_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the blocks' number; it gives what the layer gives, in a tensor of the size that it promises."""
+    pretend(True, monkeypatch)
     layer, _, bias = layer_of(plain=16)
     x, rest = drawn(2, 3, 64, seed=2), layer._kept[1]
     asked = (x, rest.number, bias[16:], 32, "gelu", "tanh")
@@ -264,7 +276,7 @@ def test_large_float32_weights_are_left_to_mkl_where_it_is_as_quick(
     """That is with AVX-512; bfloat16 is packed at every size."""
     monkeypatch.setattr(packing, "SMALL", 0)
     monkeypatch.setattr(packing, "LARGE", 64 * 256)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
+    pretend(avx512, monkeypatch)
     model = flux_transformer().to(dtype)
     pack_weights(model)
     block = model.single_blocks[0]
