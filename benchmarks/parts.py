@@ -20,7 +20,7 @@ NAMES = {
         r"linalg_vector_norm|hypot|reciprocal_?|mul_?|complex|stack|sub|neg|rms_norm|_fused_rms_norm|pow|mean"
         r"|rsqrt|.*queries_keys_values.*"
     ),
-    "GELU": r"gelu|sigmoid_?|.*beside_gelu.*",
+    "GELU": r"gelu_?|sigmoid_?|.*beside_gelu.*",
     "gated residuals": r"addcmul|add_?|.*gated_residual.*",
     "copies": r"cat|copy_|clone|contiguous|_to_copy|to|repeat",
     OVERHEAD: (

@@ -146,10 +146,11 @@ def _replace(
     on_progress: Progress | None,
 ) -> int:
     """Put what `make` gives for each layer, and its number of outputs without GELU, in the layer's place."""
-    layers = list(layers)
-    total = sum(layer.in_features * layer.out_features for *_, layer in layers)
+    left = list(layers)[::-1]
+    total = sum(layer.in_features * layer.out_features for *_, layer in left)
     count = done = 0
-    for parent, name, layer in layers:
+    while left:
+        parent, name, layer = left.pop()  # while it is listed its weight stays
         first_single = isinstance(parent, SingleStreamBlock) and name == "linear1"
         new = make(layer, 3 * model.spec.hidden_size if first_single else None)
         if new is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -293,6 +294,18 @@ def test_progress_ends_at_all_of_it(change: Callable[..., int]) -> None:
     done = [one for one, _ in heard]
     assert done == sorted(set(done)) and len({total for _, total in heard}) == 1
     assert heard[-1][0] == heard[-1][1] > 0
+
+
+@pytest.mark.parametrize("change", [pack_weights, quantise_to_int8, quantise_to_fp8])
+def test_each_weight_goes_before_the_next_is_reordered(change: Callable[..., int]) -> None:
+    """So that memory does not double: when a layer is done, all weights of those before it are gone."""
+    model = network()
+    old = [weakref.ref(layer) for _, _, layer in packing._layers(model, ends=False)]
+    alive: list[int] = []
+    changed = change(model, on_progress=lambda *_: alive.append(sum(one() is not None for one in old)))
+    kept = sum(one() is not None for one in old)
+    assert changed > 0 and kept <= alive[-1] <= kept + 1 and alive[0] >= len(old) - 1
+    assert len(set(alive)) > changed // 2  # one after the other
 
 
 def test_quantised_weights_stay_and_streamed_models_are_left_alone() -> None:
