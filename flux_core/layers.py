@@ -170,7 +170,8 @@ def queries_keys_values(
         scaled = [(qkv, norm.query_norm.scale, norm.key_norm.scale) for qkv, norm in streams]
         if (done := fused.queries_keys_values(scaled, heads, rope)) is not None:
             return done
-    if torch.compiler.is_compiling() or first.device.type != "cpu" or first.requires_grad:
+    wanted = any(qkv.requires_grad for qkv, _ in streams)  # frozen weights: the image's alone
+    if torch.compiler.is_compiling() or first.device.type != "cpu" or wanted:
         apart = [rearrange(qkv, "b l (qkv k d) -> qkv b k l d", qkv=3, k=heads) for qkv, _ in streams]
         q = torch.cat([norm.query_norm(x[0]) for x, (_, norm) in zip(apart, streams, strict=True)], dim=2)
         k = torch.cat([norm.key_norm(x[1]) for x, (_, norm) in zip(apart, streams, strict=True)], dim=2)

@@ -201,6 +201,19 @@ def test_errors_are_told_before_the_blocks_run() -> None:
         model.prepare(Conditioning(text.txt, text.pooled[:, :4], 1.0), [0.5], 4, 4)
 
 
+def test_a_frozen_network_hands_gradients_to_its_image() -> None:
+    """The same as those of one that is being trained, though its text has none."""
+    model = flux_transformer(guidance_embed=False)
+    tokens, text = inputs(model.spec, 2, 4, 6, 5)
+    gradients = []
+    for training in (False, True):
+        model.requires_grad_(training)
+        image = tokens.clone().requires_grad_()
+        model(image, model.prepare(text, [0.7], 4, 6), 0.7).square().sum().backward()
+        gradients.append(image.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_ways_to_rotate_are_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The complex product, and the real one that a compiler gets; in float32 the gradients too."""
