@@ -52,12 +52,11 @@ class Fp8Linear(StoredLinear):
         scale = stored.scale.float().expand(stored.shape[0], 1).contiguous()
         super().__init__(Scaled(stored.codes.contiguous(), scale), bias, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.requires_grad:
-            return super().forward(x)
+            return super().product(x, bias)
         inputs = x.reshape(-1, self.in_features)
         weight = self.stored_codes.to(x.device), self.stored_scale.to(x.device)
-        bias = None if self.bias is None else self.bias.to(x.device)
         if torch.compiler.is_compiling() and not can_multiply(x.device):
             y = _as_numbers(inputs, *weight, bias)
         else:

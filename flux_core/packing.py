@@ -85,12 +85,13 @@ def quantise_to_fp8(
     device: torch.device | None = None,
     limit: int | None = None,
     on_progress: Progress | None = None,
+    then: torch.device | None = None,
 ) -> int:
     """Multiply in fp8 in the blocks but the last (`Fp8Linear`), modulations too; returns in how many layers.
 
-    With a device each weight is brought there to be quantised, and stays. Files in float8_e4m3fn hand their
-    codes over; layers that keep weights quantised in other ways stay as they are. Raises ValueError as
-    `quantise_to_int8`.
+    With a device each weight is brought there to be quantised, and stays, or goes on to `then`. Files in
+    float8_e4m3fn hand their codes over; layers that keep weights quantised in other ways stay as they are.
+    Raises ValueError as `quantise_to_int8`.
     """
     _check(model, "fp8", fp8_bytes(model), limit)
 
@@ -99,7 +100,7 @@ def quantise_to_fp8(
             return None
         where = device or device_of(layer)
         weight = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.stored
-        return Fp8Linear(in_fp8(weight.to(where)), layer.bias, computing_dtype(layer)).to(where)
+        return Fp8Linear(in_fp8(weight.to(where)), layer.bias, computing_dtype(layer)).to(then or where)
 
     can_multiply(device or model.device)  # a card is tried now, not when something compiles
     return _replace(model, quantised, _fp8_layers(model), on_progress)

@@ -91,7 +91,10 @@ class StoredLinear(KeptLinear):
         return [getattr(self, name) for name in self._names]
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
+        return self.product(x, None if self.bias is None else self.bias.to(x.device, x.dtype))
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] times the transpose of the weight, plus a bias [out] that is where x is: [..., out]."""
         return F.linear(x, self.numbers_for(x), bias)
 
     def extra_repr(self) -> str:

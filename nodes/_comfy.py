@@ -18,6 +18,7 @@ from ..flux_core import preview
 from ..flux_core.caching import Caching
 from ..flux_core.compiling import check
 from ..flux_core.layers import weight_count
+from ..flux_core.packing import quantise_to_fp8
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.spec import FluxSpec
 from ..flux_core.stored import make_dense
@@ -59,9 +60,13 @@ def model_roots(folder: str) -> list[Path]:
 
 
 def load_model(
-    path: Path, dtype: torch.dtype | None, memory_limit: str, disable_dynamic: bool = False
+    path: Path,
+    dtype: torch.dtype | None,
+    memory_limit: str,
+    fp8: bool = False,
+    disable_dynamic: bool = False,
 ) -> Any:
-    """A ModelPatcher over comfy.model_base.Flux that holds our network.
+    """A ModelPatcher over comfy.model_base.Flux that holds our network, multiplying in fp8 if that is asked.
 
     ComfyUI decides how much of it is on the device; with a limit other than auto, no more than that. With
     `disable_dynamic`, by which ComfyUI asks for it, layer by layer as a whole.
@@ -77,6 +82,8 @@ def load_model(
     known = config.supported_inference_dtypes
     if dtype is None and (chosen := _dtype_for(network, known, device)) != network.dtype:
         network = load_transformer(path, chosen, on_progress=progress())
+    if fp8:  # on the device that computes, where it is quick, one weight at a time
+        quantise_to_fp8(network, device, on_progress=progress(), then=management.unet_offload_device())
     make_dense(network, network.dtype, "img_in")  # ComfyUI looks up its width, which a control LoRA changes
     stored = keep_stored(network)
     _use_comfy_layers(network, comfy.ops.disable_weight_init)
@@ -96,7 +103,7 @@ def load_model(
     else:
         kind = comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, device, management.unet_offload_device())
-    patcher.cached_patcher_init = (load_model, (path, dtype, memory_limit))
+    patcher.cached_patcher_init = (load_model, (path, dtype, memory_limit, fp8))
     follow(patcher)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.begin(p))
     patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.end())

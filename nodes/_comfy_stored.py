@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..flux_core.compiling import run_compiled
 from ..flux_core.forms import Plain
+from ..flux_core.fp8 import Fp8Linear
 from ..flux_core.lora.arithmetic import LowRankStack
 from ..flux_core.lora.terms import Terms
 from ..flux_core.stored import StoredLinear
@@ -62,7 +62,7 @@ class StoredWeight(Tensor):
         if func._schema.is_mutable and isinstance(args[0], cls):
             raise TypeError(
                 f"weights that stay {args[0].layer.stored.label} cannot be overwritten, as scheduled LoRAs "
-                "(hooks) do; load the LoRA with Load FLUX LoRA, or choose a bf16 file of the model"
+                "(hooks) do; load the LoRA with Load FLUX LoRA, or choose weight_dtype bf16 and a bf16 file"
             )
         args, kwargs = pytree.tree_map_only(cls, lambda w: w.contiguous(), (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -89,7 +89,7 @@ class PatchedLinear(StoredLinear):
         bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
         for function in self.bias_function:
             bias = function(None if bias is None else bias.clone())  # it is written into
-        y = F.linear(x, self.numbers_for(x), bias)
+        y = self.product(x, bias)
         if self.beside is None:
             return y
         if self.beside.kept("down", 0).device != x.device:
@@ -126,6 +126,13 @@ class PatchedLinear(StoredLinear):
         destination[f"{prefix}weight"] = self.weight
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+class PatchedFp8Linear(PatchedLinear, Fp8Linear):
+    """The same of a layer that multiplies in fp8; where patches are merged, its numbers are multiplied."""
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return StoredLinear.product(self, x, bias) if self.patches else Fp8Linear.product(self, x, bias)
 
 
 def low_rank(patches: list[Any], layer: StoredLinear) -> LowRankStack | None:
@@ -168,7 +175,8 @@ def keep_stored(module: nn.Module) -> bool:
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, StoredLinear):
-                setattr(parent, name, PatchedLinear(layer).train(layer.training))
+                kind = PatchedFp8Linear if isinstance(layer, Fp8Linear) else PatchedLinear
+                setattr(parent, name, kind(layer).train(layer.training))
     return any(isinstance(layer, PatchedLinear) for layer in module.modules())
 
 

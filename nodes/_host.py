@@ -110,12 +110,13 @@ def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
     """
     dtype = WEIGHT_DTYPES[weight_dtype]
     if (host := comfy()) is not None:
-        if weight_dtype in ("int8", "fp8"):
+        if weight_dtype == "int8":
             raise ValueError(
-                f"weight_dtype {weight_dtype} is for Rectiflux's own editor, this is ComfyUI; choose auto or "
-                "bf16, or a file that is quantised"
+                "weight_dtype int8 is for Rectiflux's own editor, this is ComfyUI; choose auto, bf16 or fp8, "
+                "or a file that is quantised"
             )
-        return host.load_model(path, dtype, memory_limit)
+        fp8 = weight_dtype == "fp8"
+        return host.load_model(path, None if fp8 else dtype, memory_limit, fp8)
     device = _device()
     if weight_dtype == "int8":
         network = _in_int8(path, device, memory_limit)

@@ -105,5 +105,5 @@ def test_overwriting_is_refused(seen: tuple[str, Path, Path, dict[str, Any]]) ->
     form, *_, found = seen
     assert found["overwritten"] == (
         f"weights that stay {LABELS[form]} cannot be overwritten, as scheduled LoRAs (hooks) do; "
-        "load the LoRA with Load FLUX LoRA, or choose a bf16 file of the model"
+        "load the LoRA with Load FLUX LoRA, or choose weight_dtype bf16 and a bf16 file"
     )

@@ -234,6 +234,13 @@ def test_fp8_models() -> None:
     assert relative_error(model(tokens, prepared, 0.5), before) < 1e-4
 
 
+def test_what_is_quantised_in_one_place_is_kept_in_another() -> None:
+    model = network()
+    quantise_to_fp8(model, CPU, then=torch.device("meta"))
+    places = {layer.device.type for layer in model.modules() if isinstance(layer, Fp8Linear)}
+    assert places == {"meta"} and model.device == CPU
+
+
 def test_a_block_can_be_streamed_with_its_codes() -> None:
     model = network()
     quantise_to_fp8(model)

@@ -67,7 +67,7 @@ def test_a_weight_cannot_be_overwritten() -> None:
             write(torch.zeros(48, 64))
         assert str(refused.value) == (
             f"weights that stay {label} cannot be overwritten, as scheduled LoRAs (hooks) do; "
-            "load the LoRA with Load FLUX LoRA, or choose a bf16 file of the model"
+            "load the LoRA with Load FLUX LoRA, or choose weight_dtype bf16 and a bf16 file"
         )
     assert torch.equal(found.dense_weight(torch.float32), numbers)
 

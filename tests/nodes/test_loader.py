@@ -346,9 +346,14 @@ def test_fp8_quantises_the_blocks_and_modulations(
     monkeypatch.setattr(_host, "limit_of", lambda choice, device: 1 << 10)
     with pytest.raises(ValueError, match=r"in fp8 the model takes .* GB, the memory limit is 0\.0 GB; raise"):
         call("RectifluxModelLoader", **load)
-    monkeypatch.setattr(_host, "comfy", lambda: object())
-    with pytest.raises(ValueError, match="fp8 is for Rectiflux's own editor, this is ComfyUI; choose auto"):
-        _host.load_model(models / name, "fp8", "auto")
+
+
+def test_comfyui_is_asked_for_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the format that it would compute in by itself."""
+    monkeypatch.setattr(_host, "comfy", lambda: SimpleNamespace(load_model=lambda *how: how))
+    file = Path("flux1-dev.safetensors")
+    assert _host.load_model(file, "fp8", "auto") == (file, None, "auto", True)
+    assert _host.load_model(file, "bf16", "auto") == (file, torch.bfloat16, "auto", False)
 
 
 @pytest.mark.parametrize(("limit", "place"), [(None, "cuda"), (1 << 40, "cuda"), (1 << 10, None)])

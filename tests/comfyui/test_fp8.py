@@ -1,0 +1,77 @@
+"""fp8 as weight_dtype in ComfyUI: the layers, their patches, and the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rectiflux.host.files import Folders
+from rectiflux.nodes import _host
+
+from ..nodes import graphs
+from ..nodes.tiny import NAMES
+from .conftest import python_of, to_pixels
+from .server import PACK, ComfyServer
+
+
+@pytest.fixture(scope="module")
+def found(base: Path) -> dict[str, Any]:
+    """What inside_fp8.py found."""
+    checkout, models = Path(os.environ["COMFYUI_PATH"]), base / "models"
+    script = [str(Path(__file__).with_name("inside_fp8.py")), str(PACK)]
+    files = [str(models / kind / NAMES[kind]) for kind in ("diffusion_models", "loras")]
+    run = subprocess.run(
+        [python_of(checkout), *script, *files],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_what_is_quantised_and_counted(found: dict[str, Any]) -> None:
+    double, single = found["blocks"]
+    assert found["layers"] == 10 * double + 3 * (single - 1)
+    assert found["counted"] and found["smaller"]
+
+
+def test_products_patches_and_codes(found: dict[str, Any]) -> None:
+    for what in (
+        "in fp8",
+        "rounded",
+        "beside",
+        "changed",
+        "merged",
+        "base after it",
+        "nothing loaded",
+        "kept",
+        "made again",
+    ):
+        assert found[what], what
+
+
+def test_the_picture_moves_as_far_as_in_the_embedded_host(
+    comfy: ComfyServer, embedded: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No nearer to that of the embedded host: a rounding of 1e-7 between the two turns some inputs' codes by
+    1/16, from block to block more. How far either is from the exact picture is the same.
+    """
+    monkeypatch.setattr(_host, "can_pack", lambda device, dtype: False)  # float32, as ComfyUI on a CPU
+    names = ["rectiflux-mini-schnell", "rectiflux-mini-clip", "rectiflux-mini-t5", "rectiflux-mini-vae"]
+    files = graphs.loaders(*(f"{name}.safetensors" for name in names))
+    prompt = graphs.text_to_image(files, prompt="a red heart", steps=4, width=128, height=128)
+    exact = to_pixels(graphs.run(prompt, "decode")[0]).astype(float)
+    prompt["model"]["inputs"]["weight_dtype"] = "fp8"
+    ours = to_pixels(graphs.run(prompt, "decode")[0]).astype(float)
+    prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix="fp8")
+    theirs = comfy.pictures(prompt, "save").astype(float)
+    far, expected = np.abs(theirs - exact).mean(), np.abs(ours - exact).mean()
+    assert 0.1 < expected < 2 and expected / 1.5 < far < expected * 1.5
