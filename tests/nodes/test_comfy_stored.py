@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.stored import every_form, fp8, weights
 from rectiflux.flux_core import compiling
+from rectiflux.flux_core.fp8 import Fp8Linear, in_fp8
 from rectiflux.flux_core.lora.arithmetic import LowRankStack
 from rectiflux.flux_core.lora.terms import Terms
 from rectiflux.flux_core.stored import StoredLinear
@@ -27,6 +28,13 @@ def layer(form: str) -> tuple[PatchedLinear, Tensor]:
     model = nn.Sequential(nn.Linear(3, 64), StoredLinear(stored, BIAS, torch.float32))
     assert keep_stored(model) and isinstance(model[1], PatchedLinear) and type(model[0]) is nn.Linear
     return model[1], numbers
+
+
+def fp8_layer() -> PatchedLinear:
+    """One that multiplies in fp8."""
+    model = nn.Sequential(Fp8Linear(in_fp8(weights()), BIAS, torch.float32))
+    assert keep_stored(model) and isinstance(model[0], PatchedLinear)
+    return model[0]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -91,13 +99,27 @@ def test_a_block_that_merges_patches_is_not_compiled(monkeypatch: pytest.MonkeyP
     assert torch.equal(run_block(block, x), expected) and compiled == [block]
 
 
+def test_a_layer_that_multiplies_in_fp8_still_does() -> None:
+    """Until patches are merged into its numbers."""
+    inner, x = Fp8Linear(in_fp8(weights()), BIAS, torch.float32), weights(5, seed=1)
+    found = fp8_layer()
+    assert torch.equal(found(x), inner(x))
+    dense = F.linear(x, inner.dense_weight(torch.float32), BIAS)
+    assert not torch.allclose(inner(x), dense, atol=1e-3)
+    found.patches = ["any patch"]
+    found.numbers_for = lambda x: inner.dense_weight(x.dtype)
+    assert torch.equal(found(x), dense)
+
+
 @pytest.mark.slow
-def test_compilers_see_through_a_lora_beside_stored_numbers() -> None:
+@pytest.mark.parametrize("form", ["GGUF Q4_0", "fp8"])
+def test_compilers_see_through_a_lora_beside_stored_numbers(form: str) -> None:
     """In one piece; another LoRA of the same rank is the same code."""
+    torch._dynamo.reset()
     compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, dynamic=False, backend="aot_eager")
     x = weights(5, seed=1)
     for seed in (2, 3):
-        found, _ = layer("GGUF Q4_0")
+        found = fp8_layer() if form == "fp8" else layer(form)[0]
         terms = Terms(((weights(4, seed=seed), weights(48, 4, seed=seed + 2)),))
         found.beside = LowRankStack([((0, 48), terms)], 64, torch.float32)
         with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
