@@ -319,6 +319,18 @@ def dispatch(command: str, arguments: list) -> int:
     return module.main(arguments) or 0
 
 
+def side_by_side(arguments: list) -> list:
+    """What has pytest run everything in two processes, for two cores; nothing where `arguments` name a part.
+
+    A test computes on one core. Whoever says -n, or wants to see into a test (-s, --pdb), is left alone.
+    """
+    named = [argument.split("::")[0] for argument in arguments]
+    alone = any(name.startswith(("-n", "-s", "--pdb", "--numprocesses")) for name in named)
+    if alone or any((ROOT / name).exists() for name in named) or (os.cpu_count() or 1) < 2:
+        return []
+    return ["-n", "2", "--dist", "worksteal"]
+
+
 def split_command(argv: list) -> tuple:
     """(command, its arguments); no command means serve. Raises SetupError for an unknown one."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
@@ -346,7 +358,7 @@ def main(argv: list) -> int:
         install(part)
         if command == "test":
             os.chdir(str(ROOT))
-            return continue_in_venv(["-m", "pytest", *arguments])
+            return continue_in_venv(["-m", "pytest", *side_by_side(arguments), *arguments])
         if not in_venv():
             return continue_in_venv([str(ROOT / "run.py"), command, *arguments])
         return dispatch(command, arguments)

@@ -187,11 +187,31 @@ def test_bench_installs_what_a_benchmark_says_it_needs(ready: Start) -> None:
 
 
 def test_tests_install_their_packages_first_and_run_in_the_root(ready: Start) -> None:
-    printed = ready("test", "-k", "x y", "tests/a.py").splitlines()[-1]
-    assert printed == f"pytest ['-k', 'x y', 'tests/a.py'] {ready.root}"
+    printed = ready("test", "-k", "x y", "host/server.py").splitlines()[-1]
+    assert printed == f"pytest ['-k', 'x y', 'host/server.py'] {ready.root}"
     assert "pytest==9.0" in ready.installed()
     ready("test", PIP_FIND_LINKS="")
     assert ready.errors == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cores", "together"),
+    [
+        ([], 2, True),
+        (["-m", "not slow", "-x"], 16, True),
+        ([], 1, False),
+        (["tests/test_run.py"], 2, False),
+        (["tests/test_run.py::test_help"], 2, False),
+        (["-n", "4"], 4, False),
+        (["--pdb"], 2, False),
+    ],
+)
+def test_all_tests_run_in_two_processes(
+    run: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], cores: int, together: bool
+) -> None:
+    """Where there are two cores, and nobody asks for a part, for another number or to see into one."""
+    monkeypatch.setattr(run.os, "cpu_count", lambda: cores)
+    assert run.side_by_side(arguments) == (["-n", "2", "--dist", "worksteal"] if together else [])
 
 
 def test_changed_requirements_are_installed_at_the_next_start(ready: Start) -> None:
