@@ -241,11 +241,15 @@ class Int8Linear(ReorderedLinear):
         return codes.opaque.to_dense().mT.contiguous() if isinstance(codes, Blocks) else codes
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] times the transpose of the weight, plus a bias [out]: [..., out]."""
         if x.device.type != "cpu" or x.requires_grad:
-            return F.linear(x, self.dense_weight(x.dtype), self.bias)
+            return F.linear(x, self.dense_weight(x.dtype), bias)
         codes, scale = quantise_rows(x.reshape(-1, self.in_features))
         y, scale = self._sums(codes, x.dtype), scale[:, None]
-        y = y * scale if self.bias is None else torch.addcmul(self.bias, y, scale)
+        y = y * scale if bias is None else torch.addcmul(bias, y, scale)
         return y.unflatten(0, x.shape[:-1])
 
     def gelu(self, x: Tensor) -> Tensor:

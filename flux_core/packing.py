@@ -106,6 +106,15 @@ def quantise_to_fp8(
     return _replace(model, quantised, _fp8_layers(model), on_progress)
 
 
+def check_int8(device: torch.device) -> None:
+    """Raise ValueError unless int8 is of use on the device that is to compute."""
+    if device.type != "cpu":
+        raise ValueError(
+            f"weight_dtype int8 is for models that compute on a CPU, this one would on {device.type}; "
+            "choose fp8, or auto"
+        )
+
+
 def int8_bytes(model: FluxTransformer) -> int:
     """Bytes of weights that `quantise_to_int8` would leave: a code for each number of what it quantises."""
     layers = (layer for _, _, layer in _layers(model, ends=False) if _can_quantise(layer))

@@ -81,7 +81,7 @@ class StoredLinear(KeptLinear):
     def numbers_for(self, x: Tensor) -> Tensor:
         """The weight [out, in] that x is multiplied by, in its dtype and where it is.
 
-        What is kept elsewhere is brought over for this once. A host that changes weights changes this.
+        What is kept elsewhere is brought over for this once.
         """
         if torch.compiler.is_compiling():
             return _dense(self._kept(), self._form_name, x.dtype, x.device)

@@ -18,7 +18,7 @@ from ..flux_core import preview
 from ..flux_core.caching import Caching
 from ..flux_core.compiling import check
 from ..flux_core.layers import weight_count
-from ..flux_core.packing import quantise_to_fp8
+from ..flux_core.packing import check_int8, quantise_to_fp8, quantise_to_int8
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.spec import FluxSpec
 from ..flux_core.stored import make_dense
@@ -63,10 +63,11 @@ def load_model(
     path: Path,
     dtype: torch.dtype | None,
     memory_limit: str,
-    fp8: bool = False,
+    form: str | None = None,
     disable_dynamic: bool = False,
 ) -> Any:
-    """A ModelPatcher over comfy.model_base.Flux that holds our network, multiplying in fp8 if that is asked.
+    """A ModelPatcher over comfy.model_base.Flux that holds our network, which multiplies in fp8 or int8 where
+    that is the `form`. Raises ValueError where it cannot.
 
     ComfyUI decides how much of it is on the device; with a limit other than auto, no more than that. With
     `disable_dynamic`, by which ComfyUI asks for it, layer by layer as a whole.
@@ -77,13 +78,18 @@ def load_model(
     from comfy.patcher_extension import CallbacksMP
 
     device = management.get_torch_device()
+    if form == "int8":
+        check_int8(device)
     network = load_transformer(path, dtype, on_progress=progress())
     config = _config_for(network.spec)
     known = config.supported_inference_dtypes
     if dtype is None and (chosen := _dtype_for(network, known, device)) != network.dtype:
         network = load_transformer(path, chosen, on_progress=progress())
-    if fp8:  # on the device that computes, where it is quick, one weight at a time
+    limit = None if memory_limit == "auto" else limit_of(memory_limit, device)
+    if form == "fp8":  # on the device that computes, where it is quick, one weight at a time
         quantise_to_fp8(network, device, on_progress=progress(), then=management.unet_offload_device())
+    elif form == "int8":
+        quantise_to_int8(network, limit, progress())
     make_dense(network, network.dtype, "img_in")  # ComfyUI looks up its width, which a control LoRA changes
     stored = keep_stored(network)
     _use_comfy_layers(network, comfy.ops.disable_weight_init)
@@ -95,7 +101,6 @@ def load_model(
         model.latent_format.latent_rgb_factors_bias = factors.bias.tolist()
     management.archive_model_dtypes(model.diffusion_model)
     # the dynamic patcher, ComfyUI's usual one on a GPU, moves parameters one by one, which stored layers lack
-    limit = None if memory_limit == "auto" else limit_of(memory_limit, device)
     if limit is not None:
         kind = limited(limit)
     elif stored or disable_dynamic:
@@ -103,7 +108,7 @@ def load_model(
     else:
         kind = comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, device, management.unet_offload_device())
-    patcher.cached_patcher_init = (load_model, (path, dtype, memory_limit, fp8))
+    patcher.cached_patcher_init = (load_model, (path, dtype, memory_limit, form))
     follow(patcher)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.begin(p))
     patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.end())

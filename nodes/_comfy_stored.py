@@ -11,9 +11,11 @@ key, its callback ON_LOAD after every change of them, comfy.lora.calculate_weigh
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -22,19 +24,20 @@ from ..flux_core.forms import Plain
 from ..flux_core.fp8 import Fp8Linear
 from ..flux_core.lora.arithmetic import LowRankStack
 from ..flux_core.lora.terms import Terms
-from ..flux_core.stored import StoredLinear
+from ..flux_core.packed import Int8Linear
+from ..flux_core.stored import KeptLinear, StoredLinear
 
 
 class StoredWeight(Tensor):
-    """A stored layer's weight [out, in] as others see it: shape, dtype, device; numbers only when asked.
+    """A layer's weight [out, in] as others see it: shape, dtype, device; numbers only when asked.
 
     It counts the bytes that are kept. Any operation makes the numbers first; writing into it is refused.
     """
 
-    layer: StoredLinear
+    layer: Patched
 
     @staticmethod
-    def __new__(cls, layer: StoredLinear) -> StoredWeight:
+    def __new__(cls, layer: Patched) -> StoredWeight:
         shape = (layer.out_features, layer.in_features)
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
         self.layer = layer
@@ -42,7 +45,7 @@ class StoredWeight(Tensor):
 
     @property
     def nbytes(self) -> int:
-        return self.layer.stored.nbytes
+        return self.layer.kept_bytes
 
     @property
     def data(self) -> Tensor:
@@ -55,21 +58,22 @@ class StoredWeight(Tensor):
         return self.layer.dense_weight(self.dtype)
 
     def __repr__(self) -> str:
-        return f"StoredWeight({[*self.shape]}, {self.layer.stored.label})"
+        return f"StoredWeight({[*self.shape]}, {self.layer.label})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable and isinstance(args[0], cls):
             raise TypeError(
-                f"weights that stay {args[0].layer.stored.label} cannot be overwritten, as scheduled LoRAs "
+                f"weights that stay {args[0].layer.label} cannot be overwritten, as scheduled LoRAs "
                 "(hooks) do; load the LoRA with Load FLUX LoRA, or choose weight_dtype bf16 and a bf16 file"
             )
         args, kwargs = pytree.tree_map_only(cls, lambda w: w.contiguous(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-class PatchedLinear(StoredLinear):
-    """A stored linear layer with ComfyUI's patches: LoRAs beside it, all else merged at every use.
+class Patched(KeptLinear):
+    """A linear layer that keeps its weight in a form of its own, with ComfyUI's patches: LoRAs beside it, all
+    else merged at every use.
 
     By `comfy_cast_weights` ComfyUI knows that it may stay off the device when memory is low: what is kept is
     brought over, layer by layer, when it is used. Patches of its bias are then in `bias_function`; those of
@@ -78,18 +82,36 @@ class PatchedLinear(StoredLinear):
 
     comfy_cast_weights = False
 
-    def __init__(self, layer: StoredLinear) -> None:
-        super().__init__(layer.stored, layer.bias, layer.dtype)
+    def begin(self) -> None:
+        """Have no patches yet."""
         self.key, self.patches = "", []
         self.beside: LowRankStack | None = None
         self.weight_function: list[Any] = []
         self.bias_function: list[Any] = []
 
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The form, in a few words."""
+
+    @property
+    @abstractmethod
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept of the weight."""
+
+    @abstractmethod
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] times the transpose of the weight as it is kept, plus a bias [out]."""
+
+    @abstractmethod
+    def numbers(self, device: torch.device) -> Tensor:
+        """The weight [out, in] as it is kept, float32 on a device, to be written into."""
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
         for function in self.bias_function:
             bias = function(None if bias is None else bias.clone())  # it is written into
-        y = self.product(x, bias)
+        y = F.linear(x, self.merged(x), bias) if self.patches else self.product(x, bias)
         if self.beside is None:
             return y
         if self.beside.kept("down", 0).device != x.device:
@@ -111,16 +133,11 @@ class PatchedLinear(StoredLinear):
         if self.beside is None:
             self.patches = [(p[0], _at(p[1], self.device), *p[2:]) for p in patches]
 
-    def numbers_for(self, x: Tensor) -> Tensor:
-        """The weight with its patches, which ComfyUI merges in float32."""
-        if not self.patches:
-            return super().numbers_for(x)
+    def merged(self, x: Tensor) -> Tensor:
+        """The weight with its patches, which ComfyUI merges in float32, where x is and in its dtype."""
         import comfy.lora
 
-        stored = self.stored.to(x.device)
-        weight = stored.dense(torch.float32)
-        weight = weight.clone() if isinstance(stored, Plain) else weight  # it is written into
-        return comfy.lora.calculate_weight(self.patches, weight, self.key).to(x.dtype)
+        return comfy.lora.calculate_weight(self.patches, self.numbers(x.device), self.key).to(x.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
@@ -128,14 +145,60 @@ class PatchedLinear(StoredLinear):
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
 
-class PatchedFp8Linear(PatchedLinear, Fp8Linear):
-    """The same of a layer that multiplies in fp8; where patches are merged, its numbers are multiplied."""
+class PatchedLinear(Patched, StoredLinear):
+    """The same of a layer whose weight stays as the file has it."""
+
+    def __init__(self, layer: StoredLinear) -> None:
+        StoredLinear.__init__(self, layer.stored, layer.bias, layer.dtype)
+        self.begin()
+
+    @property
+    def label(self) -> str:
+        return self.stored.label
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.stored.nbytes
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return StoredLinear.product(self, x, bias) if self.patches else Fp8Linear.product(self, x, bias)
+        return StoredLinear.product(self, x, bias)
+
+    def numbers(self, device: torch.device) -> Tensor:
+        stored = self.stored.to(device)
+        weight = stored.dense(torch.float32)
+        return weight.clone() if isinstance(stored, Plain) else weight
 
 
-def low_rank(patches: list[Any], layer: StoredLinear) -> LowRankStack | None:
+class PatchedFp8Linear(PatchedLinear, Fp8Linear):
+    """The same of a layer that multiplies in fp8, but where patches are merged."""
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return Fp8Linear.product(self, x, bias)
+
+
+class PatchedInt8Linear(Patched, Int8Linear):
+    """The same of a layer that multiplies in int8, but where patches are merged."""
+
+    def __init__(self, layer: Int8Linear) -> None:
+        self.__dict__.update(layer.__dict__)  # its codes, which need not be made twice
+        self.begin()
+
+    @property
+    def label(self) -> str:
+        return "int8"
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.out_features * self.in_features + self.scale.nbytes
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return Int8Linear.product(self, x, bias)
+
+    def numbers(self, device: torch.device) -> Tensor:
+        return self.dense_weight(torch.float32).to(device)
+
+
+def low_rank(patches: list[Any], layer: Patched) -> LowRankStack | None:
     """The products of plain LoRAs, on the layer's device; None where there are none, or any other patch."""
     import comfy.weight_adapter
 
@@ -166,18 +229,20 @@ def _at(value: Any, device: torch.device) -> Any:
 
 def run_block(block: nn.Module, *inputs: Any) -> Any:
     """A block compiled; as it is where patches are merged into its numbers, which is ComfyUI's own code."""
-    merging = any(isinstance(layer, PatchedLinear) and layer.patches for layer in block.modules())
+    merging = any(isinstance(layer, Patched) and layer.patches for layer in block.modules())
     return block(*inputs) if merging else run_compiled(block, *inputs)
 
 
+PATCHED = {StoredLinear: PatchedLinear, Fp8Linear: PatchedFp8Linear, Int8Linear: PatchedInt8Linear}
+
+
 def keep_stored(module: nn.Module) -> bool:
-    """Put `PatchedLinear` in the place of stored layers; whether there are any."""
+    """Put `Patched` layers in the place of those that keep their weights; whether there are any."""
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, StoredLinear):
-                kind = PatchedFp8Linear if isinstance(layer, Fp8Linear) else PatchedLinear
-                setattr(parent, name, kind(layer).train(layer.training))
-    return any(isinstance(layer, PatchedLinear) for layer in module.modules())
+            if type(layer) in PATCHED:
+                setattr(parent, name, PATCHED[type(layer)](layer).train(layer.training))
+    return any(isinstance(layer, Patched) for layer in module.modules())
 
 
 def follow(patcher: Any) -> None:
@@ -190,5 +255,5 @@ def follow(patcher: Any) -> None:
 
 def _use(model: nn.Module, patches: dict[str, Any]) -> None:
     for name, layer in model.named_modules():
-        if isinstance(layer, PatchedLinear):
+        if isinstance(layer, Patched):
             layer.patch(f"{name}.weight", patches.get(f"{name}.weight", []))

@@ -24,7 +24,7 @@ from ..flux_core.compiling import compile_blocks
 from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.packed import can_pack
-from ..flux_core.packing import fp8_bytes, pack_weights, quantise_to_fp8, quantise_to_int8
+from ..flux_core.packing import check_int8, fp8_bytes, pack_weights, quantise_to_fp8, quantise_to_int8
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.solver import Report, Solver, Step
 from ..flux_core.streaming import fits, limit_of, stream
@@ -110,13 +110,9 @@ def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
     """
     dtype = WEIGHT_DTYPES[weight_dtype]
     if (host := comfy()) is not None:
-        if weight_dtype == "int8":
-            raise ValueError(
-                "weight_dtype int8 is for Rectiflux's own editor, this is ComfyUI; choose auto, bf16 or fp8, "
-                "or a file that is quantised"
-            )
-        fp8 = weight_dtype == "fp8"
-        return host.load_model(path, None if fp8 else dtype, memory_limit, fp8)
+        if weight_dtype in ("int8", "fp8"):
+            return host.load_model(path, None, memory_limit, weight_dtype)
+        return host.load_model(path, dtype, memory_limit)
     device = _device()
     if weight_dtype == "int8":
         network = _in_int8(path, device, memory_limit)
@@ -133,11 +129,7 @@ def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
 
 def _in_int8(path: Path, device: torch.device, memory_limit: str) -> FluxTransformer:
     """A network that multiplies in int8, once it is sure that it can and that there is room."""
-    if device.type != "cpu":
-        raise ValueError(
-            f"weight_dtype int8 is for models that compute on a CPU, this one would on {device.type}; "
-            "choose fp8, or auto"
-        )
+    check_int8(device)
     dtype = torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
     network = load_transformer(path, dtype, device, _progress())
     quantise_to_int8(network, limit_of(memory_limit, device), _progress())

@@ -12,9 +12,10 @@ from rectiflux.flux_core import compiling
 from rectiflux.flux_core.fp8 import Fp8Linear, in_fp8
 from rectiflux.flux_core.lora.arithmetic import LowRankStack
 from rectiflux.flux_core.lora.terms import Terms
+from rectiflux.flux_core.packed import Int8Linear
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.flux_core.weights.source import WeightFile
-from rectiflux.nodes._comfy_stored import PatchedLinear, StoredWeight, keep_stored, run_block
+from rectiflux.nodes._comfy_stored import Patched, PatchedLinear, StoredWeight, keep_stored, run_block
 from rectiflux.nodes._comfy_text import comfy_reads
 from torch import Tensor, nn
 
@@ -30,11 +31,15 @@ def layer(form: str) -> tuple[PatchedLinear, Tensor]:
     return model[1], numbers
 
 
-def fp8_layer() -> PatchedLinear:
-    """One that multiplies in fp8."""
-    model = nn.Sequential(Fp8Linear(in_fp8(weights()), BIAS, torch.float32))
-    assert keep_stored(model) and isinstance(model[0], PatchedLinear)
-    return model[0]
+def quantised(form: str) -> tuple[Patched, nn.Module]:
+    """A layer that multiplies in fp8 or int8, and flux_core's."""
+    made = {
+        "fp8": lambda: Fp8Linear(in_fp8(weights()), BIAS, torch.float32),
+        "int8": lambda: Int8Linear(weights(), BIAS),
+    }
+    model = nn.Sequential(made[form]())
+    assert keep_stored(model) and isinstance(model[0], Patched)
+    return model[0], made[form]()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -95,31 +100,41 @@ def test_a_block_that_merges_patches_is_not_compiled(monkeypatch: pytest.MonkeyP
     expected = block(x)
     assert torch.equal(run_block(block, x), expected) and compiled == [block]
     found.patches = ["any patch"]
-    monkeypatch.setattr(found, "numbers_for", lambda x: found.stored.dense(x.dtype))
+    monkeypatch.setattr(found, "merged", lambda x: found.stored.dense(x.dtype))
     assert torch.equal(run_block(block, x), expected) and compiled == [block]
 
 
-def test_a_layer_that_multiplies_in_fp8_still_does() -> None:
-    """Until patches are merged into its numbers."""
-    inner, x = Fp8Linear(in_fp8(weights()), BIAS, torch.float32), weights(5, seed=1)
-    found = fp8_layer()
-    assert torch.equal(found(x), inner(x))
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_a_layer_that_multiplies_in_8_bits_still_does(form: str) -> None:
+    """Until patches are merged into its numbers. GELU, which it has of its own, is of what it gives then."""
+    (found, inner), x = quantised(form), weights(5, seed=1)
+    assert torch.equal(found(x), inner(x)) and found.label.startswith(form)
     dense = F.linear(x, inner.dense_weight(torch.float32), BIAS)
     assert not torch.allclose(inner(x), dense, atol=1e-3)
     found.patches = ["any patch"]
-    found.numbers_for = lambda x: inner.dense_weight(x.dtype)
+    found.merged = lambda x: inner.dense_weight(x.dtype)
     assert torch.equal(found(x), dense)
+    if form == "int8":
+        torch.testing.assert_close(found.gelu(x), F.gelu(dense, approximate="tanh"))
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_what_others_see_of_a_weight_in_8_bits(form: str) -> None:
+    (found, inner), state = quantised(form), quantised(form)[0].state_dict()
+    assert list(state) == ["weight", "bias"] and torch.equal(state["bias"], BIAS)
+    assert torch.equal(found.weight * 1, inner.dense_weight(torch.float32))
+    assert found.weight.nbytes == found.kept_bytes == 48 * 64 + 48 * 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["GGUF Q4_0", "fp8"])
+@pytest.mark.parametrize("form", ["GGUF Q4_0", "fp8", "int8"])
 def test_compilers_see_through_a_lora_beside_stored_numbers(form: str) -> None:
     """In one piece; another LoRA of the same rank is the same code."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, dynamic=False, backend="aot_eager")
     x = weights(5, seed=1)
     for seed in (2, 3):
-        found = fp8_layer() if form == "fp8" else layer(form)[0]
+        found = layer(form)[0] if form in FORMS else quantised(form)[0]
         terms = Terms(((weights(4, seed=seed), weights(48, 4, seed=seed + 2)),))
         found.beside = LowRankStack([((0, 48), terms)], 64, torch.float32)
         with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():

@@ -322,9 +322,6 @@ def test_int8_quantises_the_blocks(host: Folders, models: Path, monkeypatch: pyt
     monkeypatch.setattr(_host, "_device", lambda: torch.device("cuda"))
     with pytest.raises(ValueError, match="int8 is for models that compute on a CPU, this one would on cuda"):
         call("RectifluxModelLoader", model_name=name, weight_dtype="int8")
-    monkeypatch.setattr(_host, "comfy", lambda: object())
-    with pytest.raises(ValueError, match="int8 is for Rectiflux's own editor, this is ComfyUI; choose auto"):
-        _host.load_model(models / name, "int8", "auto")
 
 
 # fp8
@@ -348,12 +345,13 @@ def test_fp8_quantises_the_blocks_and_modulations(
         call("RectifluxModelLoader", **load)
 
 
-def test_comfyui_is_asked_for_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the format that it would compute in by itself."""
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_comfyui_is_asked_for_the_form(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Else in the format that it would compute in by itself."""
     monkeypatch.setattr(_host, "comfy", lambda: SimpleNamespace(load_model=lambda *how: how))
     file = Path("flux1-dev.safetensors")
-    assert _host.load_model(file, "fp8", "auto") == (file, None, "auto", True)
-    assert _host.load_model(file, "bf16", "auto") == (file, torch.bfloat16, "auto", False)
+    assert _host.load_model(file, form, "auto") == (file, None, "auto", form)
+    assert _host.load_model(file, "bf16", "auto") == (file, torch.bfloat16, "auto")
 
 
 @pytest.mark.parametrize(("limit", "place"), [(None, "cuda"), (1 << 40, "cuda"), (1 << 10, None)])

@@ -1,6 +1,6 @@
-"""What a MODEL in fp8 is like inside ComfyUI: run by its Python, in its checkout, and prints JSON.
+"""What a MODEL in fp8 or int8 is like inside ComfyUI: run by its Python, in its checkout, and prints JSON.
 
-python inside_fp8.py PACK MODEL LORA
+python inside_quantised.py PACK MODEL LORA FORM
 """
 
 from __future__ import annotations
@@ -13,11 +13,28 @@ from typing import Any
 
 import torch
 from inside import load_pack
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
+def twin_of(form: str, weight: Tensor, bias: Tensor) -> nn.Module:
+    """The layer of flux_core of these numbers."""
+    fp8, packed = (importlib.import_module(f"pack.flux_core.{name}") for name in ("fp8", "packed"))
+    if form == "int8":
+        return packed.Int8Linear(weight, bias)
+    return fp8.Fp8Linear(fp8.in_fp8(weight), bias, torch.float32)
+
+
+def kept(form: str, layers: dict[str, Any]) -> list[Tensor]:
+    """Codes and scales of all layers, as bytes."""
+    tensors: list[Tensor] = []
+    for layer in layers.values():
+        tensors += (layer.codes, layer.scale) if form == "int8" else layer.buffers()
+    return [tensor.clone().contiguous().view(torch.uint8) for tensor in tensors]
+
+
 @torch.inference_mode()
-def main(pack: str, model: str, lora: str) -> dict[str, Any]:
+def main(pack: str, model: str, lora: str, form: str) -> dict[str, Any]:
     sys.path.insert(0, str(Path.cwd()))
     import comfy.cli_args
 
@@ -28,27 +45,27 @@ def main(pack: str, model: str, lora: str) -> dict[str, Any]:
     import comfy.utils
 
     importlib.import_module("folder_paths")  # by it and by comfy.model_management the pack knows its host
-    _, stored = load_pack(Path(pack))
-    host, fp8 = (importlib.import_module(f"pack.{name}") for name in ("nodes._host", "flux_core.fp8"))
+    ours, stored = load_pack(Path(pack))
+    host = importlib.import_module("pack.nodes._host")
+    kind = {"fp8": stored.PatchedFp8Linear, "int8": stored.PatchedInt8Linear}[form]
     exact = host.load_model(Path(model), "auto", "auto").model.diffusion_model
-    patcher = host.load_model(Path(model), "fp8", "auto")
-    layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedFp8Linear)}
-    kept = {f"{n}.{k}": t.clone() for n, m in layers.items() for k, t in m.named_buffers()}
+    patcher = host.load_model(Path(model), form, "auto")
+    layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, kind)}
+    before = kept(form, layers)
     size = comfy.model_management.module_size(patcher.model.diffusion_model)
     numbers = sum(p.nbytes for p in patcher.model.diffusion_model.parameters())
     found: dict[str, Any] = {
         "layers": len(layers),
         "blocks": [len(exact.double_blocks), len(exact.single_blocks)],
-        "counted": size == numbers + sum(t.nbytes for t in kept.values()),
+        "counted": size == numbers + sum(t.nbytes for t in before),
         "smaller": size < 0.8 * comfy.model_management.module_size(exact),
     }
 
     name, layer = next((n, m) for n, m in layers.items() if n.endswith("img_attn.qkv"))
     weight = exact.get_submodule(name.removeprefix("diffusion_model.")).weight
-    twin = fp8.Fp8Linear(fp8.in_fp8(weight), layer.bias, layer.dtype)
     x = torch.randn(3, layer.in_features)
-    plain, key = twin(x), f"{name}.weight"
-    found["in fp8"] = torch.equal(layer(x), plain)
+    plain, key = twin_of(form, weight, layer.bias)(x), f"{name}.weight"
+    found["as in flux_core"] = torch.equal(layer(x), plain)
     found["rounded"] = not torch.allclose(plain, linear(x, weight, layer.bias), atol=1e-3)
 
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(lora), 1.0, 0.0)
@@ -64,17 +81,18 @@ def main(pack: str, model: str, lora: str) -> dict[str, Any]:
     found["base after it"] = torch.equal(layer(x), plain)
 
     cpu = torch.device("cpu")
-    none = importlib.import_module("pack.nodes._comfy").limited(1)(patcher.model, cpu, cpu)
+    none = ours.limited(1)(patcher.model, cpu, cpu).clone()
+    none.add_patches({f"{name}.bias": (torch.ones(layer.out_features),)})
     comfy.model_management.load_models_gpu([none])
-    found["nothing loaded"] = patcher.model.model_loaded_weight_memory == 0 and torch.equal(layer(x), plain)
-    found["kept"] = all(
-        torch.equal(kept[f"{n}.{k}"].view(torch.uint8), t.view(torch.uint8))
-        for n, m in layers.items()
-        for k, t in m.named_buffers()
-    )
-    again = patcher.cached_patcher_init  # as ComfyUI makes one of another kind
-    another = again[0](*again[1], disable_dynamic=True)
-    found["made again"] = any(isinstance(m, stored.PatchedFp8Linear) for m in another.model.modules())
+    found["nothing loaded"] = patcher.model.model_loaded_weight_memory == 0
+    found["its bias patched"] = torch.allclose(layer(x), plain + 1, atol=1e-5)
+    none.detach()
+    found["kept"] = all(map(torch.equal, kept(form, layers), before))
+    make, how = patcher.cached_patcher_init[:2]  # as ComfyUI makes one of another kind
+    again = make(*how, disable_dynamic=True)
+    found["made again"] = sum(isinstance(m, kind) for m in again.model.modules()) == len(layers)
+    state = patcher.model_state_dict("diffusion_model.")
+    found["saved as numbers"] = torch.equal(state[key].contiguous(), dense)
     return found
 
 
