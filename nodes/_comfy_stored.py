@@ -180,7 +180,7 @@ class PatchedInt8Linear(Patched, Int8Linear):
     """The same of a layer that multiplies in int8, but where patches are merged."""
 
     def __init__(self, layer: Int8Linear) -> None:
-        self.__dict__.update(layer.__dict__)  # its codes, which need not be made twice
+        vars(self).update(vars(layer))  # its codes, which need not be made twice
         self.begin()
 
     @property
