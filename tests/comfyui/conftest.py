@@ -5,11 +5,14 @@ COMFYUI_PYTHON defaults to the checkout's own .venv or venv, else to the Python 
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from ..nodes import graphs
 from ..nodes.tiny import NAMES, SPEC, write_models, write_transformer
-from .server import ComfyServer
+from .server import PACK, ComfyServer
 
 DEV = "tiny-dev.safetensors"
 """A second tiny transformer, with [dev]'s guidance input; the other has none, as [schnell]."""
@@ -39,6 +42,21 @@ def python_of(checkout: Path) -> str:
         return named
     candidates = [checkout / venv / "bin" / "python" for venv in (".venv", "venv")]
     return next((str(python) for python in candidates if python.exists()), sys.executable)
+
+
+def inside(script: str, *arguments: Path | str) -> Any:
+    """What a script of this folder finds, as JSON, inside ComfyUI: run by its Python, in its checkout."""
+    checkout = Path(os.environ["COMFYUI_PATH"])
+    run = subprocess.run(
+        [python_of(checkout), Path(__file__).with_name(script), PACK, *arguments],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +12,15 @@ from rectiflux.nodes import _host
 
 from ..nodes import graphs
 from ..nodes.tiny import NAMES
-from .conftest import python_of, to_pixels
-from .server import PACK, ComfyServer
+from .conftest import inside, to_pixels
+from .server import ComfyServer
 
 
 @pytest.fixture(scope="module", params=["fp8", "int8"])
 def seen(request: pytest.FixtureRequest, base: Path) -> tuple[str, dict[str, Any]]:
     """The form, and what inside_quantised.py found."""
-    checkout, models = Path(os.environ["COMFYUI_PATH"]), base / "models"
-    script = [str(Path(__file__).with_name("inside_quantised.py")), str(PACK)]
-    files = [str(models / kind / NAMES[kind]) for kind in ("diffusion_models", "loras")]
-    run = subprocess.run(
-        [python_of(checkout), *script, *files, request.param],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return request.param, json.loads(run.stdout.splitlines()[-1])
+    files = [base / "models" / kind / NAMES[kind] for kind in ("diffusion_models", "loras")]
+    return request.param, inside("inside_quantised.py", *files, request.param)
 
 
 def test_what_is_quantised_and_counted(seen: tuple[str, dict[str, Any]]) -> None:
@@ -80,5 +66,4 @@ def test_the_picture_moves_as_far_as_in_the_embedded_host(
     prompt["save"] = graphs.node("SaveImage", images=["decode", 0], filename_prefix=form)
     theirs = comfy.pictures(prompt, "save").astype(float)
     far, expected = np.abs(theirs - exact).mean(), np.abs(ours - exact).mean()
-    print(far, expected)
     assert 0.1 < expected < 2 and expected / 1.5 < far < expected * 1.5

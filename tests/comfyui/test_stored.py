@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,7 @@ from rectiflux.flux_core.weights import read_state_dict
 
 from ..nodes.stored_models import quantised
 from ..nodes.tiny import NAMES, write_models
-from .conftest import python_of
-from .server import PACK
+from .conftest import inside
 
 LABELS = {
     "Q8_0": "GGUF Q8_0",
@@ -34,20 +30,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(request: pytest.FixtureRequest, models: Path) -> tuple[str, Path, Path, dict[str, Any]]:
     """The form, the dense file of its numbers, a file that ComfyUI saved, and what inside.py found."""
     form = request.param
-    checkout = Path(os.environ["COMFYUI_PATH"])
     name, dense = quantised(models, form)
     folder, output = models / "diffusion_models", models / f"saved-{form}.safetensors"
-    script = [str(Path(__file__).with_name("inside.py")), str(PACK), str(folder / name)]
-    run = subprocess.run(
-        [python_of(checkout), *script, str(models / "loras" / NAMES["loras"]), str(output)],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return form, folder / dense, output, json.loads(run.stdout.splitlines()[-1])
+    found = inside("inside.py", folder / name, models / "loras" / NAMES["loras"], output)
+    return form, folder / dense, output, found
 
 
 def test_its_memory_is_what_the_file_needs(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
