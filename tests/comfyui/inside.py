@@ -16,6 +16,13 @@ import torch
 
 
 def load_pack(root: Path) -> Any:
+    """The pack's ComfyUI side and its patched layers, with ComfyUI around them, on the CPU."""
+    sys.path.insert(0, str(Path.cwd()))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True  # before anything else of ComfyUI
+    for name in ("comfy.model_management", "folder_paths"):  # by these two the pack knows its host
+        importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(
         "pack", root / "__init__.py", submodule_search_locations=[str(root)]
     )
@@ -26,17 +33,12 @@ def load_pack(root: Path) -> Any:
 
 @torch.inference_mode()
 def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
-    sys.path.insert(0, str(Path.cwd()))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True  # before anything else of ComfyUI
+    ours, stored = load_pack(Path(pack))
     import comfy.lora
     import comfy.model_management
     import comfy.sd
     import comfy.utils
 
-    importlib.import_module("folder_paths")  # by it and by comfy.model_management the pack knows its host
-    ours, stored = load_pack(Path(pack))
     percents: list[int] = []
     comfy.utils.set_progress_bar_global_hook(lambda value, *_, **__: percents.append(value))
     sys.modules["pack.nodes._report"].SHOWN_FROM = 1

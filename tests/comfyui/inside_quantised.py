@@ -35,17 +35,12 @@ def kept(form: str, layers: dict[str, Any]) -> list[Tensor]:
 
 @torch.inference_mode()
 def main(pack: str, model: str, lora: str, form: str) -> dict[str, Any]:
-    sys.path.insert(0, str(Path.cwd()))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True  # before anything else of ComfyUI
+    ours, stored = load_pack(Path(pack))
     import comfy.lora
     import comfy.model_management
     import comfy.sd
     import comfy.utils
 
-    importlib.import_module("folder_paths")  # by it and by comfy.model_management the pack knows its host
-    ours, stored = load_pack(Path(pack))
     host = importlib.import_module("pack.nodes._host")
     kind = {"fp8": stored.PatchedFp8Linear, "int8": stored.PatchedInt8Linear}[form]
     exact = host.load_model(Path(model), "auto", "auto").model.diffusion_model
