@@ -1,8 +1,9 @@
 """Weights that stay quantised under ComfyUI's ModelPatcher.
 
 ComfyUI patches weights in place: it would need the numbers of every layer that a LoRA changes. Here a layer
-keeps the codes of its file, and ComfyUI's patches are applied beside it, or to the numbers that it makes when
-it is used: what is kept never changes, so that removing a LoRA has nothing to undo.
+keeps the codes of its file, or those of fp8 or int8 that it got when it was loaded, and ComfyUI's patches are
+applied beside it, or to the numbers that it makes when it is used: what is kept never changes, so that
+removing a LoRA has nothing to undo.
 
 What ComfyUI sees of such a layer is a `weight` in the state dict, by which LoRA loaders find it, and no
 parameter, so that nothing is patched in place. What is relied on, as of ComfyUI 0.33: ModelPatcher.patches by
@@ -12,6 +13,7 @@ key, its callback ON_LOAD after every change of them, comfy.lora.calculate_weigh
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,6 +83,8 @@ class Patched(KeptLinear):
     """
 
     comfy_cast_weights = False
+    product: Callable[[Tensor, Tensor | None], Tensor]
+    """(x [..., in], bias [out]) -> x times the transpose of the weight as it is kept, plus the bias."""
 
     def begin(self) -> None:
         """Have no patches yet."""
@@ -98,10 +102,6 @@ class Patched(KeptLinear):
     @abstractmethod
     def kept_bytes(self) -> int:
         """Bytes of what is kept of the weight."""
-
-    @abstractmethod
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in] times the transpose of the weight as it is kept, plus a bias [out]."""
 
     @abstractmethod
     def numbers(self, device: torch.device) -> Tensor:
@@ -160,9 +160,6 @@ class PatchedLinear(Patched, StoredLinear):
     def kept_bytes(self) -> int:
         return self.stored.nbytes
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return StoredLinear.product(self, x, bias)
-
     def numbers(self, device: torch.device) -> Tensor:
         stored = self.stored.to(device)
         weight = stored.dense(torch.float32)
@@ -171,9 +168,6 @@ class PatchedLinear(Patched, StoredLinear):
 
 class PatchedFp8Linear(PatchedLinear, Fp8Linear):
     """The same of a layer that multiplies in fp8, but where patches are merged."""
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return Fp8Linear.product(self, x, bias)
 
 
 class PatchedInt8Linear(Patched, Int8Linear):
@@ -190,9 +184,6 @@ class PatchedInt8Linear(Patched, Int8Linear):
     @property
     def kept_bytes(self) -> int:
         return self.out_features * self.in_features + self.scale.nbytes
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return Int8Linear.product(self, x, bias)
 
     def numbers(self, device: torch.device) -> Tensor:
         return self.dense_weight(torch.float32).to(device)
