@@ -12,6 +12,9 @@ each method and threshold of flux_core/caching.py:
   1 - SSIM   the same, of structures (Wang et al. 2004), 0 is equal
   plain      PSNR and 1 - SSIM of Euler with that many steps, rounded up, and no cache
 
+Steps are computed as a large model's are, one operation after the other: the miniature's own are recorded
+(flux_core/graphs.py) where no cache may skip them.
+
 Then the same for mini-schnell's four steps, in which nothing is to be skipped. The last line is of the
 forecast at the node's own threshold, 0.1.
 """
@@ -19,9 +22,11 @@ forecast at the node's own threshold, 0.1.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -195,6 +200,19 @@ def measure(painter: Painter, thresholds: Sequence[float], on_row: Callable[[Row
     return rows
 
 
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Steps computed one operation after the other, as those of a large model are."""
+    before = os.environ.get("RECTIFLUX_GRAPHS")
+    os.environ["RECTIFLUX_GRAPHS"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["RECTIFLUX_GRAPHS"]
+        if before is not None:
+            os.environ["RECTIFLUX_GRAPHS"] = before
+
+
 def main(argv: list[str]) -> int:
     """Measure mini-dev and mini-schnell, print a line for each row; 0."""
     parser = parser_of("caching", __doc__)
@@ -213,10 +231,11 @@ def main(argv: list[str]) -> int:
     texts = [every[i * len(every) // count] for i in range(count)]
     print(HEAD)
     rows: list[Row] = []
-    for variant in ("dev", "schnell"):
-        models = load_models(files_of(arguments.models, variant))
-        painter = Painter(variant, models, texts)
-        rows += measure(painter, arguments.thresholds, lambda row: print(row.line(), flush=True))
+    with one_by_one():
+        for variant in ("dev", "schnell"):
+            models = load_models(files_of(arguments.models, variant))
+            painter = Painter(variant, models, texts)
+            rows += measure(painter, arguments.thresholds, lambda row: print(row.line(), flush=True))
     skipped = any(row.variant == "schnell" and row.computed < FAMILY["schnell"].steps for row in rows)
     print(
         "mini-schnell in 4 steps: "

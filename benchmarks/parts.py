@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -17,7 +17,7 @@ NAMES = {
     "attention": r".*(scaled_dot_product|attention|flash|sage).*|_softmax|softmax",
     "norms and modulation": r"(native_)?layer_norm|.*(modulated_norm|residual_and_norm).*",
     "q/k norm and rotary": (
-        r"linalg_vector_norm|hypot|reciprocal_?|mul_?|complex|stack|sub|neg|rms_norm|_fused_rms_norm|pow|mean"
+        r"linalg_vector_norm|hypot|reciprocal_?|mul_?|div_?|complex|stack|sub|neg|rms_norm|_fused_rms_norm|pow|mean"
         r"|rsqrt|.*queries_keys_values.*"
     ),
     "GELU": r"gelu_?|sigmoid_?|.*beside_gelu.*",
@@ -38,8 +38,26 @@ _PATTERNS = {part: re.compile(pattern) for part, pattern in NAMES.items()}
 
 def part_of(operation: str) -> str:
     """The part that an operation of torch's, with its overload or without, or a kernel of ours belongs to."""
-    name = operation.rpartition("::")[2].partition(".")[0]
+    name = _name(operation)
     return next((part for part, pattern in _PATTERNS.items() if pattern.fullmatch(name)), OTHER)
+
+
+def _name(operation: str) -> str:
+    return operation.rpartition("::")[2].partition(".")[0]
+
+
+def with_gelu(operations: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Operations in order with their seconds; those by which a GELU is done without tanh (packed.py: gelu,
+    addcmul, mul_, sigmoid_ and mul) are called aten::gelu.
+    """
+    told = list(operations)
+    computing = [i for i, (name, _) in enumerate(told) if part_of(name) != OVERHEAD]
+    names = [_name(told[i][0]).removesuffix("_") for i in computing]
+    for first in range(len(computing) - 3):
+        if names[first : first + 4] == ["addcmul", "mul", "sigmoid", "mul"]:
+            for i in computing[first : first + 4]:
+                told[i] = ("aten::gelu", told[i][1])
+    return told
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,26 @@
-"""A step of the transformer as a CUDA graph: recorded once for a shape, then launched in one piece.
+"""A step of the transformer recorded once for a shape, and from then on done in one piece.
 
-At 512 x 512 and below a GPU is done with an operation before Python has launched the next. A recording of all
-of them has no such gaps. It reads and writes the same memory each time, so what differs from step to step
-(tokens, text, rotary table, modulations) is copied into buffers of its own before, and what it gives is
-copied out after. A shape's first step is computed as ever, then recorded; its second is computed both ways,
-and a recording that does not agree is not used. Anything that fails is logged once, and the model goes on
-without.
+A small step is over before Python has launched its next operation: on a GPU at 512 x 512 and below, on a CPU
+the miniature's. A recording has no such gaps. On a GPU it is a CUDA graph, on a CPU a list of operations
+(recorder.py). It reads and writes the same memory each time, so what differs from step to step (tokens, text,
+rotary table, modulations) is copied into buffers of its own before, and what it gives is copied out after. A
+shape's first steps are computed as ever, then one is recorded; the next is computed both ways, and a
+recording that does not agree is not used. Anything that fails is logged once, and the model goes on without.
 
 Recorded are steps of few tokens of a model whose weights stay where they are. Not recorded: a model that is
-streamed, steps that a cache may skip (caching.py), modules with hooks, and models in ComfyUI, which moves
-weights between calls; it does not come through here. A LoRA makes another model, with recordings of its own.
+streamed, steps that a cache may skip (caching.py), modules with hooks, blocks that are compiled for a CPU,
+and models in ComfyUI, which moves weights between calls; it does not come through here. A LoRA makes another
+model, with recordings of its own.
 
-Tested on a CPU, with operations recorded and replayed by other means, but **not yet run on a GPU.** So only
-RECTIFLUX_GRAPHS=1 in the environment switches it on.
+CUDA graphs are tested on a CPU, with operations recorded and replayed by other means, but have **not yet run
+on a GPU.** So only RECTIFLUX_GRAPHS=1 in the environment switches them on; 0 switches off recording on a CPU.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +29,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .recorder import OperationRecorder
 from .streaming.memory import KEPT_FREE, free_memory
 from .streaming.parts import weights_of
 from .transformer import FluxTransformer, Memory, Modulations, Prepared
@@ -35,7 +37,11 @@ from .transformer import FluxTransformer, Memory, Modulations, Prepared
 log = logging.getLogger(__name__)
 
 TOKENS = 1024
-"""Image tokens of a step, over its batch, up to which launches leave gaps: 512 x 512."""
+"""Image tokens of a step, over its batch, up to which a GPU's launches leave gaps: 512 x 512."""
+NUMBERS = 1 << 17
+"""Numbers of the image's state, over its batch, up to which a CPU waits for Python more than it is worth."""
+UNRECORDED = 4
+"""Steps of a shape that a CPU computes as ever: fewer would not repay what recording one takes."""
 KEPT = 4
 """Shapes whose recordings a model keeps: two sizes of picture with two lengths of text."""
 AGREED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -50,16 +56,28 @@ Replay = Callable[[], Tensor]
 class Recorder(Protocol):
     """What records operations, so that they can be launched again without Python."""
 
+    unrecorded: int
+    """Steps of a shape before one is recorded."""
+
+    def pays(self, tokens: int, width: int) -> bool:
+        """Whether a step of so many tokens, over its batch, of a model of that width is worth recording."""
+        ...
+
     def record(self, work: Callable[[], Tensor]) -> Replay: ...
 
 
 class CudaRecorder:
     """Records by stream capture, all in one pool of memory: no two recordings of a model run at once."""
 
+    unrecorded = 0
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
+
+    def pays(self, tokens: int, width: int) -> bool:
+        return tokens <= TOKENS
 
     def record(self, work: Callable[[], Tensor]) -> Replay:
         graph = torch.cuda.CUDAGraph()
@@ -75,11 +93,21 @@ class CudaRecorder:
         return replay
 
 
+class CpuRecorder(OperationRecorder):
+    """Records operations of models so small that what is between them counts."""
+
+    unrecorded = UNRECORDED
+
+    def pays(self, tokens: int, width: int) -> bool:
+        return tokens * width <= NUMBERS
+
+
 def recorder_for(device: torch.device) -> Recorder | None:
     """What records on a device, None where nothing does or nobody wants it."""
-    if device.type != "cuda" or os.environ.get("RECTIFLUX_GRAPHS") != "1":
-        return None
-    return CudaRecorder(device)
+    wanted = os.environ.get("RECTIFLUX_GRAPHS")
+    if device.type == "cpu":
+        return None if wanted == "0" else CpuRecorder()
+    return CudaRecorder(device) if device.type == "cuda" and wanted == "1" else None
 
 
 @dataclass
@@ -125,6 +153,7 @@ class Recordings:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._kept: OrderedDict[Hashable, _Buffers] = OrderedDict()
+        self._computed: Counter[Hashable] = Counter()
         self._weights: tuple[Hashable, ...] = ()
         self._failed = False
 
@@ -138,6 +167,7 @@ class Recordings:
             if self._kept and model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)  # until what was launched is done
             self._kept.clear()
+            self._computed.clear()
             self._weights = weights
 
     def step(
@@ -145,12 +175,12 @@ class Recordings:
     ) -> Tensor:
         """Velocity of the tokens, as `FluxTransformer.forward` gives it and with its errors."""
         made = prepared.at(sigma)
-        if memory is not None or made.table is None or not self._pays(tokens):
+        if memory is not None or made.table is None or not self._pays(model, tokens):
             return model(tokens, prepared, sigma, memory)
         txt, rope = prepared.txt.expand(tokens.shape[0], -1, -1), prepared.rope
         key = tuple((t.shape, t.dtype, t.device) for t in (tokens, txt, *rope, made.table))
         buffers = self._kept.get(key)
-        if buffers is None and not _has_room(tokens.device):
+        if buffers is None and (not self._is_due(key) or not _has_room(tokens.device)):
             return model(tokens, prepared, sigma, memory)
         if buffers is None:
             buffers = _Buffers.like(tokens, txt, rope, made)
@@ -165,9 +195,15 @@ class Recordings:
             self._prove(buffers, result)
         return result
 
-    def _pays(self, tokens: Tensor) -> bool:
-        few = tokens.shape[0] * tokens.shape[1] <= TOKENS
-        return few and not self._failed and not torch.is_grad_enabled()
+    def _pays(self, model: FluxTransformer, tokens: Tensor) -> bool:
+        if self._failed or torch.is_grad_enabled():
+            return False
+        return self._recorder.pays(tokens.shape[0] * tokens.shape[1], model.spec.hidden_size)
+
+    def _is_due(self, key: Hashable) -> bool:
+        """Whether so many steps of a shape have been computed that one may be recorded."""
+        self._computed[key] += 1
+        return self._computed[key] > self._recorder.unrecorded
 
     def _record(self, key: Hashable, buffers: _Buffers, model: FluxTransformer) -> None:
         """Record what has just been computed, so that everything is loaded and chosen by now."""
@@ -201,7 +237,8 @@ _of_model: WeakKeyDictionary[FluxTransformer, Recordings] = WeakKeyDictionary()
 
 def steps_of(model: FluxTransformer) -> Step:
     """What computes the model's steps in one run: recordings where they can be had, or the model itself."""
-    if model.streaming is not None or _has_hooks(model):
+    compiled_for_cpu = model.runner is not None and model.device.type == "cpu"
+    if model.streaming is not None or compiled_for_cpu or _has_hooks(model):
         return model
     recordings = _of_model.get(model)
     if recordings is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import fused
 from .attention import attention
-from .packed import ReorderedLinear
+from .packed import ReorderedLinear, gelu
 from .spec import FluxSpec
 from .stored import computing_dtype, device_of, weight_count
 
@@ -185,18 +185,18 @@ def queries_keys_values(
 def _normed_and_turned(qk: Tensor, streams: Sequence[tuple[Tensor, QKNorm]], rope: Rope) -> Tensor:
     """Queries and keys [B, L, 2, K, D], float32, after norm and rotation.
 
-    x / sqrt(mean(x^2) + eps) is sqrt(D) x / hypot(|x|, sqrt(D eps)), and sqrt(D) goes with the scales.
+    x / sqrt(mean(x^2) + eps) is sqrt(D) x / hypot(|x|, sqrt(D eps)), and sqrt(D) goes with the rotation.
     """
-    dim = qk.shape[-1]
+    root = qk.shape[-1] ** 0.5
     length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
-    qk = qk * torch.hypot(length, length.new_tensor((dim * RMS_EPS) ** 0.5)).reciprocal_()
+    qk = qk / torch.hypot(length, length.new_tensor(root * RMS_EPS**0.5))
     start = 0
     for qkv, norm in streams:
         stop = start + qkv.shape[1]
-        scales = torch.stack([norm.query_norm.scale, norm.key_norm.scale]).float() * dim**0.5
-        qk[:, start:stop] *= scales[:, None]
+        scales = torch.stack([norm.query_norm.scale, norm.key_norm.scale]).float()
+        qk[:, start:stop].mul_(scales[:, None])
         start = stop
-    table = torch.complex(*rope)[:, 0, :, None, None, :, 0]
+    table = (torch.complex(*rope) * root)[:, 0, :, None, None, :, 0]
     pairs = torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * table).flatten(-2)
 
@@ -225,6 +225,11 @@ class Modulation(nn.Module):
         return tuple(c + 1 if i % 3 == 1 else c for i, c in enumerate(chunks))
 
 
+def _plainly_on_cpu(x: Tensor) -> bool:
+    """Whether nothing follows what is done with x on a CPU: no gradient, no compiler."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _mlp(hidden: int, mlp: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden))
 
@@ -232,7 +237,9 @@ def _mlp(hidden: int, mlp: int) -> nn.Sequential:
 def feed_forward(mlp: nn.Sequential, x: Tensor) -> Tensor:
     """What `mlp` gives, its GELU within the first layer where that layer can."""
     first, last = mlp[0], mlp[2]
-    return last(first.gelu(x)) if isinstance(first, ReorderedLinear) else mlp(x)
+    if isinstance(first, ReorderedLinear):
+        return last(first.gelu(x))
+    return last(gelu(first(x))) if _plainly_on_cpu(x) else mlp(x)
 
 
 def gelu_behind(layer: nn.Module, x: Tensor, plain: int) -> tuple[Tensor, Tensor]:
@@ -296,7 +303,7 @@ class SingleStreamBlock(nn.Module):
         """x [B, L + N, hidden] -> the same shape."""
         shift, scale, gate = mod
         inner, plain = modulated_norm(x, shift, scale), 3 * x.shape[-1]
-        if fused.serves(x):
+        if fused.serves(x) or (_plainly_on_cpu(x) and not isinstance(self.linear1, ReorderedLinear)):
             return gated(x, gate, self.linear2(self._joint(self.linear1(inner), plain, rope)))
         qkv, mlp = gelu_behind(self.linear1, inner, plain)
         attn = self._attend(qkv, rope)
@@ -310,11 +317,17 @@ class SingleStreamBlock(nn.Module):
     def _joint(self, y: Tensor, plain: int, rope: Rope) -> Tensor:
         """What `linear2` reads of what `linear1` gave: attention, and GELU of the outputs after `plain`.
 
-        With a kernel the GELU is written straight beside the attention.
+        With a kernel and on a CPU the GELU is written straight beside the attention.
         """
         attn = self._attend(y[..., :plain], rope)
-        if (done := fused.beside_gelu(attn, y, plain)) is not None:
+        if fused.serves(y) and (done := fused.beside_gelu(attn, y, plain)) is not None:
             return done
+        if _plainly_on_cpu(y):
+            width = attn.shape[-1]
+            joint = y.new_empty(*y.shape[:-1], width + self.mlp_size)
+            joint[..., :width].copy_(attn)
+            gelu(y[..., plain:], out=joint[..., width:])
+            return joint
         return torch.cat([attn, F.gelu(y[..., plain:], approximate="tanh")], dim=-1)
 
 

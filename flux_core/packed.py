@@ -187,13 +187,14 @@ class PackedLinear(ReorderedLinear):
     def _gelu_product(self, part: int, x: Tensor) -> Tensor:
         """GELU of a part's outputs.
 
-        With AVX-512 while they are in the cache. With AVX2 alone oneDNN's own tanh takes longer than a pass
-        over memory with torch's: 208 against 161 ms from 3072 to 12288 for 256 tokens, 0.55 against 0.43 ms
-        from 192 to 768 for 96. To a compiler it stays one operation.
+        With AVX-512 while they are in the cache. With AVX2 alone oneDNN's own tanh takes longer than passes
+        over slices of them: 208 against 161 ms from 3072 to 12288 for 256 tokens, with torch's own GELU. To a
+        compiler it stays one operation.
         """
         if torch.compiler.is_compiling() or has_avx512():
             return self._product(part, x, "gelu", "tanh")
-        return torch.ops.aten.gelu_(self._product(part, x), approximate="tanh")
+        y = self._product(part, x)
+        return gelu_in_slices_(y) if y.dtype == torch.float32 else torch.ops.aten.gelu_(y, approximate="tanh")
 
     def _product(self, part: int, x: Tensor, after: str = "none", how: str = "") -> Tensor:
         bias, blocks = self.bias, self._kept[part]
@@ -319,19 +320,46 @@ def quantise_rows(x: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """GELU (tanh) of x [..., C], written to `out` if that is given, by what is quicker on this processor.
+
+    With AVX2 alone torch's tanh takes twice the time of `_sigmoid_part`, which passes over slices that are in
+    the cache: 162 against 83 us for 96 tokens of 768 on two threads.
+    """
+    out = torch.empty_like(x) if out is None else out
+    if x.dtype != torch.float32 or x.device.type != "cpu" or has_avx512():
+        return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    flat, result = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1])
+    for rows in _slices(flat):
+        torch.mul(_sigmoid_part(flat[rows]), flat[rows], out=result[rows])
+    return out
+
+
 def gelu_in_slices(x: Tensor) -> Tensor:
-    """GELU (tanh) of x [..., C], computed in float32: x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+    """GELU (tanh) of x [..., C], computed in float32.
 
     What torch's own gives to rounding, in two thirds of its time in bfloat16.
     """
-    flat = x.flatten(0, -2)
+    flat = x.reshape(-1, x.shape[-1])
     result = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    factor = 2 * (2 / torch.pi) ** 0.5
     for rows in _slices(flat):
         y = flat[rows].float()
-        inner = (y * y).mul_(0.044715 * factor).add_(factor).mul_(y).sigmoid_()
-        result[rows] = inner.mul_(y)
+        result[rows] = _sigmoid_part(y).mul_(y)
     return result.view(x.shape)
+
+
+def gelu_in_slices_(x: Tensor) -> Tensor:
+    """GELU (tanh) of x [..., C], float32, in its place: with AVX2 alone in 0.7 of the time of torch's own."""
+    flat = x.view(-1, x.shape[-1])
+    for rows in _slices(flat):
+        flat[rows].mul_(_sigmoid_part(flat[rows]))
+    return x
+
+
+def _sigmoid_part(x: Tensor) -> Tensor:
+    """What GELU (tanh) multiplies x by: sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
+    factor = 2 * (2 / torch.pi) ** 0.5
+    return torch.addcmul(x.new_tensor(factor), x, x, value=0.044715 * factor).mul_(x).sigmoid_()
 
 
 def _slices(x: Tensor) -> list[slice]:

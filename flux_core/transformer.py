@@ -244,8 +244,10 @@ class FluxTransformer(nn.Module):
             given = conditioning.guidance
             guidance = None if given is None else torch.full_like(sigma, given)
             stacked = self.modulate(self.embed_time(sigma, guidance, pooled.repeat(len(values), 1)))
-            by_sigma = [chunk.unflatten(0, (len(values), batch)) for chunk in stacked.chunks()]
-            tables = torch.stack(by_sigma, dim=1)  # [S, P, B, 1, hidden]: those of one sigma in one piece
+            by_row = torch.stack(stacked.chunks(), dim=1).unflatten(0, (len(values), batch))
+            tables = by_row.transpose(
+                1, 2
+            ).contiguous()  # [S, P, B, 1, hidden], those of a sigma in one piece
             return {v: stacked.laid_out(table) for v, table in zip(values, tables, strict=True)}
 
         if sigmas is None:

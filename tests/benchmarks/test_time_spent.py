@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from rectiflux.benchmarks import floors, time_spent
-from rectiflux.benchmarks.parts import OVERHEAD, PARTS, Part, Spent, draw_bars, part_of
+from rectiflux.benchmarks.parts import OVERHEAD, PARTS, Part, Spent, draw_bars, part_of, with_gelu
 from rectiflux.benchmarks.speed_inputs import Inputs, random_model
 from rectiflux.benchmarks.speed_settings import Settings
 from rectiflux.benchmarks.time_spent import divided
 from rectiflux.benchmarks.turns import Clock
+from rectiflux.flux_core.graphs import UNRECORDED
 from rectiflux.flux_core.spec import FluxSpec
 
 TINY = FluxSpec(64, 1, 1, 1, context_in=16, vec_in=8, guidance_embed=True)
@@ -51,10 +52,34 @@ def test_no_operation_of_a_step_is_left_over(kind: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = random_model(TINY, dtype, torch.device("cpu"))
         with torch.no_grad():
-            took = list(time_spent.operations_of(Inputs(model, 32, 4).our_step(model), Clock(kind)))
-        assert {part_of(name) for name, _ in took} == set(PARTS) - {"other"}
-        assert all(seconds >= 0 for _, seconds in took)
-        assert sum("scaled_dot_product_flash" in name for name, _ in took) == 2, "one attention a block"
+            step = Inputs(model, 32, 4).our_step(model)
+            for _ in range(2):  # as it is computed, and as it is recorded
+                took = with_gelu(list(time_spent.operations_of(step, Clock(kind))))
+                assert {part_of(name) for name, _ in took} | {OVERHEAD} == set(PARTS) - {"other"}
+                assert all(seconds >= 0 for _, seconds in took)
+                assert sum("scaled_dot_product_flash" in name for name, _ in took) == 2, "one a block"
+                for _ in range(UNRECORDED + 2):
+                    step()
+
+
+def test_a_gelu_in_four_operations_is_one() -> None:
+    """With what allocates between them; a product more, and a sigmoid elsewhere, are what they are."""
+    names = [
+        "addcmul.out",
+        "empty",
+        "mul_",
+        "sigmoid_",
+        "mul.out",
+        "mul",
+        "sigmoid",
+        "mul",
+        "addcmul",
+        "mul_",
+    ]
+    told = with_gelu([(f"aten::{name}", float(i)) for i, name in enumerate(names)])
+    assert [name for name, _ in told[:5]] == ["aten::gelu", "aten::empty", *["aten::gelu"] * 3]
+    assert [name for name, _ in told[5:]] == [f"aten::{name}" for name in names[5:]]
+    assert [seconds for _, seconds in told] == list(map(float, range(len(names))))
 
 
 def test_a_step_is_divided_by_hand() -> None:

@@ -1,7 +1,8 @@
 """Recorded steps are the steps: nothing stale, nothing shared, and no recording where none may be.
 
 What records here traces the operations (make_fx) and replays them without a line of the model's Python, into
-the same memory each time: what a CUDA graph does. What only a GPU can show is not tested.
+the same memory each time: what a CUDA graph does. What only a GPU can show is not tested. What a CPU does is
+at the end, and in test_recorder.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rectiflux.benchmarks.reference.models import flux_transformer as of_sizes
 from rectiflux.benchmarks.reference.models import relative_error, text
 from rectiflux.flux_core import graphs
 from rectiflux.flux_core.caching import Caching
-from rectiflux.flux_core.graphs import KEPT, Replay, recorder_for, steps_of
+from rectiflux.flux_core.graphs import KEPT, UNRECORDED, Replay, recorder_for, steps_of
 from rectiflux.flux_core.pipeline import guided_velocity
 from rectiflux.flux_core.spec import Conditioning
 from rectiflux.flux_core.streaming import stream
@@ -39,10 +40,15 @@ def flux_transformer(seed: int = 0) -> FluxTransformer:
 
 
 class Traced:
-    """Records as said above, and counts."""
+    """Records as said above, as soon as a GPU does, and counts."""
+
+    unrecorded = 0
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
+
+    def pays(self, tokens: int, width: int) -> bool:
+        return tokens <= graphs.TOKENS
 
     def record(self, work: Callable[[], Tensor]) -> Replay:
         self.recorded += 1
@@ -246,18 +252,21 @@ def test_a_gpu_keeps_room_for_the_pictures(monkeypatch: pytest.MonkeyPatch) -> N
     assert not graphs._has_room(torch.device("cuda")) and graphs._has_room(CPU)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_only_a_cuda_device_records_and_only_where_it_is_wanted(
-    wanted: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "cpu", "cuda"), [(None, True, False), ("1", True, True), ("0", False, False)]
+)
+def test_a_cpu_records_unless_it_is_not_wanted_and_a_gpu_where_it_is(
+    asked: str | None, cpu: bool, cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "CudaRecorder", lambda device: f"on {device}")
-    monkeypatch.setenv("RECTIFLUX_GRAPHS", "1")
-    if not wanted:
-        monkeypatch.delenv("RECTIFLUX_GRAPHS")
-    assert recorder_for(CPU) is None
-    assert recorder_for(torch.device("cuda", 1)) == ("on cuda:1" if wanted else None)
+    monkeypatch.delenv("RECTIFLUX_GRAPHS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("RECTIFLUX_GRAPHS", asked)
+    assert (recorder_for(CPU) is not None) == cpu
+    assert recorder_for(torch.device("cuda", 1)) == ("on cuda:1" if cuda else None)
+    assert recorder_for(torch.device("mps")) is None
     model = flux_transformer()
-    assert steps_of(model) is model
+    assert (steps_of(model) is model) == (not cpu)
 
 
 def test_comfyui_does_not_come_through_here() -> None:
@@ -343,3 +352,29 @@ def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replay() is result
     options = {"pool": "pool", "capture_error_mode": "thread_local"}
     assert asked == [options, options, "replay"]
+
+
+# A CPU
+
+
+def test_a_cpu_records_small_models_after_some_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the same numbers, to the last bit."""
+    monkeypatch.setattr(graphs, "_of_model", weakref.WeakKeyDictionary())
+    model = flux_transformer()
+    called = []
+    plain_blocks = model.blocks
+    monkeypatch.setattr(model, "blocks", lambda *args: called.append(1) or plain_blocks(*args))
+    sigmas = [round(1 - 0.1 * i, 1) for i in range(9)]
+    found = run(model, text(0), sigmas=sigmas)
+    assert len(called) == UNRECORDED + 3  # one to be recorded, its recording, and one that proves it
+    for ours, plain in zip(found, plainly(model, text(0), sigmas=sigmas), strict=True):
+        assert torch.equal(ours, plain)
+    wide = graphs.NUMBERS // (2 * model.spec.hidden_size) + 2  # 2 x wide tokens
+    run(model, text(0), h=2 * wide, sigmas=sigmas)
+    assert len(graphs._of_model[model]) == 1
+
+
+def test_blocks_that_are_compiled_for_a_cpu_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = flux_transformer()
+    monkeypatch.setattr(model, "runner", lambda block, *inputs: block(*inputs))
+    assert steps_of(model) is model

@@ -19,6 +19,7 @@ from rectiflux.flux_core.packed import (
     PackedLinear,
     can_pack,
     gelu_in_slices,
+    gelu_in_slices_,
     quantise_rows,
     weight_levels,
 )
@@ -227,6 +228,24 @@ def test_gelu_in_slices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     assert relative_error(gelu_in_slices(x), F.gelu(x, approximate="tanh")) <= EXACT[dtype]
 
 
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (3, 64), (2, 3, 64)])
+def test_gelu(
+    shape: tuple[int, ...], dtype: torch.dtype, avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both of its forms, to a place of its own or to one among others, and in the place of its input."""
+    pretend(avx512, monkeypatch)
+    monkeypatch.setattr(module, "SLICE", 128)
+    x = (4 * drawn(*shape)).to(dtype)
+    expected = F.gelu(x, approximate="tanh")
+    room = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)
+    assert module.gelu(x, out=room[..., 32:96]).shape == x.shape
+    assert not room[..., :32].any() and not room[..., 96:].any()
+    for found in (module.gelu(x), room[..., 32:96], gelu_in_slices_(x.float().clone()).to(dtype)):
+        assert not x.numel() or relative_error(found, expected) <= EXACT[dtype]
+
+
 def test_int8_layers_keep_their_codes_through_every_dtype() -> None:
     layer = Int8Linear(drawn(48, 64), drawn(48), 16)
     codes = layer.codes
@@ -247,6 +266,12 @@ def test_int8_layers_keep_their_codes_through_every_dtype() -> None:
 # Models
 
 
+@pytest.fixture
+def small_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the sizes here are packed, whatever torch's own order is."""
+    monkeypatch.setattr(packing, "SMALL_IN_FLOAT32", packing.SMALL)
+
+
 def network(**sizes: int) -> nn.Module:
     return flux_transformer(hidden_size=256, depth=1, depth_single=2, **sizes)
 
@@ -256,7 +281,7 @@ def velocity(model: nn.Module) -> Tensor:
     return model(drawn(1, 12, 64, seed=4), prepared, 0.5)
 
 
-def test_a_packed_model_gives_the_same_velocity() -> None:
+def test_a_packed_model_gives_the_same_velocity(small_packed: None) -> None:
     model = network()
     expected, names = velocity(model), model.state_dict().keys()
     assert pack_weights(model) == 8 + 2 * 2  # the first and the last layer are small
@@ -276,6 +301,7 @@ def test_large_float32_weights_are_left_to_mkl_where_it_is_as_quick(
 ) -> None:
     """That is with AVX-512; bfloat16 is packed at every size."""
     monkeypatch.setattr(packing, "SMALL", 0)
+    monkeypatch.setattr(packing, "SMALL_IN_FLOAT32", 0)
     monkeypatch.setattr(packing, "LARGE", 64 * 256)
     pretend(avx512, monkeypatch)
     model = flux_transformer().to(dtype)
@@ -285,6 +311,16 @@ def test_large_float32_weights_are_left_to_mkl_where_it_is_as_quick(
     left = avx512 and dtype == torch.float32
     assert isinstance(block.linear1, PackedLinear) == (able and not left)  # 448 x 64
     assert isinstance(model.img_in, PackedLinear) == able  # 64 x 64
+
+
+def test_small_float32_weights_are_left_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SMALL", 0)
+    monkeypatch.setattr(packing, "SMALL_IN_FLOAT32", 64 * 256)
+    pretend(False, monkeypatch)
+    model = flux_transformer()
+    pack_weights(model)
+    assert isinstance(model.single_blocks[0].linear1, PackedLinear)  # 448 x 64
+    assert not isinstance(model.img_in, PackedLinear)  # 64 x 64
 
 
 @pytest.mark.parametrize("change", [pack_weights, quantise_to_int8, quantise_to_fp8])
@@ -297,7 +333,9 @@ def test_progress_ends_at_all_of_it(change: Callable[..., int]) -> None:
 
 
 @pytest.mark.parametrize("change", [pack_weights, quantise_to_int8, quantise_to_fp8])
-def test_each_weight_goes_before_the_next_is_reordered(change: Callable[..., int]) -> None:
+def test_each_weight_goes_before_the_next_is_reordered(
+    change: Callable[..., int], small_packed: None
+) -> None:
     """So that memory does not double: when a layer is done, all weights of those before it are gone."""
     model = network()
     old = [weakref.ref(layer) for _, _, layer in packing._layers(model, ends=False)]
@@ -308,7 +346,7 @@ def test_each_weight_goes_before_the_next_is_reordered(change: Callable[..., int
     assert len(set(alive)) > changed // 2  # one after the other
 
 
-def test_quantised_weights_stay_and_streamed_models_are_left_alone() -> None:
+def test_quantised_weights_stay_and_streamed_models_are_left_alone(small_packed: None) -> None:
     model = network()
     block = model.single_blocks[0]
     block.linear2 = StoredLinear(nf4(weights(256, 1280))[0], torch.zeros(256), torch.float32)

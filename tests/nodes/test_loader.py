@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rectiflux.flux_core import packing
 from rectiflux.flux_core.fp8 import Fp8Linear
 from rectiflux.flux_core.packed import Int8Linear, PackedLinear
 from rectiflux.flux_core.stored import StoredLinear
@@ -292,7 +293,8 @@ def test_a_model_that_fits_is_packed_and_paints_the_same(
     host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To 1e-5, the rounding of float32; one that does not fit stays pages of its file."""
-    name = quantised(models, "Q8_0")[1]  # wide enough to be packed, and dense
+    monkeypatch.setattr(packing, "SMALL_IN_FLOAT32", packing.SMALL)
+    name = quantised(models, "Q8_0")[1]  # wide enough to be packed then, and dense
     load = {"model_name": name, "weight_dtype": "fp32"}
     packed = call("RectifluxModelLoader", **load)
     assert sum(isinstance(layer, PackedLinear) for layer in packed.network.modules()) > 5
