@@ -4,7 +4,8 @@ Names are BFL's (black-forest-labs/flux, src/flux/modules/autoencoder.py). Image
 Latents are [B, 16, h, w] and come in two scales: raw, as the autoencoder makes them and as node editors pass
 them about, and model space, where the transformer works: SCALE * (raw - SHIFT).
 
-Activations lie channels last in memory, where convolutions are fastest; shapes and values are as ever.
+Activations lie channels last in memory, where convolutions are fastest; shapes and values are as ever. So do
+kernels once `channels_last` has seen to it, or each convolution would turn its own round every time.
 `decode` and `encode` here take a picture in one piece; tiling.py does it in strips, within bounded memory.
 """
 
@@ -89,6 +90,13 @@ def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
     return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
 
 
+def channels_last(model: nn.Module) -> None:
+    """Lay the kernels of a model's convolutions channels last in memory, one at a time."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.shape[2:] != (1, 1):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
 def activated(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """SiLU of a normed activation, in one new tensor."""
     return F.silu(norm(x), inplace=True)
@@ -141,6 +149,11 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+"""By the parity of an output's row (or column): which of a 3x3 kernel's rows meet the first of the two pixels
+under it, and which the second."""
+
+
 class Upsample(nn.Module):
     """Double the sides: nearest neighbours, then a 3x3 convolution, in 4/9 of the arithmetic that this takes.
 
@@ -165,17 +178,17 @@ class Upsample(nn.Module):
         return out
 
     def kernels(self) -> dict[tuple[int, int], Tensor]:
-        """2x2 kernels [C, C, 2, 2] by the parity of row and column."""
-        # the rows (or columns) of the 3x3 kernel that meet the first and the second pixel, by parity
-        taps = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
-        weight = self.conv.weight.to(torch.promote_types(self.conv.weight.dtype, torch.float32))
-        return {
-            (a, b): torch.stack([weight[:, :, y, x].sum((2, 3)) for y in taps[a] for x in taps[b]], dim=-1)
-            .unflatten(-1, (2, 2))
-            .to(self.conv.weight.dtype)
-            for a in (0, 1)
-            for b in (0, 1)
-        }
+        """2x2 kernels [C, C, 2, 2] by the parity of row and column.
+
+        One product for all of them: at 16 x 16 sums of slices took longer than the convolutions.
+        """
+        weight = self.conv.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        rows = torch.tensor(TAPS, dtype=exact, device=weight.device)
+        taps = torch.einsum("apy,bqx->abpqyx", rows, rows).reshape(4, 1, 4, 9)
+        lines = weight.to(exact).permute(0, 2, 3, 1).flatten(1, 2)  # [out, 9, in], as channels last lie
+        kernels = (taps @ lines).to(weight.dtype).unflatten(2, (2, 2)).permute(0, 1, 4, 2, 3)
+        return dict(zip(((0, 0), (0, 1), (1, 0), (1, 1)), kernels, strict=True))
 
 
 class Level(nn.Module):

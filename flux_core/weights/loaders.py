@@ -16,7 +16,7 @@ import torch
 from ..spec import FluxSpec
 from ..streaming import stream
 from ..transformer import FluxTransformer
-from ..vae import AutoEncoder, AutoEncoderSpec
+from ..vae import AutoEncoder, AutoEncoderSpec, channels_last
 from .diffusers import autoencoder_names, transformer_names
 from .fill import fill
 from .kinds import AUTOENCODER, DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE, TRANSFORMER, Kind, expect, kind_of
@@ -88,7 +88,9 @@ def load_autoencoder(
         )
     with sizes_of(file.name, AUTOENCODER, tensors), torch.device("meta"):
         model = AutoEncoder(spec)
-    return fill(model, tensors, file.name, dtype, device, on_progress)
+    filled = fill(model, tensors, file.name, dtype, device, on_progress)
+    channels_last(filled)
+    return filled
 
 
 @contextmanager

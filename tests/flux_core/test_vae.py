@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import AE_SPEC, autoencoder, diffusers_autoencoder, relative_error
-from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec, Upsample, to_model_space, to_vae_space
+from rectiflux.flux_core.vae import (
+    AutoEncoder,
+    AutoEncoderSpec,
+    Upsample,
+    channels_last,
+    to_model_space,
+    to_vae_space,
+)
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 16, 48), (1, 64, 16)])
@@ -41,6 +48,22 @@ def test_upsampling_is_a_convolution_of_nearest_neighbours(height: int, width: i
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_kernels_that_lie_channels_last_are_the_same() -> None:
+    """And none is turned round again: those of the upsampling are made so."""
+    plain, turned = autoencoder(), autoencoder()
+    channels_last(turned)
+    latent = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert relative_error(turned.decode(latent), plain.decode(latent)) < 1e-6
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    assert relative_error(turned.encode(image), plain.encode(image)) < 1e-6
+    last = torch.channels_last
+    for module in turned.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=last)
+        if isinstance(module, Upsample):
+            assert all(kernel.is_contiguous(memory_format=last) for kernel in module.kernels().values())
 
 
 def test_full_size_is_flux() -> None:

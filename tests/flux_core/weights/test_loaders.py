@@ -48,6 +48,7 @@ def test_autoencoder(tmp_path: Path, prefix: str) -> None:
     model = load_autoencoder(saved(tmp_path, tensors))
     assert model.spec == original.spec
     assert_same(model.state_dict(), original.state_dict())
+    assert model.decoder.mid.block_1.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def assert_same(ours: State, expected: State) -> None:
