@@ -40,8 +40,10 @@ TOKENS = 1024
 """Image tokens of a step, over its batch, up to which a GPU's launches leave gaps: 512 x 512."""
 NUMBERS = 1 << 17
 """Numbers of the image's state, over its batch, up to which a CPU waits for Python more than it is worth."""
-UNRECORDED = 4
-"""Steps of a shape that a CPU computes as ever: fewer would not repay what recording one takes."""
+UNRECORDED = 8
+"""Steps of a shape that a CPU computes as ever, so that a first picture in few steps does not wait for what
+only the next ones repay: recording and proving take as long as fifteen recorded steps save.
+"""
 KEPT = 4
 """Shapes whose recordings a model keeps: two sizes of picture with two lengths of text."""
 AGREED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -364,7 +364,7 @@ def test_a_cpu_records_small_models_after_some_steps(monkeypatch: pytest.MonkeyP
     called = []
     plain_blocks = model.blocks
     monkeypatch.setattr(model, "blocks", lambda *args: called.append(1) or plain_blocks(*args))
-    sigmas = [round(1 - 0.1 * i, 1) for i in range(9)]
+    sigmas = [1 - i / (UNRECORDED + 5) for i in range(UNRECORDED + 5)]
     found = run(model, text(0), sigmas=sigmas)
     assert len(called) == UNRECORDED + 3  # one to be recorded, its recording, and one that proves it
     for ours, plain in zip(found, plainly(model, text(0), sigmas=sigmas), strict=True):
