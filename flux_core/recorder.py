@@ -93,7 +93,7 @@ class OperationRecorder:
         with _Watching() as watching:
             result = work()
         with torch.inference_mode(False):  # else nothing could be written to outside of that mode
-            return _replay(_once_each(watching.calls), result)
+            return _replay(*_once_each(watching.calls, result))
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -121,8 +121,8 @@ def _memory(tensor: Tensor) -> int:
     return 0 if tensor.is_mkldnn else tensor.untyped_storage()._cdata
 
 
-def _once_each(calls: Sequence[_Call]) -> list[_Call]:
-    """The calls without those that give again what an earlier one gave."""
+def _once_each(calls: Sequence[_Call], result: Tensor) -> tuple[list[_Call], Tensor]:
+    """The calls without those that give again what an earlier one gave, and what is the result then."""
     changed = {memory for call in calls if call.in_place for memory in call.read()}
     known: dict[Hashable, list[Tensor]] = {}
     earlier: dict[int, Tensor] = {}
@@ -136,7 +136,7 @@ def _once_each(calls: Sequence[_Call]) -> list[_Call]:
                 earlier.update((id(t), first) for t, first in zip(call.results, results, strict=True))
                 continue
         kept.append(call)
-    return kept
+    return kept, earlier.get(id(result), result)
 
 
 def _replay(calls: Sequence[_Call], result: Tensor) -> Callable[[], Tensor]:
@@ -207,11 +207,11 @@ def _steps(call: _Call, place: Callable[[Tensor], Tensor], used: set[int]) -> It
     """What computes a call's results again, where they belong."""
     results, call = call.results, call.with_tensors(place)
     if call.in_place:
-        yield partial(call.operation, *call.args, **call.kwargs)
+        yield _called(call.operation, *call.args, **call.kwargs)
     elif (writing := _writing(call.operation)) is not None:
         names = [a.name for a in writing._schema.arguments if a.is_out]
         into = dict(zip(names, map(place, results), strict=True))
-        yield partial(writing, *call.args, **call.kwargs, **into)
+        yield _called(writing, *call.args, **call.kwargs, **into)
     elif not call.operation._schema.name.startswith("aten::empty"):
         wanted = [(i, place(t)) for i, t in enumerate(results) if id(t) in used]
 
@@ -221,6 +221,11 @@ def _steps(call: _Call, place: Callable[[Tensor], Tensor], used: set[int]) -> It
                 t.copy_(made[i])
 
         yield copied
+
+
+def _called(operation: Operation, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    """A call, past the Python that torch has around an operation where there is a way."""
+    return partial(getattr(operation, "_op", operation), *args, **kwargs)
 
 
 @cache
