@@ -245,9 +245,8 @@ class FluxTransformer(nn.Module):
             guidance = None if given is None else torch.full_like(sigma, given)
             stacked = self.modulate(self.embed_time(sigma, guidance, pooled.repeat(len(values), 1)))
             by_row = torch.stack(stacked.chunks(), dim=1).unflatten(0, (len(values), batch))
-            tables = by_row.transpose(
-                1, 2
-            ).contiguous()  # [S, P, B, 1, hidden], those of a sigma in one piece
+            # [S, P, B, 1, hidden], those of a sigma in one piece; a clone has the strides of its shape alone
+            tables = by_row.transpose(1, 2).clone(memory_format=torch.contiguous_format)
             return {v: stacked.laid_out(table) for v, table in zip(values, tables, strict=True)}
 
         if sigmas is None:
