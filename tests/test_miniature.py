@@ -159,10 +159,11 @@ def test_two_objects_at_other_sizes(variant: str, paint: Painter) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="33 and 34 of 56 are right: weaker there than mini-pro", strict=True)
+@pytest.mark.xfail(reason="35 and 34 of 56 are right: weaker there than mini-pro", strict=True)
 @pytest.mark.parametrize("variant", ["dev", "reflow"])
 def test_two_objects_at_other_sizes_as_well_as_mini_pro(variant: str, paint: Painter) -> None:
-    assert share_right_at_other_sizes(variant, paint, "position") >= 0.73
+    """mini-dev's 35 are those of eight steps; in 28 it has 33."""
+    assert share_right_at_other_sizes(variant, paint, "position", QUICK.get(variant)) >= 0.73
 
 
 @pytest.mark.slow
