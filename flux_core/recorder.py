@@ -90,9 +90,11 @@ class OperationRecorder:
         Raises ValueError for work that would not be the same again: with random numbers, with decisions taken
         on values, or that changes what it starts from.
         """
-        with _Watching() as watching:
-            result = work()
-        with torch.inference_mode(False):  # else nothing could be written to outside of that mode
+        # in inference mode operations are told as a whole that consist of others, and buffers could not be
+        # written to outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            with _Watching() as watching:
+                result = work()
             return _replay(*_once_each(watching.calls, result))
 
 

@@ -374,6 +374,17 @@ def test_a_cpu_records_small_models_after_some_steps(monkeypatch: pytest.MonkeyP
     assert len(graphs._of_model[model]) == 1
 
 
+def test_a_cpu_records_in_inference_mode_and_goes_on_in_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_of_model", weakref.WeakKeyDictionary())
+    model = flux_transformer()
+    sigmas = [1 - i / (UNRECORDED + 3) for i in range(UNRECORDED + 3)]
+    with torch.inference_mode():
+        run(model, text(0), text(1), sigmas=sigmas)
+    (buffers,) = graphs._of_model[model]._kept.values()
+    assert buffers.proven
+    assert_same(run(model, text(2), text(3), seed=1), plainly(model, text(2), text(3), seed=1))
+
+
 def test_blocks_that_are_compiled_for_a_cpu_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = flux_transformer()
     monkeypatch.setattr(model, "runner", lambda block, *inputs: block(*inputs))
