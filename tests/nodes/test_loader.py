@@ -17,6 +17,7 @@ from rectiflux.flux_core.streaming import memory
 from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.nodes import NODE_CLASS_MAPPINGS, _host, _report
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import graphs
@@ -159,6 +160,33 @@ def test_text_encoders_read_where_there_is_room(
     clip = call("RectifluxTextEncoderLoader", **names)
     expected = {"meta" if room else "cpu"}
     assert {p.device.type for part in (clip.t5, clip.clip) for p in part.parameters()} == expected
+
+
+@pytest.mark.parametrize("card", [True, False])
+@pytest.mark.parametrize("in_16_bits", [True, False])
+def test_encoders_read_in_float32_on_a_cpu_that_has_no_other_products(
+    host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch, in_16_bits: bool, card: bool
+) -> None:
+    """Also those for which a card (the meta device) has no room; what they read is the same to rounding."""
+    texts = models / "text_encoders"
+    for kind in ("clip", "t5"):
+        with safe_open(texts / NAMES[kind], "pt") as file:
+            half = {name: file.get_tensor(name).half() for name in file.keys()}  # no dict
+            save_file(half, texts / f"half-{kind}.safetensors", file.metadata())
+        tokenizer = NAMES[kind].replace(".safetensors", ".tokenizer.json")
+        (texts / f"half-{kind}.tokenizer.json").write_bytes((texts / tokenizer).read_bytes())
+    monkeypatch.setattr(_host, "can_pack", lambda device, dtype: in_16_bits)
+    monkeypatch.setattr(_host, "fits", lambda model, device: False)
+    if card:
+        monkeypatch.setattr(_host, "_device", lambda: torch.device("meta"))
+    names = {"clip_name": "half-clip.safetensors", "t5_name": "half-t5.safetensors"}
+    clip = call("RectifluxTextEncoderLoader", **names)
+    dtype = torch.float16 if in_16_bits else torch.float32
+    assert {p.dtype for part in (clip.t5, clip.clip) for p in part.parameters()} == {dtype}
+    whole = call("RectifluxTextEncoderLoader", clip_name=NAMES["clip"], t5_name=NAMES["t5"])
+    found, expected = clip.encode(["a red star"]), whole.encode(["a red star"])
+    torch.testing.assert_close(found.txt, expected.txt, rtol=0, atol=0.02)
+    torch.testing.assert_close(found.pooled, expected.pooled, rtol=0, atol=0.02)
 
 
 def test_a_full_graphics_card_is_told_with_the_widget(monkeypatch: pytest.MonkeyPatch) -> None:
