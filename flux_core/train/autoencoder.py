@@ -7,6 +7,7 @@ not show.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from pathlib import Path
@@ -81,11 +82,17 @@ def train_decoder(
     """Train the decoder for `steps` and write the whole autoencoder to `out`, with averaged weights.
 
     `noise` is the largest spread, in model space, of what is added to latents. Resumes from `out`.checkpoint.
+    Each of the `pictures` is drawn when it is first used.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     code = linear_code(model)
-    world, held_out = draw_batch(pictures, rng), draw_batch(16, rng)
+    held_out = draw_batch(16, rng)
+
+    @functools.cache
+    def picture(number: int) -> Tensor:
+        return draw_batch(1, random.Random(seed * 1_000_003 + number))
+
     decoder = model.decoder
     for parameter in decoder.parameters():
         if parameter.ndim == 4:
@@ -101,7 +108,7 @@ def train_decoder(
     line, quality = ProgressLine(steps, step), math.nan
     while step < steps:
         set_rate(optimizers, lr * min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps)))
-        images = world[torch.randint(len(world), (batch,))]
+        images = torch.cat([picture(number) for number in torch.randint(pictures, (batch,)).tolist()])
         latents = encode_fast(images, code)
         spread = noise / SCALE * torch.rand(batch, 1, 1, 1)
         decoded = decoder(

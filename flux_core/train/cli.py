@@ -32,9 +32,9 @@ from .. import preview
 from ..conditioning import TextEncoders
 from ..spec import FluxSpec
 from ..transformer import FluxTransformer
-from ..vae import to_model_space
+from ..vae import AutoEncoder, to_model_space
 from ..weights import load_autoencoder, load_text_encoders, load_transformer
-from .autoencoder import draw_batch, new_autoencoder, train_decoder
+from .autoencoder import MINI_VAE, draw_batch, new_autoencoder, train_decoder
 from .checkpoint import write_safetensors
 from .data import write_latents
 from .evaluate import Decode, Sampling, shown_by
@@ -150,6 +150,13 @@ def read_encoders(folder: Folder) -> TextEncoders:
     return encoders
 
 
+def read_written(folder: Folder) -> AutoEncoder:
+    """The autoencoder with its encoder written and its decoder untrained, as the stage data left it."""
+    autoencoder = AutoEncoder(MINI_VAE)
+    autoencoder.load_state_dict(load_file(folder.encoder))
+    return autoencoder
+
+
 def shown(
     folder: Folder, spec: FluxSpec, encoders: TextEncoders, sampling: Sampling
 ) -> Callable[[dict[str, Tensor]], np.ndarray]:
@@ -158,10 +165,7 @@ def shown(
     if folder.file("autoencoder").exists():
         decode = load_autoencoder(folder.file("autoencoder"), dtype=torch.float32).decode
     else:
-        autoencoder = new_autoencoder(0)
-        autoencoder.load_state_dict(load_file(folder.encoder))
-        code = linear_code(autoencoder)
-
+        code = linear_code(read_written(folder))
         decode = partial(decode_fast, code=code)
 
     return shown_by(spec, encoders, decode, sampling)
@@ -191,9 +195,7 @@ def run_base(folder: Folder, args: argparse.Namespace) -> None:
 
 
 def run_autoencoder(folder: Folder, args: argparse.Namespace) -> None:
-    autoencoder = new_autoencoder(args.seed)
-    autoencoder.load_state_dict(load_file(folder.encoder))
-    train_decoder(autoencoder, folder.file("autoencoder"), args.autoencoder_steps, seed=args.seed)
+    train_decoder(read_written(folder), folder.file("autoencoder"), args.autoencoder_steps, seed=args.seed)
 
 
 def run_guidance(folder: Folder, args: argparse.Namespace) -> None:

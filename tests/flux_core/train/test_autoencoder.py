@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from rectiflux.flux_core import load_autoencoder, read_state_dict
 from rectiflux.flux_core.train import autoencoder
-from rectiflux.flux_core.train.autoencoder import draw_batch, new_autoencoder, psnr, to_pictures, to_tensor
+from rectiflux.flux_core.train.autoencoder import draw_batch, psnr, to_pictures, to_tensor
+from rectiflux.flux_core.vae import AutoEncoder
 from rectiflux.flux_core.weights import read_metadata
 
 
@@ -28,16 +30,17 @@ def test_psnr_is_its_formula() -> None:
     assert psnr(target + 0.02, target) == pytest.approx(40.0, abs=1e-3)
 
 
-def train(out: Path, steps: int, save_every: int = 2) -> dict[str, torch.Tensor]:
-    model = new_autoencoder()
+def train(model: AutoEncoder, out: Path, steps: int, save_every: int = 2) -> dict[str, torch.Tensor]:
     autoencoder.train_decoder(model, out, steps, batch=1, pictures=6, save_every=save_every)
     return {name: value.clone() for name, value in read_state_dict(out).items()}
 
 
 @pytest.mark.slow
-def test_a_killed_training_resumes_as_if_unbroken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_resumes_as_if_unbroken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_autoencoder: Callable[[], AutoEncoder]
+) -> None:
     """It is killed in step 3 of 4, after the checkpoint of step 2."""
-    unbroken = train(tmp_path / "a.safetensors", 4)
+    unbroken = train(new_autoencoder(), tmp_path / "a.safetensors", 4)
     check = autoencoder.refuse_nan
 
     def killed(loss: torch.Tensor, step: int) -> None:
@@ -48,17 +51,17 @@ def test_a_killed_training_resumes_as_if_unbroken(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(autoencoder, "refuse_nan", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "b.safetensors", 4)
-    resumed = train(tmp_path / "b.safetensors", 4)
+            train(new_autoencoder(), tmp_path / "b.safetensors", 4)
+    resumed = train(new_autoencoder(), tmp_path / "b.safetensors", 4)
     assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
 
 
 @pytest.mark.slow
-def test_it_learns_to_draw(tmp_path: Path) -> None:
+def test_it_learns_to_draw(tmp_path: Path, new_autoencoder: Callable[[], AutoEncoder]) -> None:
     """Held-out pictures gain 3 dB within 25 steps, and the written encoder stays as it was."""
-    first = train(tmp_path / "a.safetensors", 2)
+    first = train(new_autoencoder(), tmp_path / "a.safetensors", 2)
     before = float(read_metadata(tmp_path / "a.safetensors")["held_out_psnr_db"])
-    last = train(tmp_path / "b.safetensors", 25, save_every=25)
+    last = train(new_autoencoder(), tmp_path / "b.safetensors", 25, save_every=25)
     after = float(read_metadata(tmp_path / "b.safetensors")["held_out_psnr_db"])
     assert after > before + 3
     kept = [name for name in first if name.startswith("encoder.")]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from rectiflux.flux_core import read_state_dict
 from rectiflux.flux_core.train import data
-from rectiflux.flux_core.train.autoencoder import new_autoencoder, to_tensor
+from rectiflux.flux_core.train.autoencoder import to_tensor
 from rectiflux.flux_core.train.draw import draw
 from rectiflux.flux_core.train.pca import encode_fast, linear_code
 from rectiflux.flux_core.train.world import (
@@ -18,13 +19,13 @@ from rectiflux.flux_core.train.world import (
     Placed,
     random_scene,
 )
-from rectiflux.flux_core.vae import to_model_space
+from rectiflux.flux_core.vae import AutoEncoder, to_model_space
 
 SIZES = ((64, 32, 0.5), (32, 64, 0.5))
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def latents(tmp_path_factory: pytest.TempPathFactory, new_autoencoder: Callable[[], AutoEncoder]) -> Path:
     path = tmp_path_factory.mktemp("latents") / "latents.safetensors"
     data.write_latents(path, new_autoencoder(), 40, seed=3, workers=1, sizes=SIZES)
     return path
@@ -61,7 +62,9 @@ def test_the_nearer_of_two_objects_names_a_token() -> None:
     }
 
 
-def test_latents_are_of_the_scenes_that_they_name(latents: Path) -> None:
+def test_latents_are_of_the_scenes_that_they_name(
+    latents: Path, new_autoencoder: Callable[[], AutoEncoder]
+) -> None:
     """The first one drawn and encoded again, from its seed."""
     tensors = read_state_dict(latents)
     assert (
@@ -76,7 +79,9 @@ def test_latents_are_of_the_scenes_that_they_name(latents: Path) -> None:
     assert (tensors["64x32/latents"][0].float() - expected).abs().max() < 5e-3
 
 
-def test_workers_do_not_change_the_latents(latents: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_latents(
+    latents: Path, tmp_path: Path, new_autoencoder: Callable[[], AutoEncoder]
+) -> None:
     path = tmp_path / "again.safetensors"
     data.write_latents(path, new_autoencoder(), 40, seed=3, workers=2, sizes=SIZES)
     before, after = read_state_dict(latents), read_state_dict(path)

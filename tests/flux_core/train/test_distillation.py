@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import torch
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, read_state_dict
 from rectiflux.flux_core.spec import Conditioning
 from rectiflux.flux_core.train import data, evaluate, guidance, reflow, schnell
-from rectiflux.flux_core.train.autoencoder import new_autoencoder
 from rectiflux.flux_core.train.flow import predict
 from rectiflux.flux_core.train.text import WIDTH, make_encoders
+from rectiflux.flux_core.vae import AutoEncoder
 
 TINY = FluxSpec(hidden_size=64, num_heads=1, depth=1, depth_single=1, context_in=WIDTH, vec_in=WIDTH)
 SIZES = ((64, 32, 1.0),)
@@ -155,7 +156,12 @@ def test_matching_pulls_nowhere_when_critic_and_teacher_agree_and_from_critic_to
 
 
 @pytest.mark.slow
-def test_each_stage_learns(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_stage_learns(
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    new_autoencoder: Callable[[], AutoEncoder],
+) -> None:
     """Guidance lowers its loss by a third, reflow by a quarter in 60 small steps; schnell writes a model."""
     latents = tmp_path / "latents.safetensors"
     data.write_latents(latents, new_autoencoder(), 16, workers=1, sizes=SIZES)

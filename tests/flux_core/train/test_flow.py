@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,15 @@ import torch
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, pack, unpack
 from rectiflux.flux_core.spec import Conditioning
 from rectiflux.flux_core.train import data, flow
-from rectiflux.flux_core.train.autoencoder import new_autoencoder
 from rectiflux.flux_core.train.text import WIDTH, make_encoders
 from rectiflux.flux_core.train.world import COLOURS, SHAPES
+from rectiflux.flux_core.vae import AutoEncoder
 
 TINY = FluxSpec(hidden_size=64, num_heads=1, depth=1, depth_single=2, context_in=WIDTH, vec_in=WIDTH)
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def latents(tmp_path_factory: pytest.TempPathFactory, new_autoencoder: Callable[[], AutoEncoder]) -> Path:
     path = tmp_path_factory.mktemp("latents") / "latents.safetensors"
     data.write_latents(path, new_autoencoder(), 40, seed=3, workers=1, sizes=((64, 32, 1.0),))
     return path

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from einops import rearrange
-from rectiflux.flux_core.train.autoencoder import MINI_VAE, draw_batch, new_autoencoder
+from rectiflux.flux_core.train.autoencoder import MINI_VAE, draw_batch
 from rectiflux.flux_core.train.pca import encode_fast, linear_code, principal, space_to_depth, write_encoder
 from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec, to_model_space
 
 
 @pytest.fixture(scope="module")
-def model() -> AutoEncoder:
-    return new_autoencoder(seed=0)
+def model(new_autoencoder: Callable[[], AutoEncoder]) -> AutoEncoder:
+    return new_autoencoder()
 
 
 @pytest.fixture(scope="module")

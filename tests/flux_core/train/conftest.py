@@ -1,0 +1,17 @@
+"""The miniature's autoencoder untrained, made once: its encoder is taken from 300 pictures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+from rectiflux.flux_core.train import autoencoder
+from rectiflux.flux_core.vae import AutoEncoder
+
+
+@pytest.fixture(scope="session")
+def new_autoencoder() -> Callable[[], AutoEncoder]:
+    """Each call gives a fresh one, which a test may change."""
+    untouched = autoencoder.new_autoencoder()
+    return lambda: copy.deepcopy(untouched)
