@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg", type=float, help="true guidance with the empty prompt, else the variant's own"
     )
+    parser.add_argument(
+        "--cfg-until", type=float, help="sigma below which true guidance ends, else the variant's own"
+    )
     parser.add_argument("--guidance", type=float, help="distilled guidance, else the variant's own")
     parser.add_argument("--shift", choices=SHIFTS, help="shift of the schedule, else the variant's own")
     parser.add_argument("--seeds", type=positive, default=4, help="pictures of each prompt")
@@ -126,6 +129,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         "steps": args.steps,
         "solver": args.solver,
         "cfg_scale": args.cfg,
+        "cfg_until": args.cfg_until,
         "guidance": args.guidance,
         "shift": args.shift,
     }

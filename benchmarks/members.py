@@ -38,7 +38,7 @@ class Member:
 
     @property
     def passes(self) -> int:
-        """Network passes of one Euler step."""
+        """Network passes of one Euler step, where it is guided."""
         return 2 if self.sampling.cfg_scale != 1.0 else 1
 
     def paint(
@@ -53,8 +53,10 @@ class Member:
         positive = replace(encode(list(texts)), guidance=guidance)
         negative = replace(encode([""] * len(texts)), guidance=guidance) if self.passes == 2 else None
         h, w = latent_size(SIDE, SIDE)
-        scale = self.sampling.cfg_scale
-        return guided_velocity(self.models.transformer, positive, negative, scale, None, h, w, len(texts))
+        way, network = self.sampling, self.models.transformer
+        return guided_velocity(
+            network, positive, negative, way.cfg_scale, None, h, w, len(texts), cfg_until=way.cfg_until
+        )
 
     def png(self, text: str, steps: int, seed: int) -> bytes:
         """One picture from prompt to PNG, the models in memory."""
@@ -68,6 +70,7 @@ class Member:
             seed=seed,
             guidance=sampling.guidance,
             cfg_scale=sampling.cfg_scale,
+            cfg_until=sampling.cfg_until,
             solver=sampling.solver,
             shift=sampling.shift,
         )

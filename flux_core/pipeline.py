@@ -49,6 +49,7 @@ def text_to_image(
     seed: int = 0,
     guidance: float | None = 3.5,
     cfg_scale: float = 1.0,
+    cfg_until: float = 0.0,
     solver: str = "euler",
     shift: str = "by size",
     batch_size: int = 1,
@@ -58,10 +59,10 @@ def text_to_image(
 ) -> Tensor:
     """Images [batch_size, 3, height, width], float32, -1..1.
 
-    The negative prompt counts only where `cfg_scale` is not 1. `on_step` is called after every step with
-    latents in model space and may raise to interrupt; `on_notice` is told when a prompt is cut short;
-    `on_report` what the run cost, after the last step. `seed` also gives the noise that a stochastic solver
-    draws on its way.
+    The negative prompt counts only where `cfg_scale` is not 1, and at sigmas from 1 down to `cfg_until`.
+    `on_step` is called after every step with latents in model space and may raise to interrupt; `on_notice`
+    is told when a prompt is cut short; `on_report` what the run cost, after the last step. `seed` also gives
+    the noise that a stochastic solver draws on its way.
     Raises ValueError, before a model runs, for sides that are no positive multiples of 16, for unknown
     names and for numbers out of range.
     """
@@ -82,7 +83,9 @@ def text_to_image(
     #    that is known beforehand.
     negative = texts[1] if len(texts) > 1 else None
     asked = method.evaluation_sigmas(sigmas)
-    velocity = guided_velocity(models.transformer, texts[0], negative, cfg_scale, asked, h, w, batch_size)
+    velocity = guided_velocity(
+        models.transformer, texts[0], negative, cfg_scale, asked, h, w, batch_size, cfg_until=cfg_until
+    )
     # 6. Follow the velocity from noise to picture.
     start = noise.to(models.transformer.device)
     latent = integrate(
@@ -141,14 +144,15 @@ def sample(
     seed: int = 0,
     on_report: Callable[[Report], None] | None = None,
     memory: Callable[[], Memory] | None = None,
+    cfg_until: float = 0.0,
 ) -> Tensor:
     """Latent [B, 16, h, w] in model space, started from `latent` noised to sigmas[0].
 
     `noise` and `latent` are [B, 16, h, w] in model space. `noise_mask` (any sides; [H, W], [B, H, W] or
     [B, 1, H, W]; 1 where the picture is to change) keeps the rest of `latent`. `seed`, as a rule that of
-    `noise`, gives what a stochastic solver draws on its way (see `seeded_noise`). `memory`: see
-    `guided_velocity`. Raises ValueError when
-    shapes disagree or the sigmas do not start above 0, and what the solver raises.
+    `noise`, gives what a stochastic solver draws on its way (see `seeded_noise`). `memory` and `cfg_until`:
+    see `guided_velocity`. Raises ValueError when shapes disagree or the sigmas do not start above 0, and what
+    the solver raises.
     """
     if noise.shape != latent.shape:
         raise ValueError(f"noise and latent must have one shape, got {[*noise.shape]} and {[*latent.shape]}")
@@ -158,7 +162,9 @@ def sample(
     noise, latent = noise.to(transformer.device), latent.to(transformer.device)
     batch, _, h, w = latent.shape
     asked = solver.evaluation_sigmas(sigmas)
-    velocity = guided_velocity(transformer, positive, negative, cfg_scale, asked, h, w, batch, memory=memory)
+    velocity = guided_velocity(
+        transformer, positive, negative, cfg_scale, asked, h, w, batch, memory=memory, cfg_until=cfg_until
+    )
     if noise_mask is not None:
         velocity = masked_velocity(velocity, latent_mask(noise_mask, latent), noise, latent)
     x = (1 - start) * latent + start * noise
@@ -176,17 +182,19 @@ def guided_velocity(
     batch: int,
     release: bool = False,
     memory: Callable[[], Memory] | None = None,
+    cfg_until: float = 0.0,
 ) -> Velocity:
     """Velocity of latents [batch, 16, h, w] in model space, at the given sigmas only; with None, at any.
 
     True classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), v_neg + cfg_scale (v_pos -
-    v_neg), with both halves in one batch; without `negative` or at scale 1 the positive half alone. Texts
-    of different lengths or guidance, which cannot share a batch, go one after the other. A negative without
-    a distilled guidance takes the positive's. `release` frees the modulation weights once they have been
+    v_neg), with both halves in one batch; without `negative` or at scale 1 the positive half alone, and so at
+    sigmas below `cfg_until`: what the picture shows is settled above, and the last steps take half the work
+    (guidance in a limited interval, Kynkäänniemi et al. 2024, arXiv:2404.07724). Texts of different lengths
+    or guidance, which cannot share a batch, go one after the other. A negative without a distilled guidance
+    takes the positive's. `release` frees the modulation weights once they have been
     used, which is now: the transformer serves this run and no other. `memory` makes what each pass keeps of
     its steps, so as to skip some (caching.py). Raises ValueError for a model with extra input channels, a
-    conditioning of another batch size, `release` without sigmas, and what
-    `FluxTransformer.prepare` raises.
+    conditioning of another batch size, `release` without sigmas, and what `FluxTransformer.prepare` raises.
     """
     if release and sigmas is None:
         raise ValueError(
@@ -198,28 +206,42 @@ def guided_velocity(
             f"text to image needs a model with 64 input channels, got {transformer.spec.in_channels}; "
             "Fill, Canny and Depth models also want a picture, choose FLUX.1 [dev] or [schnell]"
         )
-    texts = [_for_batch(positive, batch)]
-    if negative is not None and cfg_scale != 1.0:
-        if negative.guidance is None:
-            negative = replace(negative, guidance=positive.guidance)
-        texts.append(_for_batch(negative, batch))
-    passes = _joined(texts, batch)
-    prepared = [transformer.prepare(text, sigmas, h, w) for text in passes]
-    memories = [None if memory is None else memory() for _ in passes]
-    if release:
-        transformer.release_modulation()
+    positive = _for_batch(positive, batch)
     step = steps_of(transformer)
 
-    def velocity(x: Tensor, sigma: float) -> Tensor:
-        tokens = pack(x).repeat(len(texts) // len(passes), 1, 1)
-        parts = zip(prepared, memories, strict=True)
-        both = torch.cat([step(tokens, part, sigma, kept) for part, kept in parts])
-        v = unpack(both, h, w).to(x.dtype)
-        if len(texts) == 1:
-            return v
-        v_pos, v_neg = v.chunk(2)
-        return v_neg + cfg_scale * (v_pos - v_neg)
+    def passes(texts: list[Conditioning], asked: Sequence[float] | None) -> Velocity:
+        """The velocities of the texts, [texts * batch, 16, h, w], in one pass where they can share one."""
+        joined = _joined(texts, batch)
+        prepared = [transformer.prepare(text, asked, h, w) for text in joined]
+        memories = [None if memory is None else memory() for _ in joined]
 
+        def velocities(x: Tensor, sigma: float) -> Tensor:
+            tokens = pack(x).repeat(len(texts) // len(joined), 1, 1)
+            parts = zip(prepared, memories, strict=True)
+            found = torch.cat([step(tokens, part, sigma, kept) for part, kept in parts])
+            return unpack(found, h, w).to(x.dtype)
+
+        return velocities
+
+    low = sigmas if sigmas is None else [sigma for sigma in sigmas if sigma < cfg_until]
+    high = sigmas if sigmas is None else [sigma for sigma in sigmas if sigma >= cfg_until]
+    if negative is None or cfg_scale == 1.0 or high == []:
+        velocity = passes([positive], sigmas)
+    else:
+        if negative.guidance is None:
+            negative = replace(negative, guidance=positive.guidance)
+        both = passes([positive, _for_batch(negative, batch)], high)
+        alone = passes([positive], low) if low != [] and cfg_until > 0.0 else None
+
+        def guided(x: Tensor, sigma: float) -> Tensor:
+            if alone is not None and sigma < cfg_until:
+                return alone(x, sigma)
+            v_pos, v_neg = both(x, sigma).chunk(2)
+            return v_neg + cfg_scale * (v_pos - v_neg)
+
+        velocity = guided
+    if release:
+        transformer.release_modulation()
     return velocity
 
 

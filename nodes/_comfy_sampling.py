@@ -69,6 +69,7 @@ def sample(
     latent: _wires.Latent,
     sigmas: Tensor,
     sampler: Any,
+    cfg_until: float,
 ) -> tuple[Tensor, str]:
     """Raw samples through ComfyUI's guider, so that patches, previews and the interrupt button work, and the
     run's report.
@@ -78,7 +79,7 @@ def sample(
     import latent_preview
 
     check_model(model)
-    guider = _guider(model, positive, negative, cfg_scale)
+    guider = _guider(model, positive, negative, cfg_scale, cfg_until)
     told: list[Report] = []
     if getattr(sampler, "sampler_function", None) is solve:
         options = {**sampler.extra_options, "on_report": told.append}
@@ -101,12 +102,20 @@ def sample(
     return samples.to(management.intermediate_device()), text
 
 
-def _guider(model: Any, positive: _wires.Entries, negative: _wires.Entries | None, cfg_scale: float) -> Any:
-    """A comfy.samplers.CFGGuider of these prompts that also counts `evaluations`."""
+def _guider(
+    model: Any,
+    positive: _wires.Entries,
+    negative: _wires.Entries | None,
+    cfg_scale: float,
+    cfg_until: float,
+) -> Any:
+    """A comfy.samplers.CFGGuider of these prompts, guided down to a sigma, that also counts `evaluations`."""
     import comfy.samplers
 
+    cfg = 1.0 if negative is None else cfg_scale
+
     class Guider(comfy.samplers.CFGGuider):
-        """Counts what any sampler asks of it."""
+        """Counts what any sampler asks of it; below `cfg_until` as at a scale of 1."""
 
         evaluations = 0
 
@@ -114,14 +123,18 @@ def _guider(model: Any, positive: _wires.Entries, negative: _wires.Entries | Non
             self.evaluations += 1
             return super().__call__(*args, **kwargs)
 
+        def predict_noise(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.set_cfg(cfg if float(timestep[0]) >= cfg_until else 1.0)
+            return super().predict_noise(x, timestep, *args, **kwargs)
+
     guider = Guider(model)
     conds = {"positive": _wires.checked_conditioning(positive, "positive")}
-    if negative is not None and cfg_scale != 1.0:
+    if negative is not None and cfg != 1.0:
         guidance = positive[0][1].get("guidance")
         checked = _wires.checked_conditioning(negative, "negative")
         conds["negative"] = checked if guidance is None else _wires.with_guidance(checked, guidance)
     guider.inner_set_conds(conds)
-    guider.set_cfg(cfg_scale if "negative" in conds else 1.0)
+    guider.set_cfg(cfg)
     return guider
 
 

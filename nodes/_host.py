@@ -282,6 +282,7 @@ def sample(
     latent: _wires.Latent,
     sigmas: Tensor,
     sampler: Any,
+    cfg_until: float = 0.0,
 ) -> tuple[Tensor, str]:
     """Raw samples [B, 16, h, w] on the CPU, from the latent noised to sigmas[0], and a report of the run.
 
@@ -291,7 +292,9 @@ def sample(
     sigmas = _wires.checked_sigmas(sigmas)
     if (host := comfy()) is not None:
         with advice_when_full():
-            return host.sample(model, positive, negative, cfg_scale, noise, latent, sigmas, sampler)
+            return host.sample(
+                model, positive, negative, cfg_scale, noise, latent, sigmas, sampler, cfg_until
+            )
     _expect(model, EmbeddedModel, "MODEL", "Load FLUX Model")
     _expect(sampler, Solver, "SAMPLER", "ODE Solver")
     start = _wires.model_space_start(samples, to_model_space)
@@ -318,6 +321,7 @@ def sample(
         seed=noise.seed,
         on_report=told.append,
         memory=None if model.caching is None else memory,
+        cfg_until=cfg_until,
     )
     # as ComfyUI hands on a path that stops early, so that samplers chain
     samples = to_vae_space(result / (1 - float(sigmas[-1]))).float().cpu()

@@ -24,10 +24,14 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a member of the family is used: steps, guidance of one kind or none, shift of the schedule."""
+    """How a member of the family is used: steps, guidance of one kind or none, shift of the schedule.
+
+    True guidance of scale `cfg_scale` counts at sigmas of `cfg_until` and above.
+    """
 
     steps: int = 28
     cfg_scale: float = 1.0
+    cfg_until: float = 0.0
     guidance: float | None = None
     shift: str = "by size"
     solver: str = "euler"
@@ -62,6 +66,7 @@ def draw_latents(
         torch.zeros_like(noise),
         sigmas,
         solver_named(sampling.solver),
+        cfg_until=sampling.cfg_until,
     )
 
 

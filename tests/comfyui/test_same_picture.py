@@ -28,6 +28,7 @@ from .server import PACK, ComfyServer, PromptFailed
         {"solver": "heun_corrected"},
         {"solver": "ab3", "steps": 6},
         {"solver": "euler_ancestral", "batch_size": 2},
+        {"cfg_until": 0.6, "cfg_scale": 5.0},
     ],
     ids=lambda settings: ",".join(f"{k}={v}" for k, v in settings.items()) or "defaults",
 )

@@ -228,6 +228,24 @@ def test_both_halves_of_cfg_share_a_batch_where_they_can() -> None:
     assert torch.equal(velocity(text(2), 1.0), v_pos)
 
 
+def test_below_a_sigma_the_prompt_goes_alone() -> None:
+    """Guided at that sigma and above, the prompt's velocity at its work below, sigmas known or not."""
+    model = flux_transformer()
+    rows = recording(model)
+    x, asked = draw_noise(3, 2, 4, 6), [0.75, 0.5, 0.25]
+    whole = guided_velocity(model, text(1), text(2), 3.0, asked, 4, 6, 2)
+    alone = guided_velocity(model, text(1), None, 1.0, asked, 4, 6, 2)
+    for sigmas in (asked, None):
+        until = guided_velocity(model, text(1), text(2), 3.0, sigmas, 4, 6, 2, cfg_until=0.5)
+        rows.clear()
+        found = [until(x, sigma) for sigma in asked]
+        assert rows == [4, 4, 2]
+        for v, same, sigma in zip(found, (whole, whole, alone), asked, strict=True):
+            assert relative_error(v, same(x, sigma)) < 1e-5
+    never = guided_velocity(model, text(1), text(2), 3.0, asked, 4, 6, 2, cfg_until=0.9)
+    assert torch.equal(never(x, 0.75), alone(x, 0.75))
+
+
 def test_texts_that_cannot_share_a_batch_are_guided_alike() -> None:
     """A negative of another length, in a pass of its own, equals the formula on two separate velocities."""
     model = flux_transformer()

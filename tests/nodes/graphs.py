@@ -25,6 +25,7 @@ def text_to_image(
     steps: int = 4,
     solver: str = "euler",
     cfg_scale: float = 3.0,
+    cfg_until: float | None = None,
     width: int = 64,
     height: int = 48,
     batch_size: int = 1,
@@ -50,6 +51,7 @@ def text_to_image(
             sigmas=["schedule", 0],
             latent=["latent", 0],
             cfg_scale=cfg_scale,
+            **({} if cfg_until is None else {"cfg_until": cfg_until}),
         ),
         "decode": node("RectifluxVAEDecode", samples=["sample", 0], vae=["vae", 0]),
     }

@@ -30,7 +30,7 @@ SHIPPED_IDS = {
     "RectifluxStochasticSolver": ["eta"],
     "RectifluxStepCache": ["method", "threshold"],
     "RectifluxCompile": [],
-    "RectifluxSampler": ["cfg_scale"],
+    "RectifluxSampler": ["cfg_scale", "cfg_until"],
     "RectifluxVAEDecode": [],
     "RectifluxVAEEncode": [],
     "RectifluxSideBySide": ["labels"],

@@ -35,7 +35,12 @@ def latent(width: int = 64, height: int = 48, batch_size: int = 1) -> dict[str, 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"solver": "heun", "batch_size": 2}, {"cfg_scale": 1.0, "width": 32, "height": 32, "prompt": ""}],
+    [
+        {},
+        {"solver": "heun", "batch_size": 2},
+        {"cfg_scale": 1.0, "width": 32, "height": 32, "prompt": ""},
+        {"cfg_until": 0.6},
+    ],
     ids=str,
 )
 def test_the_nodes_paint_what_the_library_paints(embedded: Folders, settings: dict[str, Any]) -> None:
