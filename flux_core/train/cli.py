@@ -7,41 +7,43 @@ autoencoder  pictures            -> the autoencoder's decoder
 guidance     mini-pro            -> mini-dev, guidance in one pass
 pairs        mini-pro            -> noise, and the picture that its guided flow makes of it
 reflow       mini-dev, pairs     -> a straight flow
-schnell      the straight flow   -> mini-schnell, one to four steps
+schnell      the straight flow   -> mini-schnell, four steps
+reading      mini-schnell        -> one that finds open colours in the noise
+decide       both                -> mini-schnell, one to four steps
 export       all of these        -> half-precision files under models/
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import preview
 from ..conditioning import TextEncoders
 from ..spec import FluxSpec
-from ..transformer import FluxTransformer
-from ..vae import AutoEncoder, to_model_space
-from ..weights import load_autoencoder, load_text_encoders, load_transformer
-from .autoencoder import MINI_VAE, draw_batch, new_autoencoder, train_decoder
+from ..vae import AutoEncoder
+from ..weights import load_autoencoder
+from .autoencoder import MINI_VAE, new_autoencoder, train_decoder
 from .checkpoint import write_safetensors
 from .data import write_latents
-from .evaluate import Decode, Sampling, shown_by
+from .decide import DecideRecipe, full_caption, open_caption, train_decide
+from .evaluate import FAMILY, Decode, Sampling, shown_by
+from .export import export
 from .flow import MINI, FlowRecipe, train_flow
+from .folder import Folder, read_encoders, read_transformer
 from .guidance import GuidanceRecipe, train_guidance
 from .loop import Recipe, device
 from .pca import decode_fast, linear_code
+from .reading import ReadRecipe, train_reading
 from .reflow import ReflowRecipe, fold_guidance, train_reflow, write_pairs
 from .schnell import SchnellRecipe, train_schnell
 from .text import train_text
@@ -54,7 +56,9 @@ NEEDS = {
     "pairs": ("base",),
     "reflow": ("guidance", "pairs"),
     "schnell": ("reflow",),
-    "export": ("schnell", "autoencoder"),
+    "reading": ("schnell",),
+    "decide": ("reading",),
+    "export": ("decide", "autoencoder"),
 }
 """Stages whose files a stage reads, besides what those need themselves."""
 STEPS = {
@@ -64,24 +68,10 @@ STEPS = {
     "guidance": 3_000,
     "reflow": 4_000,
     "schnell": 4_000,
+    "reading": 250,
+    "decide": 2_000,
 }
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Where a training keeps its files."""
-
-    path: Path
-
-    def file(self, stage: str) -> Path:
-        """What a stage makes, or the first of it."""
-        names = {"text": "text_encoders/rectiflux-mini-t5", "data": "latents", "pairs": "pairs/00000"}
-        return self.path / f"{names.get(stage, stage)}.safetensors"
-
-    @property
-    def encoder(self) -> Path:
-        return self.path / "encoder.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,14 +130,6 @@ def recipe_of(kind: type[AnyRecipe], args: argparse.Namespace) -> AnyRecipe:
     """A stage's settings with what the command line says."""
     recipe = replace(kind(), batch=args.batch, compiled=args.compile, bf16=args.bf16)
     return recipe if args.lr is None else replace(recipe, lr=args.lr)
-
-
-def read_encoders(folder: Folder) -> TextEncoders:
-    """The trained text encoders."""
-    encoders = load_text_encoders(*text_files(folder), dtype=torch.float32)
-    for model in (encoders.t5, encoders.clip):
-        torch.nn.Module.to(model, device())
-    return encoders
 
 
 def read_written(folder: Folder) -> AutoEncoder:
@@ -251,59 +233,46 @@ def run_schnell(folder: Folder, args: argparse.Namespace) -> None:
     )
 
 
-EXPORTED = {
-    "base": ("diffusion_models/rectiflux-mini-pro", "Rectiflux mini-pro"),
-    "guidance": ("diffusion_models/rectiflux-mini-dev", "Rectiflux mini-dev"),
-    "reflow": ("diffusion_models/rectiflux-mini-reflow", "Rectiflux mini-pro, reflowed"),
-    "schnell": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
-    "autoencoder": ("vae/rectiflux-mini-vae", "Rectiflux miniature autoencoder"),
-}
-"""What the stages' files become under models/, and what their metadata call them."""
+def run_reading(folder: Folder, args: argparse.Namespace) -> None:
+    train_reading(
+        folder.file("reading"),
+        read_encoders(folder),
+        read_transformer(folder.file("schnell")),
+        args.reading_steps,
+        seed=args.seed,
+        recipe=recipe_of(ReadRecipe, args),
+    )
+
+
+def run_decide(folder: Folder, args: argparse.Namespace) -> None:
+    encoders = read_encoders(folder)
+    student, painter = (read_transformer(folder.file(stage)) for stage in ("reading", "schnell"))
+    pairs = folder.path / "decided"
+    write_pairs(
+        pairs,
+        painter.to(device()),
+        encoders,
+        args.pairs,
+        args.seed + 1,
+        FAMILY["schnell"],
+        bf16=args.bf16,
+        ask=open_caption,
+        tell=full_caption,
+    )
+    train_decide(
+        folder.file("decide"),
+        pairs,
+        encoders,
+        student,
+        args.decide_steps,
+        seed=args.seed,
+        recipe=recipe_of(DecideRecipe, args),
+        picture=shown(folder, student.spec, encoders, Sampling(1, shift="none")),
+    )
 
 
 def run_export(folder: Folder, args: argparse.Namespace) -> None:
-    """The files of models/, in float16, with the metadata that loaders need."""
-    title = {"modelspec.author": "Rectiflux", "modelspec.license": "Apache-2.0"}
-    previews = preview.to_metadata(fit_preview(folder))
-    sources = {folder.file(stage): target for stage, target in EXPORTED.items()}
-    for kind, path in zip(("clip", "t5"), text_files(folder), strict=True):
-        sources[path] = (f"text_encoders/{path.stem}", f"Rectiflux miniature {kind.upper()}")
-        text = path.with_suffix(".tokenizer.json").read_text(encoding="utf-8")
-        (args.models / "text_encoders").mkdir(parents=True, exist_ok=True)
-        (args.models / "text_encoders" / f"{path.stem}.tokenizer.json").write_text(text, encoding="utf-8")
-    for source, (target, name) in sources.items():
-        tensors, metadata = read(source)
-        metadata |= previews if target.startswith("diffusion_models") else {}
-        half = {key: value.half() for key, value in tensors.items()}
-        named = metadata | title | {"modelspec.title": name}
-        write_safetensors(args.models / f"{target}.safetensors", half, named)
-
-
-def fit_preview(folder: Folder) -> preview.Factors:
-    """The linear map from latents to small pictures, which the transformers' files carry."""
-    images = draw_batch(64, random.Random(0))
-    autoencoder = load_autoencoder(folder.file("autoencoder"), dtype=torch.float32)
-    return preview.fit(to_model_space(autoencoder.encode(images)), images)
-
-
-def read_transformer(path: Path) -> FluxTransformer:
-    """A stage's transformer in float32, with weights of its own, that can be trained on."""
-    model = load_transformer(path, dtype=torch.float32).requires_grad_(True)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # what was loaded is mapped from the file
-    return model
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a training's file."""
-    with safe_open(str(path), "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-
-
-def text_files(folder: Folder) -> tuple[Path, Path]:
-    """(CLIP's file, T5's file)."""
-    t5 = folder.file("text")
-    return t5.with_name("rectiflux-mini-clip.safetensors"), t5
+    export(folder, args.models)
 
 
 RUN = {
@@ -315,5 +284,7 @@ RUN = {
     "pairs": run_pairs,
     "reflow": run_reflow,
     "schnell": run_schnell,
+    "reading": run_reading,
+    "decide": run_decide,
     "export": run_export,
 }

@@ -28,6 +28,7 @@ from .evaluate import Sampling, draw_latents
 from .flow import predict
 from .loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
 from .text import random_caption
+from .world import Scene
 
 CHUNK = 256
 """Pairs in one file: what a killed run loses at most."""
@@ -66,12 +67,15 @@ def write_pairs(
     sampling: Sampling = TEACHER,
     batch: int = 64,
     bf16: bool = False,
+    ask: Callable[[random.Random], tuple[Scene, str]] = random_caption,
+    tell: Callable[[Scene, Tensor], str] | None = None,
 ) -> None:
     """Write `count` pairs, noise and the picture that the teacher makes of it, to files of CHUNK in `folder`.
 
     Each file holds noise and latents [CHUNK, 16, h, w] in model space, float16, of one size of pictures, and
-    the captions. Files that exist are kept: a killed run goes on where it was. With `bf16` the teacher
-    multiplies in bfloat16, which moves its pictures by 1.4 % of their spread.
+    the captions, which `ask` draws. Where `tell` is given, the teacher is told what it makes of the scene and
+    its noise [16, h, w] instead. Files that exist are kept: a killed run goes on where it was. With `bf16`
+    the teacher multiplies in bfloat16, which moves its pictures by 1.4 % of their spread.
     """
     empty = encoders.encode([""])
     line = ProgressLine(count)
@@ -80,11 +84,12 @@ def write_pairs(
         if not path.exists():
             rng = random.Random(seed * 1_000_003 + number)
             width, height, _ = rng.choices(SHAPES_OF_PICTURES, [share for *_, share in SHAPES_OF_PICTURES])[0]
-            captions = [random_caption(rng)[1] for _ in range(CHUNK)]
+            scenes, captions = zip(*(ask(rng) for _ in range(CHUNK)), strict=True)
             noise = draw_noise(seed * 1_000_003 + number, CHUNK, height // 8, width // 8)
+            asked = list(captions if tell is None else map(tell, scenes, noise))
             latents = []
             for start in range(0, CHUNK, batch):
-                text = encoders.encode(captions[start : start + batch])
+                text = encoders.encode(asked[start : start + batch])
                 with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
                     drawn = draw_latents(teacher, text, empty, sampling, noise[start : start + batch])
                 latents.append(drawn.float().cpu())

@@ -28,6 +28,8 @@ def test_an_unknown_stage_is_refused_with_the_known_ones(capsys: pytest.CaptureF
         ("guidance", "text"),
         ("reflow", "text"),
         ("schnell", "text"),
+        ("reading", "text"),
+        ("decide", "text"),
         ("export", "text"),
     ],
 )
@@ -62,6 +64,6 @@ def test_all_stages_in_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = models / "text_encoders"
     load_text_encoders(text / "rectiflux-mini-clip.safetensors", text / "rectiflux-mini-t5.safetensors")
     load_autoencoder(models / "vae" / "rectiflux-mini-vae.safetensors")
-    for stage in ("base", "guidance", "reflow", "schnell"):
+    for stage in ("base", "guidance", "reflow", "schnell", "decide"):
         with Image.open(tmp_path / "work" / f"{stage}.png") as sheet:
             assert sheet.size == (4 * 128, 2 * 128)

@@ -1,7 +1,8 @@
-"""Guidance, reflow and schnell: each against what it must equal, and each learning something in little."""
+"""Guidance, reflow, schnell, decide: each against what it must equal, and each learning in little."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +12,10 @@ import pytest
 import torch
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, read_state_dict
 from rectiflux.flux_core.spec import Conditioning
-from rectiflux.flux_core.train import data, evaluate, guidance, reflow, schnell
+from rectiflux.flux_core.train import data, decide, evaluate, guidance, reading, reflow, schnell
 from rectiflux.flux_core.train.flow import predict
 from rectiflux.flux_core.train.text import WIDTH, make_encoders
+from rectiflux.flux_core.train.world import COLOURS, HELD_OUT_PAIRS, Item, Scene
 from rectiflux.flux_core.vae import AutoEncoder
 
 TINY = FluxSpec(hidden_size=64, num_heads=1, depth=1, depth_single=1, context_in=WIDTH, vec_in=WIDTH)
@@ -155,14 +157,135 @@ def test_matching_pulls_nowhere_when_critic_and_teacher_agree_and_from_critic_to
     assert torch.allclose(gradient * denoised.numel(), (fake - real) / distance, atol=1e-3)
 
 
+def leaning(*towards: float) -> torch.Tensor:
+    """Noise [16, 4, 8] whose first channels have this mean, the others none."""
+    noise = torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(0))
+    noise -= noise.mean(dim=(1, 2), keepdim=True)
+    noise[: len(towards)] += torch.tensor(towards)[:, None, None]
+    return noise
+
+
+def test_noise_decides_the_colours_that_a_scene_leaves_open() -> None:
+    """By the angle of the means of channels 0 and 1, three colours further for the right or lower object."""
+    scene = Scene((Item("star"), Item("heart")), "above")
+    found = decide.decided(scene, leaning(1.0, -0.2))
+    assert found == Scene((Item("star", "red"), Item("heart", "green")), "above")
+    colours = [item.colour for item in decide.decided(scene, leaning(-1.0, -0.3)).items]
+    assert colours == ["blue", "red"]
+    turned = decide.decided(Scene((Item("heart"), Item("star")), "below"), leaning(-1.0, -0.3))
+    assert [item.colour for item in turned.items] == ["red", "blue"]
+    alike = decide.decided(Scene((Item("star"),) * 3), leaning(1.0, -0.2))
+    assert [item.colour for item in alike.items] == ["red"] * 3
+    told = replace(scene, items=(Item("star", "blue"), Item("heart")), background="mint")
+    found = decide.decided(told, leaning(1.0, -0.2))
+    assert found == replace(told, items=(Item("star", "blue"), Item("heart", "green")))
+    assert decide.decided(Scene(), leaning(1.0, 0.0)) == Scene()
+    assert decide.full_caption(scene, leaning(1.0, -0.2)) == "a red star above a green heart"
+
+
+def test_noise_decides_nothing_that_is_barred() -> None:
+    """Towards a colour that is held out or excluded: a neighbour of it on the wheel that is neither."""
+    (barred,) = (colour for shape, colour in HELD_OUT_PAIRS if shape == "circle")
+    turn = 2 * math.pi * decide.WHEEL.index(barred) / len(decide.WHEEL) + 0.1
+    noise = leaning(math.cos(turn), math.sin(turn))
+    after = decide.WHEEL[(decide.WHEEL.index(barred) + 1) % len(decide.WHEEL)]
+    before = decide.WHEEL[decide.WHEEL.index(barred) - 1]
+    assert decide.decided(Scene((Item("circle"),)), noise).items[0].colour == after
+    assert decide.decided(Scene((Item("circle"),), without=after), noise).items[0].colour == before
+
+
+def test_every_colour_is_as_likely_as_any_other() -> None:
+    """Where none is barred."""
+    assert sorted(decide.WHEEL) == sorted(COLOURS)
+    noise = torch.randn(3_000, 3, 2, 2, generator=torch.Generator().manual_seed(3))
+    scene = Scene((Item(), Item(size="small")))  # of no shape, with which nothing is held out
+    found = [decide.decided(scene, each).items for each in noise]
+    for place in (0, 1):
+        names = [items[place].colour for items in found]
+        assert [names.count(name) / len(names) for name in COLOURS] == pytest.approx([1 / 7] * 7, abs=0.03)
+
+
+def test_captions_of_the_stage_leave_more_open() -> None:
+    """Three in four tell no colour, but of two shapes alike, whose colours alone tell them apart."""
+    rng = random.Random(0)
+    scenes = [decide.open_caption(rng)[0] for _ in range(2_000)]
+    twins = [s for s in scenes if s.kind == "pair" and s.items[0].shape == s.items[1].shape]
+    others = [s for s in scenes if s not in twins]
+    assert twins and all(item.colour for scene in twins for item in scene.items)
+    bare = sum(all(item.colour is None for item in scene.items) for scene in others) / len(others)
+    assert bare == pytest.approx(0.75 + 0.25 * 0.15, abs=0.04)  # a seventh told no colour before
+
+
+def test_the_teacher_is_told_what_the_noise_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caption that is kept leaves open what the painted one says."""
+    monkeypatch.setattr(reflow, "CHUNK", 4)
+    monkeypatch.setattr(reflow, "SHAPES_OF_PICTURES", SIZES)
+    way, encoders = evaluate.Sampling(2), make_encoders()
+    scene = Scene((Item("star"),))
+    reflow.write_pairs(
+        tmp_path, teacher(), encoders, 4, 1, way, ask=lambda _: (scene, "a star"), tell=decide.full_caption
+    )
+    noise, latents, captions = reflow.PairSet(tmp_path).batch(9, random.Random(0))
+    assert captions == ["a star"] * 9
+    full = encoders.encode([decide.full_caption(scene, each) for each in noise])
+    again = evaluate.draw_latents(teacher(), full, encoders.encode([""] * 9), way, noise)
+    assert torch.allclose(latents, again, atol=1e-2)
+    bare = evaluate.draw_latents(teacher(), encoders.encode(captions), full, way, noise)
+    assert not torch.allclose(latents, bare, atol=1e-2)
+
+
+def test_decide_asks_each_state_for_the_picture_that_its_noise_stands_for() -> None:
+    """No loss where the network gives that picture at once; else the distance, square or nearly absolute."""
+    noise, _, text = some(2)
+    student = teacher()
+    x, sigma = schnell.rollout(student, noise, text, 1)
+    with torch.no_grad():
+        at_once = x - 0.75 * predict(student, x, sigma, text)
+    lesson = decide.DecideLesson(student, 0.03)
+    assert lesson(x, sigma, at_once, text).item() == pytest.approx(0.0, abs=1e-6)
+    assert lesson(x, sigma, at_once + 0.04, text).item() == pytest.approx(0.02, abs=1e-6)  # of 3, 4 and 5
+
+
+def test_labels_are_what_is_open_alone() -> None:
+    """Of red, orange, ...: the left or upper object's colour, the other's; -100 where nothing is open."""
+    noise = torch.stack([leaning(1.0, -0.2)] * 6)
+    star, heart, blue = Item("star"), Item("heart"), Item("square", "blue")
+    scenes = [Scene((star, heart)), Scene((blue, heart)), Scene((star,)), Scene((star,) * 3), Scene((blue,))]
+    scenes.append(Scene((heart, star), "right"))
+    red, green = list(COLOURS).index("red"), list(COLOURS).index("green")
+    found = reading.open_colours(scenes, noise).tolist()
+    assert found == [[red, green], [-100, green], [red, -100], [red, -100], [-100, -100], [red, green]]
+
+
+def test_a_tutor_of_a_student_that_is_its_teacher_asks_for_the_colours_alone() -> None:
+    """Told the same, both have the same tokens; readers that say nothing then have lost ln 7. Else more."""
+    noise, _, text = some(2)
+    other = Conditioning(text.txt + 1, text.pooled - 1)
+    tutor = reading.Tutor(teacher(), teacher())
+    for reader in tutor.readers:
+        torch.nn.init.zeros_(reader[1].weight)
+        torch.nn.init.zeros_(reader[1].bias)
+    labels = torch.tensor([[3, -100], [0, 6]])
+    same, apart = tutor(noise, text, text, labels), tutor(noise, text, other, labels)
+    assert same.item() == pytest.approx(math.log(7), abs=1e-5) and apart.item() > same.item() + 1e-3
+    apart.backward()
+    assert all(parameter.grad is None for parameter in tutor.teacher.parameters())
+    fronts = [tutor.student.double_blocks, tutor.student.single_blocks]
+    assert all(parameter.grad is not None for front in fronts for parameter in front.parameters())
+
+
 @pytest.mark.slow
 def test_each_stage_learns(
     pairs: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     new_autoencoder: Callable[[], AutoEncoder],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Guidance lowers its loss by a third, reflow by a quarter in 60 small steps; schnell writes a model."""
+    """In 60 small steps guidance lowers its loss by a third, reflow by a quarter, decide by a tenth.
+
+    schnell writes a model.
+    """
     latents = tmp_path / "latents.safetensors"
     data.write_latents(latents, new_autoencoder(), 16, workers=1, sizes=SIZES)
     encoders = make_encoders()
@@ -192,3 +315,17 @@ def test_each_stage_learns(
     recipe = schnell.SchnellRecipe(**common)
     schnell.train_schnell(out, pairs, encoders, flow_student, dev_teacher, 2, recipe=recipe)
     assert load_transformer(out).spec == TINY
+    own, settled = tmp_path / "own", tmp_path / "decided.safetensors"
+    way, asked = evaluate.FAMILY["schnell"], {"ask": decide.open_caption, "tell": decide.full_caption}
+    reflow.write_pairs(own, flow_student, encoders, 8, 1, way, batch=4, **asked)
+    capsys.readouterr()
+    for steps in (1, 60):
+        decide.train_decide(settled, own, encoders, flow_student, steps, recipe=decide.DecideRecipe(**common))
+    first, *_, last = losses()
+    assert last < 0.9 * first, (first, last)
+    monkeypatch.setattr(reading, "SHAPES_OF_PICTURES", SIZES)
+    for steps in (1, 60):
+        reader = reading.ReadRecipe(**common)
+        reading.train_reading(tmp_path / "reading.safetensors", encoders, flow_student, steps, recipe=reader)
+    first, *_, last = losses()
+    assert last < first, (first, last)

@@ -1,0 +1,49 @@
+"""The stage `export`: what the others made, in half precision, as the files of models/."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from .. import preview
+from ..vae import to_model_space
+from ..weights import load_autoencoder
+from .autoencoder import draw_batch
+from .checkpoint import write_safetensors
+from .folder import Folder, read, text_files
+
+EXPORTED = {
+    "base": ("diffusion_models/rectiflux-mini-pro", "Rectiflux mini-pro"),
+    "guidance": ("diffusion_models/rectiflux-mini-dev", "Rectiflux mini-dev"),
+    "reflow": ("diffusion_models/rectiflux-mini-reflow", "Rectiflux mini-pro, reflowed"),
+    "decide": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
+    "autoencoder": ("vae/rectiflux-mini-vae", "Rectiflux miniature autoencoder"),
+}
+"""What the stages' files become under models/, and what their metadata call them."""
+
+
+def export(folder: Folder, models: Path) -> None:
+    """Write the files of `models`, in float16, with the metadata that loaders need."""
+    title = {"modelspec.author": "Rectiflux", "modelspec.license": "Apache-2.0"}
+    previews = preview.to_metadata(fit_preview(folder))
+    sources = {folder.file(stage): target for stage, target in EXPORTED.items()}
+    for kind, path in zip(("clip", "t5"), text_files(folder), strict=True):
+        sources[path] = (f"text_encoders/{path.stem}", f"Rectiflux miniature {kind.upper()}")
+        text = path.with_suffix(".tokenizer.json").read_text(encoding="utf-8")
+        (models / "text_encoders").mkdir(parents=True, exist_ok=True)
+        (models / "text_encoders" / f"{path.stem}.tokenizer.json").write_text(text, encoding="utf-8")
+    for source, (target, name) in sources.items():
+        tensors, metadata = read(source)
+        metadata |= previews if target.startswith("diffusion_models") else {}
+        half = {key: value.half() for key, value in tensors.items()}
+        named = metadata | title | {"modelspec.title": name}
+        write_safetensors(models / f"{target}.safetensors", half, named)
+
+
+def fit_preview(folder: Folder) -> preview.Factors:
+    """The linear map from latents to small pictures, which the transformers' files carry."""
+    images = draw_batch(64, random.Random(0))
+    autoencoder = load_autoencoder(folder.file("autoencoder"), dtype=torch.float32)
+    return preview.fit(to_model_space(autoencoder.encode(images)), images)

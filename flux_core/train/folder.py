@@ -1,0 +1,59 @@
+"""Where a training keeps its files, and how one stage reads what another wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..conditioning import TextEncoders
+from ..transformer import FluxTransformer
+from ..weights import load_text_encoders, load_transformer
+from .loop import device
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a training keeps its files."""
+
+    path: Path
+
+    def file(self, stage: str) -> Path:
+        """What a stage makes, or the first of it."""
+        names = {"text": "text_encoders/rectiflux-mini-t5", "data": "latents", "pairs": "pairs/00000"}
+        return self.path / f"{names.get(stage, stage)}.safetensors"
+
+    @property
+    def encoder(self) -> Path:
+        return self.path / "encoder.safetensors"
+
+
+def read_encoders(folder: Folder) -> TextEncoders:
+    """The trained text encoders."""
+    encoders = load_text_encoders(*text_files(folder), dtype=torch.float32)
+    for model in (encoders.t5, encoders.clip):
+        torch.nn.Module.to(model, device())
+    return encoders
+
+
+def read_transformer(path: Path) -> FluxTransformer:
+    """A stage's transformer in float32, with weights of its own, that can be trained on."""
+    model = load_transformer(path, dtype=torch.float32).requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # what was loaded is mapped from the file
+    return model
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a training's file."""
+    with safe_open(str(path), "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def text_files(folder: Folder) -> tuple[Path, Path]:
+    """(CLIP's file, T5's file)."""
+    t5 = folder.file("text")
+    return t5.with_name("rectiflux-mini-clip.safetensors"), t5
