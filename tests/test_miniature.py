@@ -154,7 +154,7 @@ def test_other_sizes(variant: str, paint: Painter) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["pro", "schnell"])
 def test_two_objects_at_other_sizes(variant: str, paint: Painter) -> None:
-    """45 and 46 of 56 when the card was written; a few may fall on the other side on another machine."""
+    """45 of 56 each when the card was written; a few may fall on the other side on another machine."""
     assert share_right_at_other_sizes(variant, paint, "position") >= 0.73
 
 
