@@ -12,7 +12,7 @@ import pytest
 import torch
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, read_state_dict
 from rectiflux.flux_core.spec import Conditioning
-from rectiflux.flux_core.train import data, decide, evaluate, guidance, reading, reflow, schnell
+from rectiflux.flux_core.train import data, decide, evaluate, guidance, loop, reading, reflow, schnell
 from rectiflux.flux_core.train.flow import predict
 from rectiflux.flux_core.train.text import WIDTH, make_encoders
 from rectiflux.flux_core.train.world import COLOURS, HELD_OUT_PAIRS, Item, Scene
@@ -274,6 +274,20 @@ def test_a_tutor_of_a_student_that_is_its_teacher_asks_for_the_colours_alone() -
     assert all(parameter.grad is not None for front in fronts for parameter in front.parameters())
 
 
+def test_a_tutor_teaches_to_read() -> None:
+    """One batch learned by heart: the loss of eight noises and their colours falls by a quarter."""
+    torch.manual_seed(1)
+    noise, _, text = some(8)
+    labels = torch.randint(7, (8, 2))
+    tutor = reading.Tutor(teacher(), teacher())
+    optimizers = loop.make_optimizers(tutor, 2e-3)
+    first = tutor(noise, text, text, labels).item()
+    for _ in range(40):
+        loop.descend(tutor(noise, text, text, labels), tutor, optimizers)
+    last = tutor(noise, text, text, labels).item()
+    assert last < 0.75 * first, (first, last)
+
+
 @pytest.mark.slow
 def test_each_stage_learns(
     pairs: Path,
@@ -284,7 +298,7 @@ def test_each_stage_learns(
 ) -> None:
     """In 60 small steps guidance lowers its loss by a third, reflow by a quarter, decide by a tenth.
 
-    schnell writes a model.
+    schnell and reading write a model.
     """
     latents = tmp_path / "latents.safetensors"
     data.write_latents(latents, new_autoencoder(), 16, workers=1, sizes=SIZES)
@@ -324,8 +338,6 @@ def test_each_stage_learns(
     first, *_, last = losses()
     assert last < 0.9 * first, (first, last)
     monkeypatch.setattr(reading, "SHAPES_OF_PICTURES", SIZES)
-    for steps in (1, 60):
-        reader = reading.ReadRecipe(**common)
-        reading.train_reading(tmp_path / "reading.safetensors", encoders, flow_student, steps, recipe=reader)
-    first, *_, last = losses()
-    assert last < first, (first, last)
+    read, reader = tmp_path / "reading.safetensors", reading.ReadRecipe(**common)
+    reading.train_reading(read, encoders, flow_student, 2, recipe=reader)
+    assert load_transformer(read).spec == TINY
