@@ -1,8 +1,8 @@
 """Does the miniature paint what it is asked for? GenEval's six categories and unseen ones.
 
     python3 run.py bench adherence [--variant pro|reflow|dev|schnell] [--steps N] [--solver S] [--cfg C]
-                                   [--seeds 4] [--prompts FILE] [--size 128x128] [--quick] [--json FILE]
-                                   [--sheet FILE] [--models DIR] [--model FILE] [--vae FILE]
+                                   [--cfg-until SIGMA] [--seeds 4] [--prompts FILE] [--size 128x128] [--quick]
+                                   [--json FILE] [--sheet FILE] [--models DIR] [--model FILE] [--vae FILE]
                                    [--text CLIP T5]
 
 First the checker's own figures: the share of true renders that it passes, of near misses that it accepts by

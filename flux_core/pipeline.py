@@ -191,10 +191,10 @@ def guided_velocity(
     sigmas below `cfg_until`: what the picture shows is settled above, and the last steps take half the work
     (guidance in a limited interval, Kynkäänniemi et al. 2024, arXiv:2404.07724). Texts of different lengths
     or guidance, which cannot share a batch, go one after the other. A negative without a distilled guidance
-    takes the positive's. `release` frees the modulation weights once they have been
-    used, which is now: the transformer serves this run and no other. `memory` makes what each pass keeps of
-    its steps, so as to skip some (caching.py). Raises ValueError for a model with extra input channels, a
-    conditioning of another batch size, `release` without sigmas, and what `FluxTransformer.prepare` raises.
+    takes the positive's. `release` frees the modulation weights once they have been used, which is now: the
+    transformer serves this run and no other. `memory` makes what each pass keeps of its steps, so as to skip
+    some (caching.py). Raises ValueError for a model with extra input channels, a conditioning of another
+    batch size, `release` without sigmas, and what `FluxTransformer.prepare` raises.
     """
     if release and sigmas is None:
         raise ValueError(

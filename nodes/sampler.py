@@ -35,11 +35,11 @@ class Sampler:
         latent = "What to start from: an empty latent, or a picture's. Its noise mask is honoured."
         cfg = (
             "True classifier-free guidance: how far to go from the negative prompt to the prompt. 1, usual "
-            "for [dev] and [schnell], switches it off; else a step takes twice as long. The miniature: 5."
+            "for [dev] and [schnell], switches it off; else a step takes twice as long. mini-pro: 3.5."
         )
         until = (
             "Down to which sigma cfg_scale counts. Below it a step follows the prompt alone and takes half "
-            "the time; what the picture shows is settled by then. 0 guides to the end. The miniature: 0.5."
+            "the time; what the picture shows is settled by then. 0 guides to the end."
         )
         negative = "What to steer away from; counts only when cfg_scale is not 1."
         return {
