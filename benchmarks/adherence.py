@@ -10,10 +10,10 @@ mistake, and of renders that it passes after the autoencoder. Then every prompt 
 and a picture is right when everything that the prompt says is in it and no other object is. A category's
 score is the share of its pictures that are right; the overall score, the last line, is the mean over the six
 categories of GenEval (Ghosh et al. 2023, arXiv:2310.11513). "unseen" are combinations that training never
-shows (flux_core/train/world.py), "words" are synonyms, typos, "without" and capitals: neither enters the
-overall score. With --prompts it is the mean over the categories of that file, whose form is described in
-benchmarks/prompts.py. Sharpness is that of checker.py: 1.0 is as sharp as a render. Seconds a picture are
-those of text, sampling and decoding, in batches.
+draws or names (flux_core/train/world.py), "words" are synonyms, typos, "without" and capitals: neither
+enters the overall score. With --prompts it is the mean over the categories of that file, whose form is
+described in benchmarks/prompts.py. Sharpness is that of checker.py: 1.0 is as sharp as a render. Seconds a
+picture are those of text, sampling and decoding, in batches.
 """
 
 from __future__ import annotations

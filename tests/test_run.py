@@ -258,25 +258,6 @@ def test_an_environment_that_someone_else_made_is_kept(start: Start) -> None:
     assert (start.root / ".venv" / "keepsake").exists() and "probe==1.0" in start.installed()
 
 
-@pytest.mark.slow
-def test_two_first_starts_at_once_wait_for_each_other(start: Start) -> None:
-    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(start.index)}
-    both = [
-        subprocess.Popen(
-            [sys.executable, str(start.root / "run.py"), "render"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    ends = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], ends
-    assert all(printed.startswith("render []") for printed, _ in ends)
-    assert sum("waiting for it" in errors for _, errors in ends) == 1
-
-
 # What can be missing
 
 

@@ -6,8 +6,8 @@ checker.py judges any picture against it. What a caption leaves open is either f
 has a plain default (medium size, the middle, first on the left), so that a short prompt has a good answer
 too.
 
-Some combinations never occur in training (`HELD_OUT_PAIRS`, `HELD_OUT_COUNTS`): whether the network paints
-them tells whether it learned the attributes or the pictures.
+Some combinations are never drawn or named in training (`HELD_OUT_PAIRS`, `HELD_OUT_COUNTS`): whether the
+network paints them tells whether it learned the attributes or the pictures.
 """
 
 from __future__ import annotations
