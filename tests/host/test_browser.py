@@ -30,6 +30,7 @@ FLAGS = (
 ).split()
 DEMO = json.loads((ROOT / "workflows" / "text_to_image.json").read_text())
 (STEPS,) = (node["widgets_values"][0] for node in DEMO["nodes"] if node["type"] == "RectifluxSchedule")
+FEW = 4  # steps
 expect.set_options(timeout=PATIENCE * 1000)
 
 pytestmark = [
@@ -103,9 +104,10 @@ class Editor:
         return [message["data"] for message in self.heard if message["type"] == kind]
 
     def show_demo(self) -> None:
-        """The demo workflow as it is shipped, with a seed that stays."""
+        """The demo workflow as it is shipped, with a seed that stays and few steps: each is shown."""
         self.page.evaluate("graph => app.loadGraphData(graph)", DEMO)
         self.set(SEED, control_after_generate="fixed")
+        self.set(SCHEDULE, steps=FEW)
 
     def set(self, number: str, **values: Any) -> None:
         """Give widgets values that the editor's own controls might not let through."""
@@ -224,7 +226,7 @@ def test_a_file_of_before_the_report_gets_that_output_and_a_text_preview_shows_i
     for node in old["nodes"]:
         node["outputs"] = node["outputs"][:1] if str(node["id"]) == SAMPLER else node["outputs"]
     editor.page.evaluate("graph => app.loadGraphData(graph)", old)
-    editor.set(SEED, control_after_generate="fixed")
+    editor.set(SCHEDULE, steps=FEW)
     outputs = f"app.graph.getNodeById({SAMPLER}).outputs.map(slot => [slot.name, slot.type])"
     assert editor.page.evaluate(outputs) == [["latent", "LATENT"], ["report", "STRING"]]
     add = "const node = LiteGraph.createNode('PreviewAny'); app.graph.add(node); node.pos = [40, 900]"
@@ -235,7 +237,7 @@ def test_a_file_of_before_the_report_gets_that_output_and_a_text_preview_shows_i
     shown = editor.wait(
         lambda: [text for text in editor.page.evaluate(values) if "solver: euler" in str(text)], "the report"
     )
-    assert f"\nsteps: {STEPS}\nevaluations of the model: {STEPS}\n" in shown[0]
+    assert f"\nsteps: {FEW}\nevaluations of the model: {FEW}\n" in shown[0]
     (told,) = (data["output"] for data in editor.told("executed") if data["node"] == number)
     assert told["text"] == [shown[0]]
 

@@ -32,6 +32,7 @@ def wait(happened: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + PATIENCE
     while not (found := happened()):
         assert time.monotonic() < deadline
+        time.sleep(0.002)  # the server computes on the same cores
     return found
 
 
@@ -49,7 +50,7 @@ def test_killed_while_it_saves_it_leaves_whole_files(tmp_path: Path) -> None:
     with serving(folder) as (address, process):
         info = json.loads(ask(address, "api/object_info"))
         document = read_document(ROOT / "workflows" / "text_to_image.json")
-        document = apply_settings(document, ["steps=1", "cfg_scale=1", "batch_size=16"], info)
+        document = apply_settings(document, ["steps=1", "cfg_scale=1", "batch_size=8"], info)
         ask(address, f"api/userdata/{CROSS}", document.graph)
         ask(address, "api/settings/a.b", 7)
         ask(address, "api/prompt", {"prompt": to_prompt(document, info)})
