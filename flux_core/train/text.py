@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,8 +31,12 @@ LAYERS = 3
 PAD, END, START = "<pad>", "</s>", "<s>"
 
 
+@cache
 def make_tokenizer(seed: int = 0) -> Tokenizer:
-    """Byte-level BPE over lower-cased text: the world's words are one token each, other text is bytes."""
+    """Byte-level BPE over lower-cased text: the world's words are one token each, other text is bytes.
+
+    It takes seconds, so it is made once; who changes it takes a copy, as `with_marks`.
+    """
     rng = random.Random(seed)
     words = [random_caption(rng)[1] for _ in range(20_000)]
     tokenizer = Tokenizer(models.BPE())
