@@ -27,7 +27,7 @@ each = pytest.mark.parametrize("variant", SHIPPED)
 LEAST = {"pro": 0.85, "reflow": 0.75, "dev": 0.83, "schnell": 0.83}
 """Share of prompts of GenEval's categories that each must get right."""
 
-QUICK = {variant: 8 if FAMILY[variant].steps > 8 else FAMILY[variant].steps for variant in SHIPPED}
+QUICK = {variant: min(8, FAMILY[variant].steps) for variant in SHIPPED}
 """As many steps as a variant is meant for, or the smaller number that the card names and scores, too."""
 
 Painter = Callable[..., list[np.ndarray]]
