@@ -1,7 +1,6 @@
 """Diffusion, flow matching and rectified flow in the plane: distances, straightness, orders.
 
-    python3 run.py bench flow [--quick] [--json FILE] [--figure FILE] [--seed N]
-                              [--processes N] [--threads N]
+    python3 run.py bench flow [--quick] [--json FILE] [--figure FILE] [--seed N] [--threads N]
 
 On each of three distributions five flows are trained: a diffusion (noise prediction on DDPM's chain), flow
 matching on independent pairs, which is the 1-rectified flow, flow matching on minibatch optimal-transport
@@ -22,13 +21,10 @@ between an order and its theory. A picture shows samples and paths of each metho
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor
@@ -37,11 +33,10 @@ from ..flux_core.flow import energy_distance, energy_floor, straightness, transp
 from ..flux_core.solver import SOLVERS, integrate
 from ..flux_core.spec import Velocity
 from ..flux_core.train.checkpoint import ProgressLine
-from .methods import CHAINS, TITLES, Laboratory, Method, Plan
+from .methods import TITLES, Laboratory, Method, Plan
 from .planar import DATA, Draw, Recipe, noise
 from .plot import Block, Panel, draw_sheet
-from .report import add_json, positive, writable, write_report
-from .side_by_side import Tell, cores, side_by_side
+from .report import add_json, writable, write_report
 from .theory import bridge, orders
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,26 +84,20 @@ def main(argv: list[str], sizes: Sizes = FULL) -> int:
     torch.set_num_threads(arguments.threads)
     names = ["ring"] if arguments.quick else list(DATA)
     progress = Progress(len(names) * sum(recipe.steps for recipe in sizes.plan.recipes.values()))
-    chains = [partial(examine, name, chain, sizes, arguments.seed) for name in names for chain in CHAINS]
-    jobs: list[Callable[[Tell], Any]] = [*chains, measure_orders]
-    *parts, found = side_by_side(jobs, arguments.processes, progress)
     data: dict[str, Any] = {}
     examiners: dict[str, Examiner] = {}
-    bridged: dict[str, Any] = {}
-    headline: dict[str, float] = {}
     for name in names:
-        own = [part for part in parts if part.name == name]
-        rows = {key: row for part in own for key, row in part.table["methods"].items()}
-        data[name] = own[0].table | {"methods": {key: rows[key] for key in TITLES}}
-        print_table(name, data[name])
+        progress.data = name
+        laboratory = Laboratory(DATA[name], sizes.plan, arguments.seed, progress)
+        methods = dict(laboratory.run())
         examiner = examiners[name] = Examiner(DATA[name], sizes)
-        for part in own:
-            part.show(examiner)
-            bridged |= part.bridged
-            headline |= part.headline
+        data[name] = examiner.table(methods)
+        print_table(name, data[name])
         if name == "ring":
+            bridged = examiner.bridge(laboratory)
             print_bridge(bridged)
-    measured = {name: {"measured": value, "theory": theory} for name, (value, theory) in found.items()}
+            headline = examiner.headline(data[name], methods["rectified_2"].velocity)
+    measured = {name: {"measured": value, "theory": theory} for name, (value, theory) in orders().items()}
     print_orders(measured)
     headline["worst_order_error"] = max(abs(row["measured"] - row["theory"]) for row in measured.values())
     draw_figure(arguments.figure, examiners, data)
@@ -134,69 +123,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and training draws (default 0)")
     parser.add_argument(
-        "--processes", type=positive, default=cores(), help="that train side by side (default one a core)"
-    )
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        default=1,
-        help="of torch in each (default 1: more gain little on networks so small)",
+        "--threads", type=int, default=1, help="of torch (default 1: more gain little on networks so small)"
     )
     add_json(parser)
     return parser.parse_args(argv)
 
 
 class Progress:
-    """The bar on standard error; called once a training step with what is trained."""
+    """The bar on standard error; called once a training step with the title of what is trained."""
 
     def __init__(self, steps: int) -> None:
-        self.line, self.step = ProgressLine(steps), 0
+        self.line, self.step, self.data = ProgressLine(steps), 0, ""
 
     def __call__(self, title: str) -> None:
         self.step += 1
-        self.line.update(self.step, title)
-
-
-@dataclass
-class Part:
-    """What one chain of methods on one distribution came to: its table, samples and paths by method; on the
-    ring what its diffusion does in four samplers, and the figures of its 2-rectified flow."""
-
-    name: str
-    table: dict[str, Any]
-    samples: dict[str, dict[int, np.ndarray]]
-    paths: dict[str, np.ndarray]
-    bridged: dict[str, Any]
-    headline: dict[str, float]
-
-    def show(self, examiner: Examiner) -> None:
-        """Give samples and paths to the examiner whose figure shows them."""
-        for key, ends in self.samples.items():
-            examiner.samples[key] = {steps: torch.from_numpy(end) for steps, end in ends.items()}
-            examiner.paths[key] = torch.from_numpy(self.paths[key])
-
-
-def examine(name: str, chain: Sequence[str], sizes: Sizes, seed: int, tell: Tell) -> Part:
-    """Train and measure a chain of methods on one distribution."""
-    laboratory = Laboratory(DATA[name], sizes.plan, seed, lambda title: tell(f"{name}: {title}"))
-    methods = dict(laboratory.run(chain))
-    examiner = Examiner(DATA[name], sizes)
-    table = examiner.table(methods)
-    bridged, headline = dict[str, Any](), dict[str, float]()
-    if name == "ring" and "diffusion" in chain:
-        bridged = examiner.bridge(laboratory)
-    if name == "ring" and "rectified_2" in chain:
-        headline = examiner.headline(table, methods["rectified_2"].velocity)
-    samples = {
-        key: {steps: end.numpy() for steps, end in ends.items()} for key, ends in examiner.samples.items()
-    }
-    paths = {key: path.numpy() for key, path in examiner.paths.items()}
-    return Part(name, table, samples, paths, bridged, headline)
-
-
-def measure_orders(tell: Tell) -> dict[str, tuple[float, int]]:
-    """theory.orders(), as a piece of work like the others."""
-    return orders()
+        self.line.update(self.step, f"{self.data}: {title}")
 
 
 class Examiner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -41,10 +41,6 @@ TITLES = {
 }
 
 
-CHAINS = (("flow_matching", "rectified_2", "rectified_3"), ("diffusion", "transport"))
-"""The methods that are trained one after another; one chain needs nothing of the other."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """How large each training is; `recipes` have the keys of TITLES."""
@@ -78,7 +74,7 @@ class Flow:
 
 
 class Laboratory:
-    """A chain of methods on one distribution; what one of them makes the next may use."""
+    """The five methods on one distribution; what one of them makes the next may use."""
 
     def __init__(self, draw: Draw, plan: Plan, seed: int, progress: Progress) -> None:
         torch.manual_seed(seed)  # of the initial weights
@@ -87,15 +83,13 @@ class Laboratory:
         self.chain = chain_path(plan.chain)
         self.noise_network = self.network()
 
-    def run(self, chain: Sequence[str]) -> Iterator[tuple[str, Method]]:
-        """(key of TITLES, method) of one of CHAINS as they are finished."""
-        if "diffusion" in chain:
-            yield "diffusion", self.diffusion()
-            yield "transport", self.transport()
-        else:
-            first = self.flow_matching()
-            yield "flow_matching", first
-            yield from self.reflowed(first.velocity)
+    def run(self) -> Iterator[tuple[str, Method]]:
+        """(key of TITLES, method) as they are finished."""
+        yield "diffusion", self.diffusion()
+        first = self.flow_matching()
+        yield "flow_matching", first
+        yield "transport", self.transport()
+        yield from self.reflowed(first.velocity)
 
     def diffusion(self) -> Method:
         """A network that predicts the noise on DDPM's chain; its velocity is the probability-flow ODE."""
