@@ -67,9 +67,9 @@ JITTER = 0.02
 HELD_OUT_PAIRS = frozenset(
     (shape, tuple(COLOURS)[(3 * i + 1) % len(COLOURS)]) for i, shape in enumerate(SHAPES)
 )
-"""(shape, colour) of objects that training never shows: one of each shape, one of each colour."""
+"""(shape, colour) of objects that training never draws or names: one of each shape, one of each colour."""
 HELD_OUT_COUNTS = frozenset({(2, "diamond"), (3, "heart"), (4, "cross")})
-"""(number, shape) of objects alike that training never shows."""
+"""(number, shape) of objects alike that training never draws or names."""
 
 
 @dataclass(frozen=True)
