@@ -52,8 +52,9 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 # Exact layers
 
 
-def pretend(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend(avx512: bool, monkeypatch: pytest.MonkeyPatch, maker: str = "Intel") -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": f"{maker} X"}, raising=False)
 
 
 @pytest.mark.parametrize("avx512", [False, True])
@@ -271,6 +272,7 @@ def test_int8_layers_keep_their_codes_through_every_dtype() -> None:
 def small_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the sizes here are packed, whatever torch's own order is."""
     monkeypatch.setattr(packing, "SMALL_IN_FLOAT32", packing.SMALL)
+    monkeypatch.setattr(packing, "SMALL_BESIDE_SLOW_MKL", packing.SMALL)
 
 
 def network(**sizes: int) -> nn.Module:
@@ -295,33 +297,41 @@ def test_a_packed_model_gives_the_same_velocity(small_packed: None) -> None:
     assert relative_error(model(drawn(1, 12, 64, seed=4), prepared, 0.5), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("maker", ["Intel", "AMD"])
 @pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("dtype", EXACT)
 def test_large_float32_weights_are_left_to_mkl_where_it_is_as_quick(
-    dtype: torch.dtype, avx512: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, avx512: bool, maker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is with AVX-512; bfloat16 is packed at every size."""
+    """That is with Intel's AVX-512; bfloat16 is packed at every size."""
     monkeypatch.setattr(packing, "SMALL", 0)
     monkeypatch.setattr(packing, "SMALL_IN_FLOAT32", 0)
+    monkeypatch.setattr(packing, "SMALL_BESIDE_SLOW_MKL", 0)
     monkeypatch.setattr(packing, "LARGE", 64 * 256)
-    pretend(avx512, monkeypatch)
+    pretend(avx512, monkeypatch, maker)
     model = flux_transformer().to(dtype)
     pack_weights(model)
     block = model.single_blocks[0]
     able = can_pack(torch.device("cpu"), dtype)  # bfloat16 needs a processor that multiplies it
-    left = avx512 and dtype == torch.float32
+    left = avx512 and maker == "Intel" and dtype == torch.float32
     assert isinstance(block.linear1, PackedLinear) == (able and not left)  # 448 x 64
     assert isinstance(model.img_in, PackedLinear) == able  # 64 x 64
 
 
-def test_small_float32_weights_are_left_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("maker", ["Intel", "AMD"])
+@pytest.mark.parametrize("avx512", [False, True])
+def test_small_float32_weights_are_left_to_mkl(
+    avx512: bool, maker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is as quick; beside a slow one smaller ones are packed, too."""
     monkeypatch.setattr(packing, "SMALL", 0)
     monkeypatch.setattr(packing, "SMALL_IN_FLOAT32", 64 * 256)
-    pretend(False, monkeypatch)
+    monkeypatch.setattr(packing, "SMALL_BESIDE_SLOW_MKL", 64 * 64)
+    pretend(avx512, monkeypatch, maker)
     model = flux_transformer()
     pack_weights(model)
     assert isinstance(model.single_blocks[0].linear1, PackedLinear)  # 448 x 64
-    assert not isinstance(model.img_in, PackedLinear)  # 64 x 64
+    assert isinstance(model.img_in, PackedLinear) == (avx512 and maker == "AMD")  # 64 x 64
 
 
 @pytest.mark.parametrize("change", [pack_weights, quantise_to_int8, quantise_to_fp8])
