@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ from rectiflux.flux_core.streaming import Streaming
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+TESTS = Path(__file__).parents[1]
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # of the largest output; a rounding step of bfloat16
 
 
@@ -182,6 +187,29 @@ def test_whole_numbers_are_exact_in_int8(dtype: torch.dtype) -> None:
     weight[:, 0], weight[1, 1], weight[2, 3] = float(weight_levels()), 5.0, -2.0
     x = torch.tensor([[0.0, 3.0, 0.0, 1.0, 127.0, 0.0, 0.0, 0.0]])
     assert Int8Linear(weight.to(dtype), None)(x.to(dtype)).tolist() == [[0.0, 15.0, -2.0]]
+
+
+ONE_INT8_PRODUCT = """
+import torch
+from rectiflux.flux_core.packed import Int8Linear
+Int8Linear(torch.randn(48, 64), None)(torch.randn(5, 64))
+"""
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.int8), reason="no oneDNN here that multiplies int8")
+def test_no_int8_product_is_left_to_onednns_reference_code() -> None:
+    """Which takes a thousand times as long as any other."""
+    script = f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nimport conftest\n{ONE_INT8_PRODUCT}"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "ONEDNN_VERBOSE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    products = [line for line in run.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    assert any("5x64:64x48" in line for line in products)
+    assert not [line for line in products if ",matmul,ref" in line]
 
 
 def test_int8_errors_on_usual_and_on_outlying_weights() -> None:
