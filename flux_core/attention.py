@@ -12,10 +12,11 @@ The choice depends on the card, the dtype and the head dim, and on what the mode
   sage        SageAttention (package sageattention; Zhang et al.,  capability 8.0 and up, fp16 and bf16
               arXiv:2410.02367): queries and keys in int8
 
-All but sage are exact to rounding. sage changes the picture, so it is used only where it is asked for: of a
-model, or by RECTIFLUX_ATTENTION=sage in the environment, which stands in for auto wherever it can be. What
-torch cannot do by the first backend it does by the next, and at last by plain products: that never fails.
-None of the packages is needed, and each is imported only when it may be used.
+On some processors torch's own is replaced by ours, attention_cpu.py. All but sage are exact to rounding. sage
+changes the picture, so it is used only where it is asked for: of a model, or by RECTIFLUX_ATTENTION=sage in
+the environment, which stands in for auto wherever it can be. What torch cannot do by the first backend it
+does by the next, and at last by plain products: that never fails. None of the packages is needed, and each
+is imported only when it may be used.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import attention_cpu
 from .spec import FluxSpec
 
 _CUDNN, _FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
@@ -194,6 +196,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, asked: str = "auto") -> Tensor:
     if q.requires_grad and q.device.type == "cpu":  # torch's fused backward takes 6 times as long in bf16
         joint = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v
         return joint.transpose(1, 2).flatten(2)
+    if attention_cpu.serves(q, k):
+        return attention_cpu.attend(q, k, v)
     backend = chosen(asked, q.device, q.dtype, q.shape[-1])
     if backend in PACKAGES and not q.requires_grad:
         tokens_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

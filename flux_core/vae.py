@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import attention_cpu
 from .spec import Shaped
 
 SCALE = 0.3611
@@ -134,8 +135,11 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (rearrange(part(normed), "b c h w -> b 1 (h w) c") for part in (self.q, self.k, self.v))
-        attn = F.scaled_dot_product_attention(q, k, v)
-        return self.proj_out(rearrange(attn, "b 1 (h w) c -> b c h w", h=x.shape[2])).add_(x)
+        if attention_cpu.serves(q, k):
+            attn = attention_cpu.attend(q, k, v)
+        else:
+            attn = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return self.proj_out(rearrange(attn, "b (h w) c -> b c h w", h=x.shape[2])).add_(x)
 
 
 class Downsample(nn.Module):

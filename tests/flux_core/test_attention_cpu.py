@@ -1,0 +1,104 @@
+"""Our attention for a processor: softmax(q k^T / sqrt(D)) v as torch's, where it is chosen and where not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rectiflux.benchmarks.reference.models import relative_error
+from rectiflux.flux_core import attention_cpu as module
+from rectiflux.flux_core.attention import attention
+from rectiflux.flux_core.attention_cpu import attend, serves
+from rectiflux.flux_core.packed import can_pack
+from rectiflux.flux_core.vae import AttnBlock
+from torch import Tensor
+
+CPU = torch.device("cpu")
+ERRORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+able = [
+    pytest.param(dtype, marks=pytest.mark.skipif(not can_pack(CPU, dtype), reason="oneDNN has none here"))
+    for dtype in ERRORS
+]
+
+
+def drawn(length: int, keys: int, dim: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """q [2, 3, length, dim], k and v [2, 3, keys, dim], laid out as a CPU's blocks have them."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (length, keys, keys)
+    return [torch.randn(2, n, 3, dim, generator=generator).to(dtype).transpose(1, 2) for n in lengths]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    joint = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    return joint.transpose(1, 2).flatten(2)
+
+
+@pytest.fixture
+def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AMD's processors with AVX-512, and for few tokens, too."""
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(module, "FEWEST", 8)
+
+
+@pytest.mark.parametrize("dtype", able)
+@pytest.mark.parametrize(("length", "keys"), [(50, 50), (1, 7), (33, 20)])
+def test_it_is_attention(dtype: torch.dtype, length: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some queries at a time: 33 are no multiple of them."""
+    monkeypatch.setattr(module, "SCORES", 160)
+    q, k, v = drawn(length, keys, dtype=dtype)
+    found = attend(q, k, v)
+    assert found.dtype == dtype and found.shape == (2, length, 48)
+    assert relative_error(found, exact(q, k, v)) < ERRORS[dtype]
+
+
+@pytest.mark.parametrize("dtype", able)
+@pytest.mark.parametrize("scale", [30.0, 1000.0])
+def test_large_scores_and_one_that_outweighs_all(dtype: torch.dtype, scale: float) -> None:
+    """Scores of thousands are rounded to 1e-4 in float32, in torch's as in ours."""
+    q, k, v = drawn(16, 16, dtype=dtype)
+    wanted = exact(scale * q, k, v)
+    theirs = F.scaled_dot_product_attention(scale * q, k, v).transpose(1, 2).flatten(2)
+    assert (
+        relative_error(attend(scale * q, k, v), wanted) < 2 * relative_error(theirs, wanted) + ERRORS[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", able)
+def test_where_it_serves(dtype: torch.dtype, slow_mkl: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(9, 9, dtype=dtype)
+    assert serves(q, k) and torch.equal(attention(q, k, v), attend(q, k, v))
+    assert not serves(q[..., :7, :], k) and not serves(q, k[..., :7, :])  # few tokens
+    assert not serves(q.half(), k.half()) and not serves(q.to("meta"), k.to("meta"))
+    assert not serves(q.requires_grad_(), k)
+    with torch.no_grad():
+        assert serves(q, k)
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
+    assert not serves(q.detach(), k)
+
+
+def test_gradients_do_not_go_by_it(slow_mkl: None) -> None:
+    q, k, v = (x.requires_grad_() for x in drawn(9, 9))
+    attention(q, k, v).sum().backward()
+    assert all(x.grad is not None for x in (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", able)
+def test_an_autoencoder_attends_by_it(dtype: torch.dtype, slow_mkl: None) -> None:
+    block, x = AttnBlock(32, 8).to(dtype).requires_grad_(False), torch.randn(2, 32, 3, 5).to(dtype)
+    found = block(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "mkl_is_slow", lambda: False)
+        assert relative_error(found, block(x)) < 2 * ERRORS[dtype]
+        patch.setattr(module, "mkl_is_slow", lambda: True)
+        patch.setattr(module, "attend", lambda q, k, v: torch.zeros_like(v).flatten(1, 2))
+        assert relative_error(block(x), found) > 2 * ERRORS[dtype]
+
+
+def test_compilers_know_its_shape() -> None:
+    torch.library.opcheck(attend, tuple(drawn(9, 5)), test_utils="test_faketensor")
+
+
+def test_compiled_code_attends_by_it(slow_mkl: None) -> None:
+    q, k, v = drawn(12, 12)
+    found = torch.compile(attention, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert relative_error(found, exact(q, k, v)) < ERRORS[torch.float32]
