@@ -178,18 +178,22 @@ def queries_keys_values(
         return rotate(q, rope), rotate(k, rope), torch.cat([x[2] for x in apart], dim=2)
     qkv = first if len(streams) == 1 else torch.cat([qkv for qkv, _ in streams], dim=1)
     x = qkv.view(*qkv.shape[:2], 3, heads, -1)  # here without einops, which takes as long as the small model
-    turned = _normed_and_turned(x[:, :, :2].float(), streams, rope).to(qkv.dtype)
+    qk = x[:, :, :2].float()
+    ours = qkv is not first or qk.dtype != qkv.dtype  # new memory takes as long as to compute
+    turned = _normed_and_turned(qk, streams, rope, ours).to(qkv.dtype)
     return turned[:, :, 0].transpose(1, 2), turned[:, :, 1].transpose(1, 2), x[:, :, 2].transpose(1, 2)
 
 
-def _normed_and_turned(qk: Tensor, streams: Sequence[tuple[Tensor, QKNorm]], rope: Rope) -> Tensor:
-    """Queries and keys [B, L, 2, K, D], float32, after norm and rotation.
+def _normed_and_turned(
+    qk: Tensor, streams: Sequence[tuple[Tensor, QKNorm]], rope: Rope, ours: bool
+) -> Tensor:
+    """Queries and keys [B, L, 2, K, D], float32, after norm and rotation, in place if their memory is `ours`.
 
     x / sqrt(mean(x^2) + eps) is sqrt(D) x / hypot(|x|, sqrt(D eps)), and sqrt(D) goes with the rotation.
     """
     root = qk.shape[-1] ** 0.5
     length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
-    qk = qk / torch.hypot(length, length.new_tensor(root * RMS_EPS**0.5))
+    qk = torch.div(qk, torch.hypot(length, length.new_tensor(root * RMS_EPS**0.5)), out=qk if ours else None)
     start = 0
     for qkv, norm in streams:
         stop = start + qkv.shape[1]
@@ -198,7 +202,7 @@ def _normed_and_turned(qk: Tensor, streams: Sequence[tuple[Tensor, QKNorm]], rop
         start = stop
     table = (torch.complex(*rope) * root)[:, 0, :, None, None, :, 0]
     pairs = torch.view_as_complex(qk.view(*qk.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * table).flatten(-2)
+    return torch.view_as_real(pairs.mul_(table)).flatten(-2)
 
 
 class SelfAttention(nn.Module):
