@@ -1,10 +1,11 @@
 """What the theory buys: adherence and sharpness of pro, pro reflowed, dev and schnell over the steps.
 
-    python3 run.py bench family [--seeds 1] [--steps 1 2 4 8 28] [--variants pro reflow dev schnell] [--quick]
-                                [--figure FILE] [--json FILE] [--models DIR] [--threads N]
+    python3 run.py bench family [--seeds 1] [--steps 1 2 4 8 28] [--figure FILE] [--json FILE] [--quick]
+                                [--variants pro stochastic reflow dev schnell] [--models DIR] [--threads N]
 
-The prompts of `bench adherence` without "words" are painted in every way of sampling (FAMILY of
-flux_core/train/evaluate.py: its guidance, its schedule) in every number of steps, always from the same noise.
+The prompts of `bench adherence` without "words" are painted in every way of sampling (WAYS of members.py: its
+guidance, its schedule) in every number of steps, always from the same noise: by Euler's steps along the flow,
+and by pro "stochastic" as well, that is with noise added on the way (solver euler_ancestral).
 A Markdown table has a row for each way: adherence / sharpness after so many steps. Adherence is the share of
 pictures that the strict checker finds right, a mean over GenEval's six categories; sharpness is that of
 flux_core/train/checker.py, 1.0 is as sharp as a render. A second table has the adherence of the combinations
@@ -13,7 +14,8 @@ that training never shows. Further columns:
   network passes  a step: true classifier-free guidance takes two
   S               straightness over 24 equal steps, unshifted for all, of the velocity with its guidance, for
                   64 of the prompts: the sum over the latent's elements (flux_core/flow/straightness.py)
-                  divided by their number; 0 is straight. schnell, trained for four steps, is no flow
+                  divided by their number; 0 is straight. schnell, trained for four steps, is no flow;
+                  the flow of "pro, stochastic" is pro's
   seconds         from one prompt to the bytes of one PNG, models loaded, batch 1, at its own number of steps:
                   medians of runs that took turns
 
@@ -41,8 +43,20 @@ from .prompts import Prompt, categories
 from .report import add_json, parser_of, positive, writable, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
-TITLES = {"pro": "pro", "reflow": "pro reflowed", "dev": "dev", "schnell": "schnell"}
-HUES = {"pro": (38, 98, 176), "reflow": (213, 94, 24), "dev": (20, 132, 110), "schnell": (118, 84, 173)}
+TITLES = {
+    "pro": "pro",
+    "stochastic": "pro, stochastic",
+    "reflow": "pro reflowed",
+    "dev": "dev",
+    "schnell": "schnell",
+}
+HUES = {
+    "pro": (38, 98, 176),
+    "stochastic": (196, 60, 110),
+    "reflow": (213, 94, 24),
+    "dev": (20, 132, 110),
+    "schnell": (118, 84, 173),
+}
 STEPS = (1, 2, 4, 8, 28)
 HEADLINE = (("pro", 28), ("dev", 28), ("schnell", 4), ("schnell", 1))
 STRAIGHT_PROMPTS = 64

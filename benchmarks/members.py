@@ -20,7 +20,7 @@ from ..flux_core.spec import Velocity
 from ..flux_core.train.autoencoder import to_pictures
 from ..flux_core.train.evaluate import FAMILY, Sampling
 from ..flux_core.train.loop import device
-from .painting import BATCH, check_files, files_of, load_models, paint
+from .painting import BATCH, Files, check_files, files_of, load_models, paint
 from .prompts import Prompt
 
 SIDE = 128  # pixels of every picture, both ways
@@ -79,12 +79,23 @@ class Member:
         return file.getvalue()
 
 
-def load_members(folder: Path, variants: Sequence[str]) -> dict[str, Member]:
+WAYS = {variant: replace(way, solver="euler") for variant, way in FAMILY.items()} | {
+    "stochastic": FAMILY["pro"]
+}
+"""The ways of sampling: each member's own by Euler steps along its flow, and mini-pro's with noise added."""
+
+
+def files_of_way(folder: Path, way: str) -> Files:
+    """Where the network of one of WAYS lies in a folder of models."""
+    return files_of(folder, "pro" if way == "stochastic" else way)
+
+
+def load_members(folder: Path, ways: Sequence[str]) -> dict[str, Member]:
     """Those in a folder of models. Raises ValueError, before any is loaded, for a file that is missing."""
-    files = {variant: files_of(folder, variant) for variant in variants}
+    files = {way: files_of_way(folder, way) for way in ways}
     for of_one in files.values():
         check_files(of_one)
-    return {variant: Member(load_models(files[variant]), FAMILY[variant]) for variant in variants}
+    return {way: Member(load_models(files[way]), WAYS[way]) for way in ways}
 
 
 @torch.no_grad()

@@ -17,12 +17,11 @@ import torch
 from PIL import Image
 from rectiflux.benchmarks import members as members_module
 from rectiflux.benchmarks.family import HUES, TITLES, evenly, last_line, main, table, unseen_table
-from rectiflux.benchmarks.members import Member, seconds_of, straightness_of
-from rectiflux.benchmarks.painting import files_of, load_models
+from rectiflux.benchmarks.members import WAYS, Member, files_of_way, seconds_of, straightness_of
+from rectiflux.benchmarks.painting import load_models
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories
 from rectiflux.flux_core.pipeline import draw_noise, guided_velocity
 from rectiflux.flux_core.spec import Velocity
-from rectiflux.flux_core.train.evaluate import FAMILY
 from rectiflux.flux_core.train.world import Scene
 from torch import Tensor
 
@@ -62,7 +61,7 @@ class Known(Member):
 
 
 def known(variant: str, right: Callable[[int], int], slope: float) -> Known:
-    return Known(None, FAMILY[variant], right, slope)  # type: ignore[arg-type]
+    return Known(None, WAYS[variant], right, slope)  # type: ignore[arg-type]
 
 
 def test_the_whole_on_members_that_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +69,7 @@ def test_the_whole_on_members_that_are_known(tmp_path: Path, capsys: pytest.Capt
     picture, report = tmp_path / "family.png", tmp_path / "family.json"
     family: dict[str, Member] = {
         "pro": known("pro", lambda steps: 6 if steps == 28 else 0, 3.0),
+        "stochastic": known("stochastic", lambda steps: 5 if steps == 28 else 0, 3.0),
         "reflow": known("reflow", lambda steps: 4, 1.0),
         "dev": known("dev", lambda steps: 5 if steps == 28 else 1, 2.0),
         "schnell": known("schnell", lambda steps: 3 if steps > 1 else 2, 0.5),
@@ -85,20 +85,22 @@ def test_the_whole_on_members_that_are_known(tmp_path: Path, capsys: pytest.Capt
     number = r"(?:0\.9\d|1\.0\d)"
     cells = {
         "pro": "0.00 0.00 1.00",
+        "stochastic": "0.00 0.00 0.83",
         "reflow": "0.67 0.67 0.67",
         "dev": "0.17 0.17 0.83",
         "schnell": "0.33 0.50 0.50",
     }
-    straight = {"pro": "0.749", "reflow": "0.0832", "dev": "0.333", "schnell": "0.0208"}
+    straight = {"pro": "0.749", "stochastic": "0.749", "reflow": "0.0832", "dev": "0.333", "schnell": "0.0208"}
     times = {
         "pro": "0.00 in 28",
+        "stochastic": "0.00 in 28",
         "reflow": "0.00 in 4",
         "dev": "0.00 in 28",
         "schnell": "0.00 in 4, 0.00 in 1",
     }
-    for line, variant in zip(lines[4:8], TITLES, strict=True):
+    for line, variant in zip(lines[4:9], TITLES, strict=True):
         scores = r" \| ".join(f"{re.escape(cell)} / {number}" for cell in cells[variant].split())
-        passes = 2 if variant == "pro" else 1
+        passes = 2 if variant in ("pro", "stochastic") else 1
         row = rf"\| {TITLES[variant]} \| {passes} \| {scores} \| {straight[variant]} \| {times[variant]} \|"
         assert re.fullmatch(row, line), line
     assert lines[-1] == "family pro@28 1.00 dev@28 0.83 schnell@4 0.50 schnell@1 0.33 straightness_ratio 9.0"
@@ -122,7 +124,7 @@ def test_every_way_is_asked_for_the_same(capsys: pytest.CaptureFixture[str]) -> 
             self.asked.append((steps, [prompt.text for prompt in prompts]))
             return [np.full((64, 64, 3), 128, dtype=np.uint8)] * len(prompts)
 
-    family = {name: Blank(None, FAMILY[name]) for name in ("reflow", "schnell")}  # type: ignore[arg-type]
+    family = {name: Blank(None, WAYS[name]) for name in ("reflow", "schnell")}  # type: ignore[arg-type]
     assert main(["--seeds", "2", "--steps", "2", "--variants", "reflow", "schnell"], {**family}) == 0
     texts = [prompt.text for prompt in categories() if prompt.category != "words" for _ in range(2)]
     assert family["reflow"].asked == family["schnell"].asked == [(2, texts)]
@@ -189,7 +191,7 @@ def test_straightness_is_a_mean_over_prompts_and_elements() -> None:
 
     prompts = [Prompt("x" * (1 + i), Scene(), "any") for i in range(21)]
     told: list[int] = []
-    found = straightness_of(ByLength(None, FAMILY["pro"]), prompts, told.append)  # type: ignore[arg-type]
+    found = straightness_of(ByLength(None, WAYS["pro"]), prompts, told.append)  # type: ignore[arg-type]
     assert found == pytest.approx(sum((1 + i) ** 2 for i in range(21)) / 21 * SQUARES, rel=1e-5)
     assert told == [16 * 24 * 2, 5 * 24 * 2]
 
@@ -207,7 +209,7 @@ def test_seconds_are_medians_of_turns_without_the_first(monkeypatch: pytest.Monk
             now += steps + seed**2 + 100 * (seed == 0)
             return b""
 
-    family: dict[str, Member] = {name: Clocked(None, FAMILY[name]) for name in ("dev", "schnell")}  # type: ignore[arg-type]
+    family: dict[str, Member] = {name: Clocked(None, WAYS[name]) for name in ("dev", "schnell")}  # type: ignore[arg-type]
     runs = [("dev", 28), ("schnell", 4), ("schnell", 1)]
     passes: list[int] = []
     found = seconds_of(family, runs, [Prompt("x", Scene(), "any")], 3, passes.append)
@@ -225,12 +227,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.rename(path.with_name(path.name.replace("tiny", "rectiflux-mini")))
     for variant in TITLES:
         spec = replace(SPEC, guidance_embed=variant == "dev")
-        write_transformer(files_of(models, variant).transformer, spec)
+        write_transformer(files_of_way(models, variant).transformer, spec)
     return models
 
 
 def member_of(models: Path, variant: str) -> Member:
-    return Member(load_models(files_of(models, variant)), FAMILY[variant])
+    return Member(load_models(files_of_way(models, variant)), WAYS[variant])
 
 
 @pytest.mark.parametrize("variant", TITLES)
@@ -284,8 +286,8 @@ def test_a_missing_file_is_named_before_anything_is_loaded(
         (tmp_path / name).symlink_to(tiny / name)
     (tmp_path / "diffusion_models").mkdir()
     for variant in ("pro", "reflow", "dev"):
-        files_of(tmp_path, variant).transformer.symlink_to(files_of(tiny, variant).transformer)
-    missing = files_of(tmp_path, "schnell").transformer
+        files_of_way(tmp_path, variant).transformer.symlink_to(files_of_way(tiny, variant).transformer)
+    missing = files_of_way(tmp_path, "schnell").transformer
     monkeypatch.setattr(members_module, "load_models", lambda files: pytest.fail("loaded"))
     assert main(["--models", str(tmp_path)]) == 1
     out, err = capsys.readouterr()

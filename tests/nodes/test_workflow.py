@@ -85,7 +85,8 @@ def test_set_has_one_input_of_each_name_to_set(name: str, tmp_path: Path) -> Non
     inputs = inputs_of(name, tmp_path)
     for wanted in ("prompt", "seed", "negative_prompt", "steps", "width"):
         assert sum(wanted == other for other, _ in inputs) == 1
-    assert ("filename_prefix", "rectiflux") in inputs and ("solver", "euler") in inputs
+    solver = "euler_ancestral" if name == "pro_negative_prompt" else "euler"
+    assert ("filename_prefix", "rectiflux") in inputs and ("solver", solver) in inputs
 
 
 @pytest.mark.parametrize(
@@ -98,11 +99,13 @@ def test_set_has_one_input_of_each_name_to_set(name: str, tmp_path: Path) -> Non
     ],
 )
 def test_workflows_use_a_variant_as_it_is_scored(name: str, variant: str, steps: int, tmp_path: Path) -> None:
+    """But for text_to_image's solver, which is that of FLUX.1 [dev]'s own code."""
     inputs, way = inputs_of(name, tmp_path), FAMILY[variant]
     assert ("model_name", f"rectiflux-mini-{variant}.safetensors") in inputs
     assert ("steps", steps) in inputs and (steps == way.steps or variant == "schnell")
     assert ("cfg_scale", way.cfg_scale) in inputs and ("shift", way.shift) in inputs
     assert way.guidance is None or ("guidance", way.guidance) in inputs
+    assert ("solver", "euler" if variant == "dev" else way.solver) in inputs
 
 
 def test_side_by_side_differs_in_steps_alone(tmp_path: Path) -> None:
