@@ -90,7 +90,13 @@ def test_the_whole_on_members_that_are_known(tmp_path: Path, capsys: pytest.Capt
         "dev": "0.17 0.17 0.83",
         "schnell": "0.33 0.50 0.50",
     }
-    straight = {"pro": "0.749", "stochastic": "0.749", "reflow": "0.0832", "dev": "0.333", "schnell": "0.0208"}
+    straight = {
+        "pro": "0.749",
+        "stochastic": "0.749",
+        "reflow": "0.0832",
+        "dev": "0.333",
+        "schnell": "0.0208",
+    }
     times = {
         "pro": "0.00 in 28",
         "stochastic": "0.00 in 28",
