@@ -15,7 +15,7 @@
   streaming/       a model larger than the memory: blocks come in just ahead of use
   caching.py       steps whose deeper blocks are forecast instead of computed
   attention.py     which backend computes attention, by the card and by what is installed
-  attention_cpu.py ours for a CPU, quicker than torch's where MKL is slow
+                   (attention_cpu.py: by oneDNN, for processors on which torch's own is slow)
   compiling.py     one torch.compile for all blocks of a kind
   graphs.py        small steps replayed as CUDA graphs
   fused/           passes between the products joined (Triton, optional)
