@@ -14,7 +14,9 @@ from torch import Tensor
 from .packed import can_pack, mkl_is_slow
 
 SCORES = 3 << 17
-"""Scores that are worked on at a time."""
+"""Scores that are worked on at a time, but of no fewer than QUERIES queries."""
+
+QUERIES = 64
 
 FEWEST = 384
 """Tokens below which calling costs more than the products save."""
@@ -39,13 +41,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v of [B, K, L, D], float32 or bfloat16, heads joined: [B, L, K D]."""
     batch, heads, length, dim = q.shape
     joint = q.new_empty(batch, length, heads, dim)
-    step = max(1, SCORES // k.shape[-2])
+    step = max(QUERIES, SCORES // k.shape[-2])
     for b in range(batch):
         for h in range(heads):
             keys, values = _blocks(k[b, h].float()), _blocks(v[b, h].mT)
-            queries = q[b, h].float() * dim**-0.5
             for start in range(0, length, step):
-                scores = _product(queries[start : start + step], keys)
+                queries = q[b, h, start : start + step].float() * dim**-0.5
+                scores = _product(queries, keys)
                 weights = torch.softmax(scores, -1, out=scores).to(v.dtype)
                 joint[b, start : start + step, h] = _product(weights, values)
     return joint.flatten(2)

@@ -45,6 +45,7 @@ def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_attention(dtype: torch.dtype, length: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some queries at a time: 33 are no multiple of them."""
     monkeypatch.setattr(module, "SCORES", 160)
+    monkeypatch.setattr(module, "QUERIES", 2)
     q, k, v = drawn(length, keys, dtype=dtype)
     found = attend(q, k, v)
     assert found.dtype == dtype and found.shape == (2, length, 48)
