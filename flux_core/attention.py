@@ -196,7 +196,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, asked: str = "auto") -> Tensor:
     if q.requires_grad and q.device.type == "cpu":  # torch's fused backward takes 6 times as long in bf16
         joint = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v
         return joint.transpose(1, 2).flatten(2)
-    if attention_cpu.serves(q, k):
+    if attention_cpu.serves(q, k, v):
         return attention_cpu.attend(q, k, v)
     backend = chosen(asked, q.device, q.dtype, q.shape[-1])
     if backend in PACKAGES and not q.requires_grad:

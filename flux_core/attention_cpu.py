@@ -22,11 +22,11 @@ FEWEST = 384
 """Tokens below which calling costs more than the products save."""
 
 
-def serves(q: Tensor, k: Tensor) -> bool:
-    """Whether `attend` is quicker than torch for queries and keys [B, K, L, D]."""
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend` is quicker than torch for these [B, K, L, D]; not where a gradient is wanted."""
     if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16):
         return False
-    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return not wanted and min(q.shape[-2], k.shape[-2]) >= FEWEST and _is_quicker(q.dtype)
 
 

@@ -135,7 +135,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (rearrange(part(normed), "b c h w -> b 1 (h w) c") for part in (self.q, self.k, self.v))
-        if attention_cpu.serves(q, k):
+        if attention_cpu.serves(q, k, v):
             attn = attention_cpu.attend(q, k, v)
         else:
             attn = F.scaled_dot_product_attention(q, k, v).squeeze(1)

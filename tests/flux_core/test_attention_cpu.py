@@ -67,14 +67,18 @@ def test_large_scores_and_one_that_outweighs_all(dtype: torch.dtype, scale: floa
 @pytest.mark.parametrize("dtype", able)
 def test_where_it_serves(dtype: torch.dtype, slow_mkl: None, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(9, 9, dtype=dtype)
-    assert serves(q, k) and torch.equal(attention(q, k, v), attend(q, k, v))
-    assert not serves(q[..., :7, :], k) and not serves(q, k[..., :7, :])  # few tokens
-    assert not serves(q.half(), k.half()) and not serves(q.to("meta"), k.to("meta"))
-    assert not serves(q.requires_grad_(), k)
-    with torch.no_grad():
-        assert serves(q, k)
+    assert serves(q, k, v) and torch.equal(attention(q, k, v), attend(q, k, v))
+    few = slice(7)
+    assert not serves(q[..., few, :], k, v) and not serves(q, k[..., few, :], v[..., few, :])
+    assert not serves(q.half(), k.half(), v.half()) and not serves(*(x.to("meta") for x in (q, k, v)))
+    for x in (q, k, v):
+        x.requires_grad_()
+        assert not serves(q, k, v)
+        with torch.no_grad():
+            assert serves(q, k, v)
+        x.requires_grad_(False)
     monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
-    assert not serves(q.detach(), k)
+    assert not serves(q, k, v)
 
 
 def test_gradients_do_not_go_by_it(slow_mkl: None) -> None:
