@@ -63,7 +63,7 @@ class Stored:
         stored.shape, stored.dtype = (whole.shape[1], whole.shape[2], whole.shape[3]), whole.dtype
         stored._device, stored._scales = whole.device, None
         stored._data = whole.contiguous(memory_format=torch.channels_last)
-        stored._top, stored._old = 0, whole[:, :, :0]
+        stored._top, stored._old = 0, stored._data[:, :, :0]
         return stored
 
     @property
@@ -103,7 +103,7 @@ class Stored:
             small = Stored(self.shape, self._data, compact=True)
             for first in range(0, self.shape[1], 16):
                 small.fill(first, self._data[:, :, first : first + 16])
-            self._data, self._scales = small._data, small._scales
+            self._data, self._scales, self._old = small._data, small._scales, small._old
 
     def whole(self) -> Tensor:
         """All of it, [1, C, H, W]."""

@@ -149,11 +149,11 @@ class Walk:
         self._done = 0.0
 
     def begin(self, x: Stored) -> None:
-        self.x, self.moments, self._like = x, Moments().add(x.whole()), x.whole()[:, :0]
+        self.x, self.moments, self._like = x, Moments().add(x.whole()), x.whole().new_empty(0)
 
     def begin_with(self, conv: nn.Conv2d, picture: Tensor) -> None:
         """Begin with what a 3x3 convolution makes of a whole picture."""
-        self._like, source = picture[:, :0], Stored.of(picture)
+        self._like, source = picture.new_empty(0), Stored.of(picture)
         self.x = self._new((conv.out_channels, picture.shape[2], picture.shape[3]), source)
         self._fill(lambda *span: convolved(conv, source.rows, picture.shape[2], *span), 0)
 

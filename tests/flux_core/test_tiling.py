@@ -162,6 +162,17 @@ def test_a_damaged_weight_is_not_hidden_by_16_bits() -> None:
     assert finite.tolist() == [[True, False, True, True], [True, True, False, True]]
 
 
+def test_what_was_made_compact_holds_no_more_than_it_says() -> None:
+    """A view of the float32 that it was, however empty, would keep all of that in memory."""
+    stored = Stored((3, 12, 5), torch.zeros(1))
+    stored.fill(0, torch.ones(1, 3, 12, 5))
+    stored.compact()
+    tensors = [value for value in vars(stored).values() if isinstance(value, Tensor)]
+    memory = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    assert stored.nbytes == 3 * 12 * 5 * 2
+    assert sum(memory.values()) == stored.nbytes + 3 * 12 * 4  # a scale for each row of each channel
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_rows_can_be_read_as_they_were_while_they_are_overwritten(compact: bool) -> None:
     stored = Stored((3, 12, 5), torch.zeros(1), compact)
