@@ -176,11 +176,13 @@ class Walk:
     def end(self, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
         """What the last norm, SiLU and convolution make of the activation."""
         x, moments = self.x, self.moments
-        parts = [
-            convolved(conv, lambda a, b: moments.activated(x.rows(a, b), norm), x.shape[1], *span)
-            for span in self._strips(x.shape, 0)
-        ]
-        return torch.cat(parts, dim=2)
+        shape = (1, conv.out_channels, *x.shape[1:])
+        answer = self._like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        for first, last in self._strips(x.shape, 0):  # small results in between would hold memory open
+            answer[:, :, first:last] = convolved(
+                conv, lambda a, b: moments.activated(x.rows(a, b), norm), x.shape[1], first, last
+            )
+        return answer
 
     def told(self, answer: Tensor, steps: Iterable[BlockStep]) -> Tensor:
         """The answer, after telling that the steps to it are done."""
