@@ -14,9 +14,10 @@ from torch import Tensor
 from .packed import can_pack, mkl_is_slow
 
 SCORES = 3 << 17
-"""Scores that are worked on at a time, but of no fewer than QUERIES queries."""
+"""Scores that are worked on at a time, where they are not those of fewer than QUERIES queries."""
 
 QUERIES = 64
+"""Queries that are worked on at a time at least: products with fewer rows are slow."""
 
 FEWEST = 384
 """Tokens below which calling costs more than the products save."""

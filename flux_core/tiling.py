@@ -176,11 +176,16 @@ class Walk:
     def end(self, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
         """What the last norm, SiLU and convolution make of the activation."""
         x, moments = self.x, self.moments
-        shape = (1, conv.out_channels, *x.shape[1:])
-        answer = self._like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        _, height, width = x.shape
+        answer = torch.empty(
+            (1, conv.out_channels, height, width),
+            dtype=self._like.dtype,
+            device=self._like.device,
+            memory_format=torch.channels_last,
+        )
         for first, last in self._strips(x.shape, 0):  # small results in between would hold memory open
             answer[:, :, first:last] = convolved(
-                conv, lambda a, b: moments.activated(x.rows(a, b), norm), x.shape[1], first, last
+                conv, lambda a, b: moments.activated(x.rows(a, b), norm), height, first, last
             )
         return answer
 
