@@ -3,9 +3,10 @@
 On a large GPU a block's products are so quick that reading and writing its tokens in between takes a tenth of
 the time. Four passes are joined here: q/k norm, rotation and layout for attention; the gated residual with
 the modulated norm that follows it; the norm alone, where torch needs two passes; GELU with the concatenation
-before a single block's last layer. Their plain twins are the functions of layers.py that call them, which go
-on by themselves wherever the answer here is None: on another device, where gradients are recorded, while a
-compiler traces (it fuses on its own), without Triton, or after a kernel has failed, which is logged once.
+before a single block's last layer. A fifth brings tokens into fp8 (fp8.py), which takes torch four passes.
+Their plain twins are the functions of layers.py and fp8.py that call them, which go on by themselves wherever
+the answer here is None: on another device, where gradients are recorded, while a compiler traces (it fuses on
+its own), without Triton, or after a kernel has failed, which is logged once.
 
 Tested in Triton's interpreter against the twins, and compiled for GPUs from Turing to Blackwell, but **not
 yet run on a GPU:** neither the speed nor `LARGE` has been measured. So only RECTIFLUX_FUSED=1 in the
@@ -30,6 +31,7 @@ __all__ = [
     "modulated_norm",
     "queries_keys_values",
     "residual_and_norm",
+    "rows_in_fp8",
     "serves",
 ]
 
@@ -52,6 +54,7 @@ class Launches(Protocol):
     residual_and_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     beside_gelu: Callable[[Tensor, Tensor, int], Tensor]
     queries_keys_values: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rows_in_fp8: Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
 
 
 _off: set[str] = set() if os.environ.get("RECTIFLUX_FUSED") == "1" else {"all"}
@@ -158,6 +161,20 @@ def beside_gelu(launches: Launches, attn: Tensor, y: Tensor, plain: int) -> Tens
         return None
     with torch.cuda.device_of(attn):
         return launches.beside_gelu(attn, y, plain)
+
+
+@_or_none
+def rows_in_fp8(
+    launches: Launches, x: Tensor, largest: float, smallest: float
+) -> tuple[Tensor, Tensor] | None:
+    """Codes [N, C] and scales [N, 1] of x [N, C], on a card that knows float8_e4m3fn.
+
+    A scale is the row's largest magnitude, or `smallest` if that is larger, over the `largest` code.
+    """
+    if not _fit(x):
+        return None
+    with torch.cuda.device_of(x):
+        return launches.rows_in_fp8(x, largest, smallest)
 
 
 def _fit(x: Tensor, *others: Tensor) -> bool:

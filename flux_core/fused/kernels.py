@@ -171,3 +171,20 @@ def beside_gelu(
     gelu = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     result = tl.where(is_attn, joint, gelu.to(out.dtype.element_ty))
     tl.store(out + row * width + column, result, column < width)
+
+
+@triton.jit
+def rows_in_fp8(
+    x, codes, scales, x_row, width, largest: tl.constexpr, smallest: tl.constexpr, BLOCK: tl.constexpr
+):
+    """scales[n] = max |x[n]| / largest, codes[n] = x[n] / scales[n]; a program is a row.
+
+    Both divisions are rounded as torch rounds them: an ulp less could be another code.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x + row * x_row + column, inside, 0.0).to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 0), smallest), largest)
+    tl.store(scales + row, scale)
+    tl.store(codes + row * width + column, tl.div_rn(values, scale).to(codes.dtype.element_ty), inside)

@@ -148,6 +148,26 @@ def beside_gelu(attn: Tensor, y: Tensor, plain: int) -> Tensor:
     return out
 
 
+def rows_in_fp8(x: Tensor, largest: float, smallest: float) -> tuple[Tensor, Tensor]:
+    """Codes [N, C], float8_e4m3fn, and scales [N, 1] of x [N, C]; `largest` is the largest code."""
+    count, width = x.shape
+    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    scales = x.new_empty(count, 1, dtype=torch.float32)
+    block = _power(width)
+    kernels.rows_in_fp8[(count,)](
+        x,
+        codes,
+        scales,
+        x.stride(0),
+        width,
+        largest=largest,
+        smallest=smallest,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+    return codes, scales
+
+
 def _of_batch(modulation: Tensor) -> int:
     """How far apart two pictures' modulations lie."""
     return 0 if modulation.shape[0] == 1 else modulation.stride(0)

@@ -26,8 +26,10 @@ FIXED = {
     "gated_residual": {"BLOCK": 4096, "NORM": True},
     "queries_keys_values": {"dim": 128, "HEADS": 8, "DIM": 128, "VALUES": True},
     "beside_gelu": {"BLOCK": 1024},
+    "rows_in_fp8": {"largest": 448.0, "smallest": 1e-12, "BLOCK": 16384},
 }
 """What is known when each kernel is compiled for FLUX.1."""
+POINTERS = {"cos": "*fp32", "sin": "*fp32", "scales": "*fp32", "codes": "*fp8e4nv"}
 NUMBERS = re.compile(r"heads|plain|\w*(length|width)|\w+_(batch|row)")
 
 
@@ -41,7 +43,7 @@ def widest_load(name: str) -> int:
         elif NUMBERS.fullmatch(argument):
             signature[argument] = "i32"
         else:
-            signature[argument] = "*fp32" if argument in ("cos", "sin") else "*bf16"
+            signature[argument] = POINTERS.get(argument, "*bf16")
         if signature[argument] != "constexpr" and not argument.endswith("length"):
             alignment[(i,)] = [["tt.divisibility", 16]]
     fixed = {(kernel.arg_names.index(argument),): value for argument, value in FIXED[name].items()}

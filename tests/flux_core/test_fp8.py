@@ -110,6 +110,26 @@ def test_a_card_gives_the_same_numbers(dtype: torch.dtype, card: list[dict[str, 
     assert card == [{"out_dtype": BF16, "use_fast_accum": True}]
 
 
+def test_its_inputs_are_brought_into_fp8_by_a_kernel(
+    card: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is one: this one doubles the scales, so that it can be seen."""
+    layer, _, _ = layer_of(bias=False)
+    x, launched = drawn(5, 64, seed=2), []
+
+    def kernel(x: Tensor, largest: float, smallest: float) -> tuple[Tensor, Tensor] | None:
+        launched.append((x.shape, largest, smallest))
+        codes, scale = rows_in_fp8(x)
+        return (codes, 2 * scale) if len(launched) == 1 else None
+
+    plain = layer(x)
+    monkeypatch.setattr(module.fused, "serves", lambda x: True)
+    monkeypatch.setattr(module.fused, "rows_in_fp8", kernel)
+    assert torch.equal(layer(x), 2 * plain)
+    assert torch.equal(layer(x), plain), "it failed, so torch goes on"
+    assert launched == 2 * [((5, 64), 448.0, module.SMALLEST)] and len(card) == 3
+
+
 def test_which_devices_can(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     capability, fails = (9, 0), False
 
