@@ -1,8 +1,8 @@
 """Ours against diffusers, and ComfyUI where COMFYUI_PATH names it: ratios, within ten minutes.
 
-    python3 run.py bench speed [--quick] [--cases miniature,full,int8,vae,pictures,png,memory] [--seconds 120]
-                               [--threads N] [--clock wall|cpu] [--device cpu|cuda] [--models DIR]
-                               [--large] [--json FILE] [--record]
+    python3 run.py bench speed [--quick] [--cases miniature,full,int8,vae,pictures,png,memory,fp8]
+                               [--seconds 120] [--threads N] [--clock wall|cpu] [--device cpu|cuda]
+                               [--models DIR] [--large] [--json FILE] [--record]
 
 Both sides run eagerly on the same weights, inputs and dtype, and take turns (ours, theirs, theirs, ours), so
 that whatever else the machine does slows both. Each comparison ends in a line
@@ -20,6 +20,7 @@ that whatever else the machine does slows both. Each comparison ends in a line
                    --device cuda full size with random weights, T5-XXL and CLIP-L
   memory-...       the most bytes above the weights of a step and a decode at 512 px and of a picture by the
                    miniature, each side in a process of its own. --large adds our decode at 2048 px: minutes
+  fp8              no times: what mini-dev's velocity loses when one kind of layer multiplies in fp8
   gpu              with --device cuda, and first there: FLUX.1 [dev] (28 steps) and [schnell] (4) in full
                    size with random weights at 512 and 1024 px, batch 1 and 4, bf16 and fp8, against
                    diffusers eager and compiled, and the rate of it beside that of a matrix product. Of long
@@ -41,7 +42,7 @@ from pathlib import Path
 
 import torch
 
-from . import speed_blocks, speed_gpu, speed_memory, speed_models, speed_png
+from . import speed_blocks, speed_fp8, speed_gpu, speed_memory, speed_models, speed_png
 from .report import add_json, machine, parser_of, write_report
 from .speed_settings import Case, Settings, Skipped, Told, add_options, clock_of
 from .turns import Ratio
@@ -60,6 +61,7 @@ CASES: dict[str, Case] = {
     "pictures": speed_models.pictures,
     "png": speed_png.png,
     "memory": speed_memory.memory,
+    "fp8": speed_fp8.fp8_error,
     "gpu": speed_gpu.full_size,
 }
 BY_DEFAULT = {

@@ -3,14 +3,14 @@
 y = s_x s_w (q_x . q_w) + b with codes q in float8_e4m3fn. The weight is quantised once, its scale s_w one for
 each row; the inputs at each call, s_x one for each token: the largest magnitude over 448 (Micikevicius et
 al., arXiv:2209.05433). A code has 3 bits of mantissa, so that a number errs by at most 1/16 of itself.
-What this does to FLUX, on the miniature [dev]: the relative error of the velocity at sigmas 1, 0.9, 0.7, 0.5,
-0.3, 0.1 (bf16 throughout: 0.011) when one kind of layer alone is in fp8:
+What this does to FLUX, on the miniature [dev] (`bench speed --cases fp8`): the relative error of the velocity
+in bf16, a mean over sigmas 1, 0.9, 0.7, 0.5, 0.3, 0.1, with one kind of layer in fp8 (with none: 0.011):
 
-  double blocks  qkv 0.008, proj 0.008, MLP in 0.019, MLP out 0.014
-  single blocks  linear1 0.038, linear2 0.034; both of one block 0.010, 0.017, 0.020, 0.025, last 0.035
-  modulations    0.015
-  kept in bf16   img_in 0.052, final_layer 0.029, the last single block
-  all that packing.quantise_to_fp8 chooses: 0.049 (with the last single block 0.061, with everything 0.089)
+  double blocks  qkv 0.013, proj 0.013, MLP in 0.022, MLP out 0.018
+  single blocks  linear1 0.040, linear2 0.035; both of one block 0.015, 0.019, 0.023, 0.028, last 0.036
+  modulations    0.019
+  kept in bf16   img_in 0.052, final_layer 0.030, the last single block
+  all that packing.quantise_to_fp8 chooses: 0.050 (with the last single block 0.062, with every layer 0.086)
 
 Modulations serve memory, not speed: they are 27 % of FLUX.1 [dev].
 """

@@ -83,6 +83,18 @@ def test_the_miniature_and_its_pictures(capsys: pytest.CaptureFixture[str]) -> N
     assert same is not None and float(same[1]) < 1e-4
 
 
+def test_what_fp8_loses(capsys: pytest.CaptureFixture[str]) -> None:
+    """More in fp8 errs more; the first layer alone, which is kept in bf16, as much as all that is not."""
+    assert speed.main(["--quick", "--cases", "fp8"]) == 0
+    lines = re.findall(r"^fp8: (\D.*?) (0\.\d+)( of .*)?$", capsys.readouterr().out, re.MULTILINE)
+    errors = {kind: float(error) for kind, error, _ in lines}
+    assert len(errors) == 1 + 9 + 5 + 2 + 1
+    least, chosen = errors["bf16 throughout errs by"], errors["what quantise_to_fp8 chooses"]
+    assert 0.002 < least == min(errors.values())
+    assert least < chosen < errors["all blocks in fp8"] < errors["every layer in fp8"] < 0.1
+    assert errors["img_in in fp8"] > 0.8 * chosen
+
+
 def test_a_record_is_appended(tmp_path: Path) -> None:
     settings = Settings(False, 1.0, Clock("cpu"), tmp_path)
     ratio, gap = Ratio("vae", 1.5, 1.25, 2.0, 4, 0.5, 0.75, "eager"), Skipped("load", "no files")
