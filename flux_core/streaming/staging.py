@@ -79,7 +79,9 @@ class Stager:
         if coming is not None:
             coming.result()
         if slot.copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(slot.copied)
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_event(slot.copied)
+            slot.near.record_stream(computing)  # else it could be given away while kernels read it
         self._in_use = slot
         for place, view in slot.views:
             put(place, view)
@@ -107,7 +109,7 @@ class Stager:
         if slot.near.numel() < size:
             if slot.used is not None:
                 slot.used.synchronize()
-            slot.near = _bytes(size, self._device)
+            slot.near = self._room_near(size)
         slot.views = [
             (place, _view(slot.near, start, place[2])) for place, start in zip(far, starts, strict=True)
         ]
@@ -120,6 +122,13 @@ class Stager:
                 self._stream.wait_event(slot.used)
             slot.near[:size].copy_(gathered[:size], non_blocking=True)
             slot.copied = self._stream.record_event()
+
+    def _room_near(self, size: int) -> Tensor:
+        """Memory of the copying stream: what the computing one has freed may still be read by its kernels."""
+        if self._stream is None:
+            return _bytes(size, self._device)
+        with torch.cuda.stream(self._stream):
+            return _bytes(size, self._device)
 
     def _gathered(self, slot: _Slot, far: list[Place], starts: list[int], size: int, keep: bool) -> Tensor:
         """Pinned memory with the weights, one after the other: what was kept, or gathered now."""
