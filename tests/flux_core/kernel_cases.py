@@ -1,4 +1,4 @@
-"""Every fused kernel beside its plain twin: for interpreted.py, where Triton interprets, and for tests/gpu."""
+"""Each fused kernel beside its plain twin, for interpreted.py, where Triton interprets, and for tests/gpu."""
 
 from __future__ import annotations
 

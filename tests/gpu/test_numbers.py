@@ -1,0 +1,153 @@
+"""A card gives the numbers that a CPU gives, in every dtype, form and backend."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from rectiflux.benchmarks.painting import files_of
+from rectiflux.benchmarks.reference.models import autoencoder, flux_transformer, relative_error, text
+from rectiflux.benchmarks.reference.stored import every_form, random_blocks
+from rectiflux.benchmarks.speed_settings import MODELS
+from rectiflux.flux_core.attention import ATTENTIONS, PACKAGES, attention_told, importable, use_attention
+from rectiflux.flux_core.dequantise import BLOCK_TYPES
+from rectiflux.flux_core.forms import Blocks
+from rectiflux.flux_core.fp8 import can_multiply
+from rectiflux.flux_core.packing import quantise_to_fp8
+from rectiflux.flux_core.pipeline import Models, text_to_image
+from rectiflux.flux_core.stored import StoredLinear
+from rectiflux.flux_core.tiling import bytes_in_one_piece, decode, encode
+from rectiflux.flux_core.transformer import FluxTransformer, pack
+from rectiflux.flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
+from torch import Tensor
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SIDE, LENGTH = 32, 40
+SIZES = {"hidden_size": 256, "num_heads": 2, "depth_single": 2}
+"""Heads of 128 dims, as FLUX.1 has them and every backend takes them."""
+
+
+@pytest.fixture(scope="module")
+def model() -> FluxTransformer:
+    return flux_transformer(**SIZES)
+
+
+def velocity(model: FluxTransformer, device: torch.device, dtype: torch.dtype, rows: int = 1) -> Tensor:
+    """Of a random latent, float32 on the CPU, computed by a copy on a device."""
+    twin = copy.deepcopy(model).to(device, dtype)
+    prepared = twin.prepare(text(0, rows=rows, length=LENGTH), [0.6], SIDE, SIDE)
+    noise = torch.randn(2, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return twin(pack(noise).to(device, dtype), prepared, 0.6).float().cpu()
+
+
+@pytest.fixture(scope="module")
+def exact(model: FluxTransformer) -> Tensor:
+    with torch.no_grad():
+        return velocity(model, torch.device("cpu"), FP32)
+
+
+def test_float32(model: FluxTransformer, exact: Tensor, device: torch.device) -> None:
+    assert relative_error(velocity(model, device, FP32), exact) < 1e-5
+
+
+def test_a_prompt_for_each_picture(model: FluxTransformer, device: torch.device) -> None:
+    exact = velocity(model, torch.device("cpu"), FP32, rows=2)
+    assert relative_error(velocity(model, device, FP32, rows=2), exact) < 1e-5
+
+
+@pytest.mark.parametrize("asked", ATTENTIONS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_attention(
+    asked: str, dtype: torch.dtype, model: FluxTransformer, exact: Tensor, device: torch.device
+) -> None:
+    """No further off than a CPU is, with SageAttention, whose queries and keys are in int8, four times."""
+    if asked in PACKAGES and not importable(asked):
+        pytest.skip(f"{PACKAGES[asked][0]} is not installed")
+    twin = copy.deepcopy(model).to(device, dtype)
+    try:
+        use_attention(twin, asked)
+    except ValueError as error:
+        pytest.skip(str(error))
+    usual = relative_error(velocity(model, torch.device("cpu"), dtype), exact)
+    allowed = (4 if asked == "sage" else 1.25) * usual
+    assert relative_error(velocity(twin, device, dtype), exact) < allowed, attention_told(twin)
+
+
+def test_fp8_is_multiplied_where_the_card_can(
+    model: FluxTransformer, exact: Tensor, device: torch.device
+) -> None:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    assert can_multiply(device) == (capability >= (8, 9) and torch.version.hip is None)
+    quantised = copy.deepcopy(model)
+    assert quantise_to_fp8(quantised) > 0
+    usual = relative_error(velocity(quantised, torch.device("cpu"), BF16), exact)
+    found = relative_error(velocity(quantised, device, BF16), exact)
+    assert 0.01 < found < 1.1 * usual
+
+
+def test_fp8_is_quantised_on_the_card_as_on_a_cpu(model: FluxTransformer, device: torch.device) -> None:
+    here, there = copy.deepcopy(model), copy.deepcopy(model)
+    quantise_to_fp8(here)
+    quantise_to_fp8(there, device, then=torch.device("cpu"))
+    for ours, theirs in zip(here.buffers(), there.buffers(), strict=True):
+        assert ours.dtype == theirs.dtype and theirs.device.type == "cpu"
+        # a scale may be an ulp off, and then a code the next one
+        assert (ours.float() != theirs.float()).float().mean() < 0.01 or ours.dtype == FP32
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.126, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", every_form())
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_stored_weights(form: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Multiplied on the device, and there only for a product."""
+    stored, numbers = every_form()[form]
+    x = torch.randn(3, numbers.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = StoredLinear(stored, None, dtype)(x).float()
+    for layer in (StoredLinear(stored, None, dtype), StoredLinear(stored, None, dtype).to(device)):
+        found = layer(x.to(device))
+        assert found.device.type == device.type
+        assert relative_error(found.float().cpu(), expected) < (1e-6 if dtype == FP32 else 2**-8)
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_every_kind_of_gguf(kind: str, device: torch.device) -> None:
+    data = torch.from_numpy(random_blocks(kind, 8, 2))
+    here, there = Blocks(data, kind).dense(FP32), Blocks(data.to(device), kind).dense(FP32)
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=0)
+
+
+def test_latents_and_pictures(device: torch.device) -> None:
+    """By the autoencoder in one piece and in strips, in float32 and in bfloat16."""
+    model = autoencoder()
+    latent = torch.randn(1, 16, 24, 20, generator=torch.Generator().manual_seed(2))
+    picture = model.decode(latent)
+    twin = copy.deepcopy(model).to(device)
+    assert relative_error(twin.decode(latent.to(device)).cpu(), picture) < 1e-5
+    need = bytes_in_one_piece(model, 192, 160)
+    for limit, allowed in ((need - 1, 1e-5), (0, 0.05 / 127.5)):  # the latter keeps 16 bits of each number
+        assert relative_error(decode(twin, latent.to(device), limit=limit).cpu(), picture) < allowed
+    again = model.encode(picture)
+    assert relative_error(twin.encode(picture.to(device)).cpu(), again) < 1e-5
+    assert relative_error(encode(twin, picture.to(device), limit=need - 1).cpu(), again) < 1e-5
+    usual = relative_error(copy.deepcopy(model).bfloat16().decode(latent.bfloat16()).float(), picture)
+    half = twin.bfloat16().decode(latent.to(device, BF16)).float().cpu()
+    assert relative_error(half, picture) < 1.25 * usual
+
+
+@pytest.mark.parametrize("solver", ["euler", "euler_ancestral", "ab2"])
+def test_a_seed_is_the_same_picture(solver: str, device: torch.device) -> None:
+    """By the shipped miniature, prompt, noise, steps and decode."""
+    files = files_of(MODELS, "dev")
+
+    def painted(place: torch.device) -> Tensor:
+        models = Models(
+            load_text_encoders(files.clip, files.t5, dtype=FP32, device=place),
+            load_transformer(files.transformer, FP32, place),
+            load_autoencoder(files.vae, FP32, place),
+        )
+        return text_to_image(
+            models, "two blue stars", width=128, height=96, steps=12, seed=5, solver=solver
+        ).cpu()
+
+    assert float((painted(device) - painted(torch.device("cpu"))).abs().max()) < 2e-3  # a level is 8e-3

@@ -1,0 +1,86 @@
+"""A model that is larger than its memory limit gives the very numbers of one that is all on the card."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from rectiflux.benchmarks.reference.models import flux_transformer, text
+from rectiflux.flux_core.fp8 import Fp8Linear
+from rectiflux.flux_core.packing import quantise_to_fp8
+from rectiflux.flux_core.pipeline import guided_velocity
+from rectiflux.flux_core.streaming import Streaming, stream
+from rectiflux.flux_core.streaming.staging import Stager
+from rectiflux.flux_core.transformer import FluxTransformer
+from torch import Tensor
+
+SIZES = {"hidden_size": 512, "num_heads": 4, "depth": 4, "depth_single": 8}
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2]
+SIDE = 48
+
+
+def model_in(dtype: torch.dtype, seed: int = 0) -> FluxTransformer:
+    return flux_transformer(seed, **SIZES).to(dtype)
+
+
+def velocities(model: FluxTransformer, steps: int = len(SIGMAS)) -> list[Tensor]:
+    noise = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(model.device)
+    velocity = guided_velocity(model, text(0, length=64), None, 1.0, SIGMAS, SIDE, SIDE, 1)
+    return [velocity(noise, sigma).cpu() for sigma in SIGMAS[:steps]]
+
+
+def bytes_of(model: FluxTransformer) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_numbers(dtype: torch.dtype, share: float, card: torch.device) -> None:
+    """In five steps, in a run after one that was interrupted, and while other memory comes and goes."""
+    model = model_in(dtype)
+    expected = velocities(copy.deepcopy(model).to(card))
+    streamed = stream(copy.deepcopy(model), card, int(share * bytes_of(model)))
+    assert isinstance(streamed.streaming, Streaming) and isinstance(streamed.streaming.mover, Stager)
+    velocities(streamed, steps=2)
+    for _ in range(3):
+        kept = [torch.full((1 << 20,), float(i), device=card) for i in range(20)]
+        for ours, plain in zip(velocities(streamed), expected, strict=True):
+            assert torch.equal(ours, plain)
+        assert all(bool((tensor == i).all()) for i, tensor in enumerate(kept))
+
+
+def test_no_more_than_its_share_is_on_the_card(card: torch.device) -> None:
+    model = model_in(torch.float32)
+    whole = bytes_of(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(card)
+    streamed = stream(model, card, whole // 2)
+    velocities(streamed, steps=1)
+    gc.collect()
+    assert torch.cuda.memory_allocated(card) - before < 0.55 * whole
+    assert velocities(streamed)[0].isfinite().all()
+
+
+def test_codes_are_streamed(card: torch.device) -> None:
+    model = model_in(torch.bfloat16)
+    quantise_to_fp8(model)
+    expected = velocities(copy.deepcopy(model).to(card))
+    streamed = stream(model, card, bytes_of(model) // 2)
+    assert any(isinstance(module, Fp8Linear) for module in streamed.modules())
+    for ours, plain in zip(velocities(streamed), expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_two_models_take_turns(card: torch.device) -> None:
+    """Each with buffers of its own, and the first one's given back while its kernels may still run."""
+    models = [model_in(torch.float32, seed) for seed in range(3)]
+    expected = [velocities(copy.deepcopy(model).to(card)) for model in models]
+    for _ in range(2):
+        for model, plain in zip(models, expected, strict=True):
+            streamed = stream(copy.deepcopy(model), card, bytes_of(model) // 3)
+            found = velocities(streamed)
+            del streamed
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
