@@ -61,7 +61,7 @@ class Fp8Linear(StoredLinear):
         if torch.compiler.is_compiling() and not can_multiply(x.device):
             y = _as_numbers(inputs, *weight, bias)
         else:
-            y = multiply(_tokens_in_fp8(inputs), weight, bias, x.dtype)
+            y = multiply(tokens_in_fp8(inputs), weight, bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -71,7 +71,7 @@ def rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(FP8), scale  # in float32, which is the scale's
 
 
-def _tokens_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def tokens_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`rows_in_fp8` of a layer's inputs, in one pass where there is a kernel for it."""
     if fused.serves(x) and can_multiply(x.device):
         done = fused.rows_in_fp8(x, LARGEST, SMALLEST)
