@@ -30,6 +30,8 @@ from rectiflux.flux_core.transformer import FluxTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .test_streaming import staged
+
 SIZES = {"hidden_size": 256, "num_heads": 4, "mlp_ratio": 1.0}
 """Q4_K needs rows of 256 numbers."""
 
@@ -178,6 +180,23 @@ def test_another_strength_of_a_lora_compiles_nothing(traced: Counting, tmp_path:
         assert graphs == 0
         assert_same(found, expected)
     assert not torch.equal(found, singles(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codes", [False, True])
+def test_streamed_blocks_are_one_compilation(traced: Counting, codes: bool) -> None:
+    """Whether a block's weights stay or come, in whichever buffer, in a run after another."""
+    model = flux_transformer(depth=3, depth_single=5, **SIZES)
+    if codes:
+        keep_stored(model, q4_k)
+    compiled = compile_blocks(model)
+    expected, graphs = traced.during(velocity, compiled)
+    assert graphs <= 2
+    staged(compiled, every=2)
+    for _ in range(2):
+        found, graphs = traced.during(velocity, compiled)
+        assert graphs == 0
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.slow
