@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +12,10 @@ from torch import Tensor, nn
 from ..flux_core.packed import Int8Linear
 from ..flux_core.packing import pack_weights, quantise_to_int8
 from ..flux_core.schedule import make_sigmas
-from ..flux_core.transformer import FluxTransformer, unpack
+from ..flux_core.transformer import FluxTransformer
 from ..flux_core.weights import load_transformer
 from .footprint import Watch, held
+from .speed_comfy import against_comfy
 from .speed_inputs import FULL, MINIATURE, QUICK, Inputs, difference, diffusers_twin, random_model
 from .speed_settings import NO_BFLOAT16, Outcome, Settings, Skipped, Told, knows_bfloat16
 from .turns import compare
@@ -37,7 +35,7 @@ def miniature(settings: Settings) -> Iterator[Outcome]:
     ours, theirs = inputs.our_loop(model, sigmas), inputs.their_loop(twin, sigmas)
     yield Told(f"miniature: largest difference {difference(ours(), theirs()):.1e} of the largest value")
     yield compare("miniature", ours, theirs, settings.clock, settings.budget)
-    yield from _against_comfy("miniature", model, inputs, settings)
+    yield from against_comfy("miniature", model, inputs, settings)
 
 
 def full_width(settings: Settings) -> Iterator[Outcome]:
@@ -71,7 +69,7 @@ def full_width(settings: Settings) -> Iterator[Outcome]:
             run, theirs = inputs.our_step(model), inputs.their_step(twin)
             yield Told(f"{case}: largest difference {difference(run(), theirs()):.1e} of the largest value")
             yield compare(case, run, theirs, settings.clock, settings.budget, warm=True)
-            yield from _against_comfy(case, model, inputs, settings)
+            yield from against_comfy(case, model, inputs, settings)
         if name == next(iter(forms)):
             yield from _int8(model, twin, sides, length, settings)
         del model, twin
@@ -126,66 +124,3 @@ def int8_error(settings: Settings) -> Iterator[Outcome]:
 
 def _relative(y: Tensor, exact: Tensor) -> float:
     return float((y - exact).norm() / exact.norm())
-
-
-# ComfyUI
-
-
-def _against_comfy(
-    case: str, model: FluxTransformer, inputs: Inputs, settings: Settings
-) -> Iterator[Outcome]:
-    """A step against ComfyUI's own Flux, where COMFYUI_PATH names a checkout that can be imported."""
-    name, path = f"{case}-comfyui", os.environ.get("COMFYUI_PATH")
-    if not path or settings.is_over:
-        yield Skipped(name, "the time is over" if path else "COMFYUI_PATH names no ComfyUI checkout")
-        return
-    try:
-        comfy = _comfy_model(model, path)
-    except (ImportError, AssertionError, RuntimeError, OSError) as error:
-        yield Skipped(name, f"ComfyUI's Flux does not run here: {' '.join(str(error).split())[:120]}")
-        return
-    run, theirs = inputs.our_step(model), inputs.comfy_step(comfy)
-    latent = unpack(run(), inputs.h, inputs.w)
-    yield Told(f"{name}: largest difference {difference(latent, theirs()):.1e} of the largest value")
-    yield compare(name, run, theirs, settings.clock, settings.budget, warm=True)
-
-
-def _comfy_model(model: FluxTransformer, path: str) -> Any:
-    """ComfyUI's Flux with our weights. It reads the command line when it is imported, so that is hidden."""
-    if path not in sys.path:
-        sys.path.insert(0, path)
-    given, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        options: Any = importlib.import_module("comfy.cli_args")
-        options.args.cpu = model.device.type == "cpu"
-        flux = importlib.import_module("comfy.ldm.flux.model")
-        operations = importlib.import_module("comfy.ops").disable_weight_init
-    finally:
-        sys.argv = given
-    spec = model.spec
-    twin = flux.Flux(
-        in_channels=spec.in_channels // 4,
-        out_channels=spec.out_channels // 4,
-        vec_in_dim=spec.vec_in,
-        context_in_dim=spec.context_in,
-        hidden_size=spec.hidden_size,
-        mlp_ratio=spec.mlp_ratio,
-        num_heads=spec.num_heads,
-        depth=spec.depth,
-        depth_single_blocks=spec.depth_single,
-        axes_dim=list(spec.axes_dim),
-        theta=spec.theta,
-        patch_size=2,
-        qkv_bias=True,
-        guidance_embed=spec.guidance_embed,
-        txt_ids_dims=[],
-        dtype=model.dtype,
-        device=model.device,
-        operations=operations,
-    )
-    wanted = twin.state_dict()
-    state = model.state_dict()
-    twin.load_state_dict(
-        {n if n in wanted else n.removesuffix("scale") + "weight": tensor for n, tensor in state.items()}
-    )
-    return twin.requires_grad_(False).eval()

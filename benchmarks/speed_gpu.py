@@ -23,6 +23,7 @@ from ..flux_core.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from ..flux_core.transformer import FluxTransformer
 from .floors import FP8, matmul_rate, step_flop
 from .reference.models import diffusers_of_size
+from .speed_comfy import against_comfy
 from .speed_inputs import Inputs, difference, diffusers_twin, random_model
 from .speed_memory import peak
 from .speed_settings import Outcome, Settings, Skipped, Told
@@ -139,6 +140,8 @@ class Group:
         yield Told(f"{case}: first step {warm - started:.1f} s, largest difference {far:.1e} of the largest")
         yield self.memory(case, ours, run_eager)
         yield from self.loops(case, inputs, model, eager, compiled, how)
+        if self.form == "bf16" and self.batch == 1:  # one step says it all, and its weights are another copy
+            yield from against_comfy(case, model, inputs, settings)
 
     def memory(self, case: str, ours: Run, theirs: Run) -> Outcome:
         """What a step takes above the weights."""
