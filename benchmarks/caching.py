@@ -22,11 +22,9 @@ forecast at the node's own threshold, 0.1.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +39,7 @@ from ..flux_core.solver import solver_named
 from ..flux_core.spec import Conditioning
 from ..flux_core.train.evaluate import FAMILY
 from ..flux_core.vae import to_vae_space
+from . import switches
 from .painting import files_of, load_models
 from .prompts import categories
 from .report import add_json, parser_of, positive, write_report
@@ -200,19 +199,6 @@ def measure(painter: Painter, thresholds: Sequence[float], on_row: Callable[[Row
     return rows
 
 
-@contextmanager
-def one_by_one() -> Iterator[None]:
-    """Steps computed one operation after the other, as those of a large model are."""
-    before = os.environ.get("RECTIFLUX_GRAPHS")
-    os.environ["RECTIFLUX_GRAPHS"] = "0"
-    try:
-        yield
-    finally:
-        del os.environ["RECTIFLUX_GRAPHS"]
-        if before is not None:
-            os.environ["RECTIFLUX_GRAPHS"] = before
-
-
 def main(argv: list[str]) -> int:
     """Measure mini-dev and mini-schnell, print a line for each row; 0."""
     parser = parser_of("caching", __doc__)
@@ -231,7 +217,7 @@ def main(argv: list[str]) -> int:
     texts = [every[i * len(every) // count] for i in range(count)]
     print(HEAD)
     rows: list[Row] = []
-    with one_by_one():
+    with switches.recordings(False):  # as those of a large model are
         for variant in ("dev", "schnell"):
             models = load_models(files_of(arguments.models, variant))
             painter = Painter(variant, models, texts)

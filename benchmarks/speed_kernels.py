@@ -7,9 +7,7 @@ pictures of 1024, 512 and 256 px. `recorded`: a step of FLUX.1 [dev] in full siz
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from ..flux_core import fp8, fused, layers
 from ..flux_core.graphs import steps_of
 from ..flux_core.spec import FLUX_DEV, FluxSpec
 from ..flux_core.transformer import FluxTransformer, pack
+from . import switches
 from .speed_gpu import compiled_or_not, first_words
 from .speed_inputs import SIGMA, Inputs, difference, random_model
 from .speed_settings import Outcome, Settings, Skipped, Told
@@ -28,34 +27,6 @@ TOGETHER = 20
 """Launches that are timed at once: one alone is over before the clock has looked."""
 TOKENS = (4608, 1536, 768)
 """Of text and image, at 1024, 512 and 256 px."""
-
-
-@contextmanager
-def kernels_switched(on: bool) -> Iterator[None]:
-    """All kernels for tensors of any size, or none; whatever the environment says."""
-    off, least = set(fused._off), fused.LARGE
-    fused._off.clear()
-    fused._off.update(() if on else {"all"})
-    fused.LARGE = 0 if on else least
-    try:
-        yield
-    finally:
-        fused._off.clear()
-        fused._off.update(off)
-        fused.LARGE = least
-
-
-@contextmanager
-def recordings_switched_on() -> Iterator[None]:
-    """Whatever the environment says."""
-    before = os.environ.get("RECTIFLUX_GRAPHS")
-    os.environ["RECTIFLUX_GRAPHS"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("RECTIFLUX_GRAPHS")
-        if before is not None:
-            os.environ["RECTIFLUX_GRAPHS"] = before
 
 
 def kernels(settings: Settings, spec: FluxSpec | None = None) -> Iterator[Outcome]:
@@ -69,7 +40,7 @@ def kernels(settings: Settings, spec: FluxSpec | None = None) -> Iterator[Outcom
             if settings.is_over:
                 yield Skipped(case, "the time is over")
                 continue
-            with kernels_switched(True):
+            with switches.kernels(True):
                 run()
                 if fused._off:
                     yield Skipped(case, "the kernel does not run here")
@@ -114,7 +85,7 @@ def _beside_gelu(attn: Tensor, y: Tensor, plain: int) -> Tensor:
 
 def _repeated(run: Run, on: bool) -> Run:
     def many() -> None:
-        with kernels_switched(on):
+        with switches.kernels(on):
             for _ in range(TOGETHER):
                 run()
 
@@ -150,7 +121,7 @@ def _recorded(
         return
     inputs = Inputs(model, side, length)
     prepared, tokens = model.prepare(inputs.prompt, [SIGMA], inputs.h, inputs.w), pack(inputs.noise)
-    with recordings_switched_on():
+    with switches.recordings(True):
         step = steps_of(model)
     if step is model:
         yield Skipped(case, "nothing records such a model here")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rectiflux.benchmarks import speed_kernels
-from rectiflux.benchmarks.speed_kernels import kernels, kernels_switched, recorded, recordings_switched_on
+from rectiflux.benchmarks import speed_kernels, switches
+from rectiflux.benchmarks.speed_kernels import kernels, recorded
 from rectiflux.benchmarks.speed_settings import Outcome, Settings, Skipped, Told
 from rectiflux.benchmarks.turns import Clock, Ratio
 from rectiflux.flux_core import fused, graphs
@@ -77,10 +77,10 @@ def test_switches_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         if value is not None:
             monkeypatch.setenv("RECTIFLUX_GRAPHS", value)
         before = state()
-        with kernels_switched(True), recordings_switched_on():
+        with switches.kernels(True), switches.recordings(True):
             assert state() == (set(), 0, "1")
-        with kernels_switched(False):
-            assert fused._off == {"all"}
+        with switches.kernels(False), switches.recordings(False):
+            assert state() == ({"all"}, before[1], "0")
         assert state() == before
 
 
