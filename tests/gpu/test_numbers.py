@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rectiflux.flux_core.attention import ATTENTIONS, PACKAGES, attention_told, 
 from rectiflux.flux_core.dequantise import BLOCK_TYPES
 from rectiflux.flux_core.forms import Blocks
 from rectiflux.flux_core.fp8 import can_multiply
+from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.packing import quantise_to_fp8
 from rectiflux.flux_core.pipeline import Models, text_to_image
 from rectiflux.flux_core.stored import StoredLinear
@@ -21,6 +23,8 @@ from rectiflux.flux_core.tiling import bytes_in_one_piece, decode, encode
 from rectiflux.flux_core.transformer import FluxTransformer, pack
 from rectiflux.flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from torch import Tensor
+
+from ..flux_core.test_compiling import keep_stored, lora_file, q4_k
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDE, LENGTH = 32, 40
@@ -115,6 +119,19 @@ def test_every_kind_of_gguf(kind: str, device: torch.device) -> None:
     data = torch.from_numpy(random_blocks(kind, 8, 2))
     here, there = Blocks(data, kind).dense(FP32), Blocks(data.to(device), kind).dense(FP32)
     torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", ["dense", "Q4_K"])
+def test_a_lora(form: str, device: torch.device, tmp_path: Path) -> None:
+    """Beside the product of weights that lie on the device, dense or quantised."""
+    model = flux_transformer(**SIZES)
+    lora = read_lora(lora_file(model, tmp_path), model.spec)
+    model = keep_stored(model, q4_k) if form == "Q4_K" else model
+    cpu = torch.device("cpu")
+    exact = velocity(with_lora(model, [LoraUse(lora, 0.7)])[0], cpu, FP32)
+    assert relative_error(velocity(model, cpu, FP32), exact) > 0.01
+    found = velocity(with_lora(copy.deepcopy(model).to(device), [LoraUse(lora, 0.7)])[0], device, FP32)
+    assert relative_error(found, exact) < 1e-5
 
 
 def test_latents_and_pictures(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from rectiflux.flux_core.transformer import FluxTransformer, Prepared, pack
 from torch import Tensor
 
 from ..flux_core import kernel_cases
-from ..flux_core.test_compiling import lora_file
+from ..flux_core.test_compiling import keep_stored, lora_file, q4_k
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 AGREES = {FP32: 1e-5, BF16: 2e-2, FP16: 3e-3}
@@ -156,10 +156,13 @@ def test_compiled_blocks(
     assert compilations() == 2
 
 
-def test_compiled_with_a_lora_at_any_strength(compiled: None, device: torch.device, tmp_path: Path) -> None:
-    model = flux_transformer(**SIZES).to(device)
-    lora = read_lora(lora_file(model.cpu(), tmp_path), model.spec)
-    model.to(device)
+@pytest.mark.parametrize("form", ["dense", "Q4_K"])
+def test_compiled_with_a_lora_at_any_strength(
+    form: str, compiled: None, device: torch.device, tmp_path: Path
+) -> None:
+    model = flux_transformer(**SIZES)
+    lora = read_lora(lora_file(model, tmp_path), model.spec)
+    model = (keep_stored(model, q4_k) if form == "Q4_K" else model).to(device)
     counts = set()
     for strength in (1.0, 0.5, -0.3):
         styled, _ = with_lora(model, [LoraUse(lora, strength)])
