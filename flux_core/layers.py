@@ -70,17 +70,21 @@ def sinusoidal_embedding(value: Tensor, dim: int = 256, max_period: float = 10_0
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Rope:
+def rope_table(
+    ids: Tensor, axes_dim: tuple[int, ...], theta: int, device: torch.device | None = None
+) -> Rope:
     """Rotary cosines and sines, float32, for position ids [L + N, 3] (Su et al., arXiv:2104.09864, eq. 34).
 
-    The angles are made in float64 once per run and kept in float32.
+    On `device`, or where the ids are. The angles are made once per run, in float64 and so on the CPU: not
+    every device has that dtype.
     """
-    angles = []
+    position, angles = ids.to("cpu", torch.float64), []
     for axis, dim in enumerate(axes_dim):
-        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
-        angles.append(ids[:, axis, None].double() * frequency)
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(position[:, axis, None] * frequency)
     angle = torch.cat(angles, dim=-1)[None, None, :, :, None]
-    return angle.cos().float(), angle.sin().float()
+    device = device or ids.device
+    return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -17,6 +17,9 @@ from .vae import Downsample, Upsample
 HALO = 2
 """Rows above those being overwritten that can still be read as they were: what two convolutions need."""
 
+COMPLETE = ("cpu", "cuda")
+"""Devices that have float64 and what `Moments` does by one operation there; Apple's have neither."""
+
 Rows = Callable[[int, int], Tensor]
 """(first, last + 1) -> these rows of an activation, [1, C, last - first, W]."""
 
@@ -163,10 +166,14 @@ class Moments:
     def add(self, rows: Tensor) -> Moments:
         """Take in rows [1, C, n, W]; returns itself."""
         count = rows.shape[2] * rows.shape[3]
-        # running statistics of float32 make those that come back of float32 too
-        unused = torch.zeros(rows.shape[1], dtype=_at_least_float32(rows), device=rows.device)
-        mean, variance = torch.batch_norm_update_stats(rows, unused, unused.clone(), 0.0)
-        mean, variance = mean.double(), variance.double()
+        if rows.device.type in COMPLETE:
+            # running statistics of float32 make those that come back of float32 too
+            unused = torch.zeros(rows.shape[1], dtype=_at_least_float32(rows), device=rows.device)
+            mean, variance = torch.batch_norm_update_stats(rows, unused, unused.clone(), 0.0)
+            mean, variance = mean.double(), variance.double()
+        else:
+            both = torch.var_mean(rows.to(_at_least_float32(rows)), dim=(0, 2, 3), correction=0)
+            variance, mean = (part.to("cpu", torch.float64) for part in both)
         before, self._count = self._count, self._count + count
         apart = mean - self._mean
         self._mean = self._mean + apart * (count / self._count)
@@ -180,7 +187,9 @@ class Moments:
         centre = mean.mean(1, keepdim=True)
         variance = (variance + (mean - centre).square()).mean(1, keepdim=True)
         wide = _at_least_float32(rows)
-        centre, variance = (part.expand_as(mean).flatten().to(wide) for part in (centre, variance))
+        centre, variance = (
+            part.expand_as(mean).flatten().to(rows.device, wide) for part in (centre, variance)
+        )
         weight, bias = norm.weight.to(wide), norm.bias.to(wide)
         return F.silu(F.batch_norm(rows, centre, variance, weight, bias, eps=norm.eps), inplace=True)
 

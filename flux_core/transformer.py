@@ -217,9 +217,8 @@ class FluxTransformer(nn.Module):
 
     def rope(self, text_length: int, h: int, w: int) -> Rope:
         """Rotary table for `text_length` text tokens and an h x w latent."""
-        return rope_table(
-            position_ids(text_length, h, w).to(self.device), self.spec.axes_dim, self.spec.theta
-        )
+        ids = position_ids(text_length, h, w)
+        return rope_table(ids, self.spec.axes_dim, self.spec.theta, self.device)
 
     def prepare(self, conditioning: Conditioning, sigmas: Sequence[float] | None, h: int, w: int) -> Prepared:
         """All that a run at these sigmas on an h x w latent needs besides the image.

@@ -204,7 +204,7 @@ class ComfyNetwork(nn.Module):
         key = (text_length, h, w)
         if key not in self._ropes:
             spec = self._network[0].spec
-            rope = rope_table(position_ids(*key).to(device), spec.axes_dim, spec.theta)
+            rope = rope_table(position_ids(*key), spec.axes_dim, spec.theta, device)
             if self._patcher is None:
                 return rope
             self._ropes[key] = rope

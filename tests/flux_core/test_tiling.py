@@ -44,6 +44,20 @@ def test_strips_are_exact(batch: int, height: int, width: int, part: float) -> N
     assert relative_error(tiling.encode(model, image, limit=limit), model.encode(image)) < 1e-13
 
 
+def test_strips_on_devices_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their statistics are gathered on the CPU; here the model is there as well."""
+    monkeypatch.setattr(strips, "COMPLETE", ())
+    monkeypatch.setattr(torch, "batch_norm_update_stats", lambda *_: pytest.fail("not every device has it"))
+    model = autoencoder()
+    raw, image = latent(1, 12, 9).float(), picture(1, 96, 80).float()
+    need = tiling.bytes_in_one_piece(model, 96, 80)
+    assert relative_error(tiling.decode(model, raw, limit=need // 3), model.decode(raw)) < 1e-4
+    assert relative_error(tiling.encode(model, image, limit=need - 1), model.encode(image)) < 1e-5
+    exact = double()
+    raw = raw.double()
+    assert relative_error(tiling.decode(exact, raw, limit=0), exact.decode(raw)) < 1e-13
+
+
 def test_no_border_of_a_strip_can_be_seen() -> None:
     """In float32 the rows at borders of strips are as near to one piece as those in between."""
     model = autoencoder()

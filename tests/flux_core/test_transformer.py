@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import (
@@ -14,6 +16,8 @@ from rectiflux.benchmarks.reference.models import (
 from rectiflux.flux_core.layers import rope_table, rotate
 from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer, pack, position_ids, unpack
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def inputs(spec: FluxSpec, batch: int, h: int, w: int, length: int) -> tuple[torch.Tensor, Conditioning]:
@@ -22,6 +26,29 @@ def inputs(spec: FluxSpec, batch: int, h: int, w: int, length: int) -> tuple[tor
     txt = torch.randn(batch, length, spec.context_in, generator=generator)
     pooled = torch.randn(batch, spec.vec_in, generator=generator)
     return tokens, Conditioning(txt, pooled, guidance=3.5 if spec.guidance_embed else None)
+
+
+class Bare(TorchDispatchMode):
+    """A device, for which "meta" stands in, that has neither float64 nor complex numbers: Apple's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for t in tree_leaves(found):
+            if isinstance(t, torch.Tensor) and t.device.type == "meta":
+                assert t.dtype != torch.float64 and not t.dtype.is_complex, f"{func} makes {t.dtype}"
+        return found
+
+
+def test_a_device_needs_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FluxTransformer, "_check_modulation", lambda self: None)  # it looks for "meta"
+    model = flux_transformer().to("meta")
+    tokens, conditioning = inputs(SPEC, 2, 6, 4, 5)
+    with torch.no_grad(), Bare():
+        prepared = model.prepare(conditioning, [1.0, 0.5], 6, 4)
+        velocity = model(tokens.to("meta"), prepared, 0.5)
+        with pytest.raises(AssertionError, match="makes torch.float64"):
+            velocity.double()
+    assert velocity.shape == tokens.shape and velocity.device.type == "meta"
 
 
 @pytest.mark.parametrize(
