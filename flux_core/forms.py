@@ -6,6 +6,7 @@ nothing, and each `dense` makes one weight's numbers.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -93,12 +94,38 @@ def _in_slices(
     return result
 
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device can hold fp8 at all; Apple's cannot."""
+    try:
+        return bool((torch.ones(1).to(FP8[0]).to(device).float() == 1).all())
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
 def _floats(codes: Tensor) -> Tensor:
     """Codes as float32. On a CPU a table of all 256 fp8 numbers is twice as fast as torch's conversion."""
-    if codes.device.type != "cpu" or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+    if codes.device.type != "cpu" or codes.dtype not in FP8:
         return codes.float()
-    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
-    return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
+    return _looked_up(_table(codes.dtype), codes.view(torch.uint8))
+
+
+def _table(dtype: torch.dtype) -> Tensor:
+    """All numbers [256] of a dtype of 8 bits, float32 on the CPU."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
+    """The numbers of a table that bytes of any shape stand for."""
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def _rows_of(scale: Tensor, start: int, stop: int) -> Tensor:
+    """The scales of some rows; there may be one for all."""
+    return scale if scale.ndim == 0 else scale[start:stop]
 
 
 @dataclass(frozen=True)
@@ -141,15 +168,54 @@ class Scaled(Stored):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         def make(start: int, stop: int) -> Tensor:
-            return _floats(self.codes[start:stop]) * self._scale(start, stop)
+            return _floats(self.codes[start:stop]) * _rows_of(self.scale, start, stop)
 
         return _in_slices(self.shape, dtype, self.device, make)
 
     def rows(self, start: int, stop: int) -> Stored:
-        return Scaled(self.codes[start:stop], self._scale(start, stop))
+        return Scaled(self.codes[start:stop], _rows_of(self.scale, start, stop))
 
-    def _scale(self, start: int, stop: int) -> Tensor:
-        return self.scale if self.scale.ndim == 0 else self.scale[start:stop]
+
+@dataclass(frozen=True)
+class Coded(Stored):
+    """fp8 for devices that have no such dtype: bytes [out, in], the table [256] of what they stand for, a
+    scale as `Scaled` has it, and the dtype's name.
+    """
+
+    codes: Tensor
+    table: Tensor
+    scale: Tensor
+    name: str
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        def make(start: int, stop: int) -> Tensor:
+            return _looked_up(self.table, self.codes[start:stop]) * _rows_of(self.scale, start, stop)
+
+        return _in_slices(self.shape, dtype, self.device, make)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        return replace(self, codes=self.codes[start:stop], scale=_rows_of(self.scale, start, stop))
+
+
+def as_bytes(stored: Stored) -> Stored:
+    """The same weight without a tensor in fp8. Nothing is copied."""
+    if isinstance(stored, Joined):
+        return Joined(tuple(as_bytes(part) for part in stored.parts))
+    if isinstance(stored, Plain) and stored.values.dtype in FP8:
+        codes, scale = stored.values, torch.ones((), device=stored.device)
+    elif isinstance(stored, Scaled) and stored.codes.dtype in FP8:
+        codes, scale = stored.codes, stored.scale
+    else:
+        return stored
+    return Coded(codes.view(torch.uint8), _table(codes.dtype).to(codes.device), scale, stored.label)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from .forms import Joined, Plain, Scaled
+from .forms import Joined, Plain, Scaled, has_fp8
 from .fp8 import FP8, STEP, Fp8Linear, can_multiply, in_fp8
 from .layers import Modulation, SingleStreamBlock
 from .packed import Int8Linear, PackedLinear, can_pack, has_avx512, mkl_is_slow
@@ -126,6 +126,14 @@ def check_int8(device: torch.device) -> None:
         raise ValueError(
             f"weight_dtype int8 is for models that compute on a CPU, this one would on {device.type}; "
             "choose fp8, or auto"
+        )
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raise ValueError where the device that is to compute cannot hold fp8."""
+    if not has_fp8(device):
+        raise ValueError(
+            f"weight_dtype fp8 is for devices that have 8-bit floats, and {device.type} has none; choose auto"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .forms import Stored
+from .forms import FP8, Stored, as_bytes
 
 
 class KeptLinear(nn.Module, ABC):
@@ -150,6 +150,15 @@ def make_dense(model: nn.Module, dtype: torch.dtype, only: str | None = None) ->
                 if layer.bias is not None:
                     dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
                 setattr(parent, name, dense.train(layer.training))
+
+
+def keep_fp8_as_bytes(model: nn.Module) -> None:
+    """Have stored layers keep fp8 as bytes, for devices without such a dtype; the numbers are the same."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is StoredLinear and any(t.dtype in FP8 for t in layer.stored.tensors().values()):
+                kept = StoredLinear(as_bytes(layer.stored), layer.bias, layer.dtype)
+                setattr(parent, name, kept.train(layer.training))
 
 
 def computing_dtype(layer: nn.Module) -> torch.dtype:

@@ -106,6 +106,13 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     none.detach()
     found["bias as before"] = torch.equal(layer(x), plain)
 
+    ours.has_fp8 = lambda device: False  # as on Apple's
+    bare = ours.load_model(Path(model), None, "auto").model
+    fp8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+    found["without fp8"] = torch.equal(bare.get_submodule(name)(x), plain) and not any(
+        tensor.dtype in fp8 for tensor in (*bare.parameters(), *bare.buffers())
+    )
+
     state = {k: t.contiguous() for k, t in patcher.model_state_dict("diffusion_model.").items()}
     comfy.utils.save_torch_file(state, output)
     try:

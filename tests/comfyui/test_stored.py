@@ -80,6 +80,13 @@ def test_a_memory_limit(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
         assert found[what], what
 
 
+def test_a_device_without_fp8_has_the_same_numbers(
+    seen: tuple[str, Path, Path, dict[str, Any]],
+) -> None:
+    *_, found = seen
+    assert found["without fp8"]
+
+
 def test_what_is_saved_are_the_numbers(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
     _, dense, output, _ = seen
     expected, saved = read_state_dict(dense), read_state_dict(output)

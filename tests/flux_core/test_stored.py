@@ -8,11 +8,24 @@ import torch.nn.functional as F
 from rectiflux.benchmarks.reference.stored import every_form, nf4, weights
 from rectiflux.flux_core import forms as forms_module
 from rectiflux.flux_core import stored as stored_module
-from rectiflux.flux_core.forms import Plain, Stored
-from rectiflux.flux_core.stored import StoredLinear, computing_dtype, device_of, make_dense, weight_count
+from rectiflux.flux_core.forms import FP8, Plain, Scaled, Stored, as_bytes, has_fp8
+from rectiflux.flux_core.packing import check_fp8
+from rectiflux.flux_core.stored import (
+    StoredLinear,
+    computing_dtype,
+    device_of,
+    keep_fp8_as_bytes,
+    make_dense,
+    weight_count,
+)
 from torch import nn
 
 FORMS = every_form()
+FORMS |= {
+    f"{name} as bytes": (as_bytes(stored), numbers)
+    for name, (stored, numbers) in FORMS.items()
+    if as_bytes(stored) is not stored
+}
 each_form = pytest.mark.parametrize(("stored", "numbers"), FORMS.values(), ids=FORMS)
 
 
@@ -119,6 +132,35 @@ def test_layers_can_be_made_torchs_own() -> None:
     assert layers[1].bias is None
 
 
+def test_fp8_can_be_kept_as_bytes() -> None:
+    """In the file's own memory, under its own label; what is no fp8 is left alone."""
+    names = [name.removesuffix(" as bytes") for name in FORMS if name.endswith("as bytes")]
+    assert names == ["fp8 e5m2", "fp8 e4m3fn scaled", "joined"]
+    for name in names:
+        stored, kept = FORMS[name][0], FORMS[f"{name} as bytes"][0]
+        assert kept.label == stored.label
+        assert not any(tensor.dtype in FP8 for tensor in kept.tensors().values())
+        places = {tensor.data_ptr() for tensor in kept.tensors().values()}
+        assert all(t.data_ptr() in places for t in stored.tensors().values() if t.dtype in FP8)
+    layers = [StoredLinear(stored, weights(1, 48)[0], torch.float32) for stored, _ in every_form().values()]
+    rows = Scaled(weights().to(FP8[0]), torch.linspace(1, 2, 48)[:, None])
+    model = nn.Sequential(*layers, StoredLinear(rows, None, torch.bfloat16)).eval()
+    expected = [layer.dense_weight(torch.float32) for layer in model.children()]
+    keep_fp8_as_bytes(model)
+    assert not any(buffer.dtype in FP8 for buffer in model.buffers()) and not model[-1].training
+    assert sum(kept is not before for kept, before in zip(model, layers, strict=False)) == 3
+    for layer, numbers in zip(model.children(), expected, strict=True):
+        assert torch.equal(layer.dense_weight(torch.float32), numbers)
+
+
+def test_devices_without_fp8() -> None:
+    """This torch has no such device at all, and so no fp8 on it; nor would it on a Mac."""
+    assert has_fp8(torch.device("cpu")) and not has_fp8(torch.device("mps"))
+    check_fp8(torch.device("cpu"))
+    with pytest.raises(ValueError, match="for devices that have 8-bit floats, and mps has none; choose auto"):
+        check_fp8(torch.device("mps"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_every_fp8_number(dtype: torch.dtype) -> None:
     """All 256 codes are torch's, the ones that are no number too."""
@@ -137,7 +179,7 @@ def test_blocks_that_end_in_the_middle_of_a_row() -> None:
     assert torch.equal(form.rows(1, 3).dense(torch.float32), numbers[1:3])
 
 
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "joined"])
+@pytest.mark.parametrize("form", [name for name in FORMS if "joined" not in name])
 def test_rows_are_kept_in_their_form(form: str) -> None:
     assert type(FORMS[form][0].rows(7, 31)) is type(FORMS[form][0])
 
