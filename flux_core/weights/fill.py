@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..forms import Joined, Plain, Stored
+from ..forms import FP8, Joined, Plain, Stored, as_bytes, has_fp8
 from ..stored import StoredLinear
 from .source import Weight
 
@@ -59,6 +59,8 @@ def fill(
             dense[name] = twins[id(tensor)]
         else:
             numbers = tensor.dense(dtype) if isinstance(tensor, Stored) else tensor
+            if numbers.dtype in FP8:
+                numbers = numbers.to(dtype)  # here, because not every device has fp8
             dense[name] = twins[id(tensor)] = numbers.to(device=device, dtype=dtype)
         done += tensor.nbytes
         if on_progress is not None:
@@ -78,6 +80,8 @@ def _put(model: nn.Module, name: str, weight: Stored, dtype: torch.dtype) -> Non
 
 def _moved(tensor: Weight, device: torch.device | str) -> Stored:
     stored = Plain(tensor) if isinstance(tensor, Tensor) else tensor
+    if not has_fp8(torch.device(device)):
+        stored = as_bytes(stored)
     return stored.with_tensors({name: part.to(device) for name, part in stored.tensors().items()})
 
 

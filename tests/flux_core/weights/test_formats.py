@@ -274,3 +274,27 @@ def test_stored_weights_alias_the_mapped_file(tmp_path: Path) -> None:
         file.seek(8 + header + offset)
         file.write(torch.tensor(7.0).to(torch.float8_e5m2).view(torch.uint8).numpy().tobytes())
     assert layer.dense_weight(torch.float32)[0, 0] == 7.0
+
+
+@pytest.mark.parametrize("form", ["fp8 e4m3fn", "fp8 e5m2", "scale_weight", "comfy_quant"])
+def test_fp8_on_a_device_without_it(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, and not a tensor in fp8 is brought to such a device, Apple's for one."""
+    path = tmp_path / "f.safetensors"
+    quantised_safetensors(flux_transformer(context_in=32, vec_in=64).state_dict(), path, form)
+    usual = load_transformer(path, torch.float32)
+    monkeypatch.setattr(fill_module, "has_fp8", lambda device: False)
+    moved, inner = [], Tensor.to
+
+    def to(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if "device" in kwargs or any(isinstance(arg, (str, torch.device)) for arg in args):
+            moved.append(tensor.dtype)
+        return inner(tensor, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Tensor, "to", to)
+    model = load_transformer(path, torch.float32)
+    assert torch.uint8 in moved and not {torch.float8_e4m3fn, torch.float8_e5m2} & {*moved}
+    found = [m for m in model.modules() if isinstance(m, StoredLinear)]
+    for layer, other in zip(found, (m for m in usual.modules() if isinstance(m, StoredLinear)), strict=True):
+        assert torch.equal(layer.dense_weight(torch.float32), other.dense_weight(torch.float32))
+    for ours, theirs in zip(model.parameters(), usual.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
