@@ -142,14 +142,17 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the head dim, eps 1e-6, with a learned scale."""
+    """Root-mean-square norm over the head dim, eps 1e-6, with a learned scale.
+
+    The scale is brought to where x is: a host that is short of memory may have left it behind.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), eps=RMS_EPS)
+        return F.rms_norm(x, self.scale.shape, self.scale.to(x.device, x.dtype), eps=RMS_EPS)
 
 
 class QKNorm(nn.Module):

@@ -237,11 +237,19 @@ def keep_stored(module: nn.Module) -> bool:
 
 
 def follow(patcher: Any) -> None:
-    """Have the stored layers of a patcher's model use the patches of whichever of its clones is loaded."""
+    """Have the stored layers of a patcher's model use the patches of whichever of its clones is loaded.
+
+    A model that is used again is detached first, and, where all of it is on the device, not loaded again:
+    its patches stay with it then, as ComfyUI's own do.
+    """
     from comfy.patcher_extension import CallbacksMP
 
+    def detached(patcher: Any, unpatch_all: bool = True) -> None:
+        if unpatch_all:
+            _use(patcher.model, {})
+
     patcher.add_callback(CallbacksMP.ON_LOAD, lambda loaded, *_: _use(loaded.model, loaded.patches))
-    patcher.add_callback(CallbacksMP.ON_DETACH, lambda detached, *_: _use(detached.model, {}))
+    patcher.add_callback(CallbacksMP.ON_DETACH, detached)
 
 
 def _use(model: nn.Module, patches: dict[str, Any]) -> None:

@@ -70,6 +70,8 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     expected = torch.nn.functional.linear(x, merged, layer.bias)
     found["patched"] = torch.allclose(layer(x), expected, atol=1e-5)
     found["beside"] = layer.beside is not None and layer.patches == []
+    comfy.model_management.load_models_gpu([patched])
+    found["used again"] = torch.allclose(layer(x), expected, atol=1e-5)
     patched.add_patches({key: ("diff", (torch.zeros_like(merged),))})
     comfy.model_management.load_models_gpu([patched])
     found["merged"] = torch.equal(layer(x), expected) and layer.beside is None and len(layer.patches) == 2

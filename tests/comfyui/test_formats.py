@@ -77,6 +77,24 @@ def test_a_lora_on_it_and_off_again(
     assert np.array_equal(other, picture(comfy, painted_by(files, dense, seed=8)))
 
 
+@each_form
+def test_a_lora_stays_from_run_to_run(
+    comfy: ComfyServer, base: Path, files: graphs.Prompt, stored: dict[str, tuple[str, str]], form: str
+) -> None:
+    """Of prompts that differ in the seed alone ComfyUI runs the sampler alone, on the MODEL that it has."""
+    file, seeds = saved(base, "kohya", KNOWN["kohya"]), (8, 9, 10)
+    shown, expected = (
+        [
+            picture(comfy, with_lora(painted_by(files, name, seed=seed), file, strength_model=2.0))
+            for seed in seeds
+        ]
+        for name in stored[form]
+    )
+    assert all(map(same_to_rounding, shown, expected))
+    bare = picture(comfy, painted_by(files, stored[form][0], seed=seeds[-1]))
+    assert psnr(shown[-1], bare) < 40
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KNOWN if kind != "kohya"])
 def test_every_kind_of_adapter(
     comfy: ComfyServer, base: Path, files: graphs.Prompt, stored: dict[str, tuple[str, str]], kind: str

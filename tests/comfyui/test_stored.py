@@ -62,6 +62,7 @@ def test_patches_come_and_go(seen: tuple[str, Path, Path, dict[str, Any]]) -> No
     for what in (
         "patched",
         "beside",
+        "used again",
         "merged",
         "changed",
         "base after it",

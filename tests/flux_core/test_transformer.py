@@ -13,7 +13,7 @@ from rectiflux.benchmarks.reference.models import (
     flux_transformer,
     relative_error,
 )
-from rectiflux.flux_core.layers import rope_table, rotate
+from rectiflux.flux_core.layers import RMSNorm, rope_table, rotate
 from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer, pack, position_ids, unpack
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,6 +49,14 @@ def test_a_device_needs_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(AssertionError, match="makes torch.float64"):
             velocity.double()
     assert velocity.shape == tokens.shape and velocity.device.type == "meta"
+
+
+def test_a_norm_goes_to_where_its_input_is() -> None:
+    """ComfyUI leaves the smallest weights behind where there is no room for all."""
+    norm, x = RMSNorm(8), torch.randn(2, 3, 8).to("meta", torch.bfloat16)
+    y = norm(x)
+    assert (y.device.type, y.dtype, y.shape) == ("meta", torch.bfloat16, x.shape)
+    assert norm.scale.device.type == "cpu"
 
 
 @pytest.mark.parametrize(
