@@ -237,6 +237,8 @@ def load_vae(path: Path) -> Any:
     module = vae.first_stage_model = VAEModule(load_autoencoder(path, vae.vae_dtype, on_progress=progress()))
     management.archive_model_dtypes(module)
     vae.patcher = comfy.model_patcher.CoreModelPatcher(module, vae.device, management.vae_offload_device())
+    # the plain patcher, where memory is low, would leave convolutions behind that are not ComfyUI's own
+    vae.disable_offload = not vae.patcher.is_dynamic()
     vae.model_size()
     return vae
 

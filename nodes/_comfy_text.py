@@ -101,8 +101,27 @@ def _ours(clip_path: Path, t5_path: Path) -> Any:
         return wrapped.to(device)
 
     clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=module, tokenizer=_tokens))
+    if not clip.patcher.is_dynamic():
+        clip.patcher.__class__ = whole(type(clip.patcher))  # which its clones take over
     follow(clip.patcher)
     return clip
+
+
+def whole(kind: Any) -> Any:
+    """A kind of ModelPatcher that loads all of a model, or leaves all of it where it is offloaded to.
+
+    Where memory is low ComfyUI's own loads a part, and its layers bring the rest over when they are used;
+    transformers' layers do not.
+    """
+
+    class Whole(kind):
+        def load(
+            self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False
+        ) -> Any:
+            place = device_to if full_load else self.offload_device
+            return super().load(place, force_patch_weights=force_patch_weights, full_load=True)
+
+    return Whole
 
 
 def _tokenizers() -> list[Path]:

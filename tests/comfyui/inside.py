@@ -108,6 +108,9 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     none.detach()
     found["bias as before"] = torch.equal(layer(x), plain)
 
+    vae = ours.load_vae(next((Path(model).parents[1] / "vae").glob("*.safetensors")))
+    found["a VAE is loaded whole"] = vae.disable_offload and not vae.patcher.is_dynamic()
+
     ours.has_fp8 = lambda device: False  # as on Apple's
     bare = ours.load_model(Path(model), None, "auto").model
     fp8 = (torch.float8_e4m3fn, torch.float8_e5m2)
