@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,33 @@ def test_a_lora_stays_from_run_to_run(
     assert all(map(same_to_rounding, shown, expected))
     bare = picture(comfy, painted_by(files, stored[form][0], seed=seeds[-1]))
     assert psnr(shown[-1], bare) < 40
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_what_was_painted_before(
+    comfy: ComfyServer, base: Path, files: graphs.Prompt, stored: dict[str, tuple[str, str]]
+) -> None:
+    """Models, strengths, samplers and seeds in any order: each picture is what a fresh ComfyUI paints."""
+    file = saved(base, "kohya", KNOWN["kohya"])
+    prompts = {}
+    for name in (stored["Q8_0"][0], stored["scale_weight"][0], stored["Q8_0"][1]):
+        for strength, seed in product((None, 2.0, -2.0), (7, 8)):
+            plain = painted_by(files, name, seed=seed)
+            for sampler, one in (("ours", plain), ("KSampler", k_sampler(plain, seed=seed))):
+                with_it = one if strength is None else with_lora(one, file, strength_model=strength)
+                prompts[name, strength, seed, sampler] = with_it
+    fresh = {}
+    for key, prompt in prompts.items():
+        comfy.free()
+        fresh[key] = picture(comfy, prompt)
+    for (name, strength, *which), one in fresh.items():
+        others = [fresh[(name, other, *which)] for other in (None, 2.0, -2.0) if other != strength]
+        assert all(psnr(one, other) < 40 for other in others), "each strength is seen"
+    rng, key = random.Random(0), next(iter(prompts))
+    for _ in range(60):
+        near = [other for other in prompts if other[0] == key[0]]  # as often as not of the same model
+        key = rng.choice(near if rng.random() < 0.5 else list(prompts))
+        assert same_to_rounding(picture(comfy, prompts[key]), fresh[key]), key
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KNOWN if kind != "kohya"])
