@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, text
 from rectiflux.flux_core.fp8 import Fp8Linear
+from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.packing import quantise_to_fp8
 from rectiflux.flux_core.pipeline import guided_velocity
 from rectiflux.flux_core.streaming import Streaming, stream
 from rectiflux.flux_core.streaming.staging import Stager
 from rectiflux.flux_core.transformer import FluxTransformer
 from torch import Tensor
+
+from ..flux_core.test_compiling import keep_stored, lora_file, q4_k
 
 SIZES = {"hidden_size": 512, "num_heads": 4, "depth": 4, "depth_single": 8}
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2]
@@ -72,6 +76,25 @@ def test_codes_are_streamed(card: torch.device) -> None:
     assert any(isinstance(module, Fp8Linear) for module in streamed.modules())
     for ours, plain in zip(velocities(streamed), expected, strict=True):
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("form", ["dense", "Q4_K", "fp8"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_lora_attached_before_or_after(form: str, before: bool, card: torch.device, tmp_path: Path) -> None:
+    model = model_in(torch.bfloat16)
+    uses = [LoraUse(read_lora(lora_file(model, tmp_path), model.spec), 0.7)]
+    if form == "Q4_K":
+        keep_stored(model, q4_k)
+    elif form == "fp8":
+        quantise_to_fp8(model)
+    plain = velocities(copy.deepcopy(model).to(card))
+    expected = velocities(with_lora(copy.deepcopy(model).to(card), uses)[0])
+    limit = bytes_of(model) // 3
+    streamed = stream(with_lora(model, uses)[0], card, limit) if before else stream(model, card, limit)
+    if not before:
+        streamed, _ = with_lora(streamed, uses)
+    for ours, theirs, bare in zip(velocities(streamed), expected, plain, strict=True):
+        assert torch.equal(ours, theirs) and not torch.equal(ours, bare)
 
 
 def test_two_models_take_turns(card: torch.device) -> None:
