@@ -171,8 +171,8 @@ def quantised_t5(models: Path) -> tuple[str, str]:
 
 
 def test_a_quantised_t5_and_loras_on_it(comfy: ComfyServer, base: Path, files: graphs.Prompt) -> None:
-    """As the dense file of its numbers, with and without a LoRA by either loader."""
-    shown = []
+    """As the dense file of its numbers, with and without a LoRA by either loader, and for another text."""
+    shown, again = [], []
     for name in quantised_t5(base / "models"):
         for kind, own in (("RectifluxLora", {"blocks": ""}), ("LoraLoader", {})):
             prompt = our_graph(files)
@@ -184,12 +184,15 @@ def test_a_quantised_t5_and_loras_on_it(comfy: ComfyServer, base: Path, files: g
             prompt["lora"] = graphs.node(kind, model=["model", 0], clip=["clip", 0], **inputs)
             prompt["positive"]["inputs"]["clip"] = ["lora", 1]
             shown.append(picture(comfy, prompt))
+            prompt["positive"]["inputs"]["prompt"] = "two blue stars"
+            again.append(picture(comfy, prompt))
             told = comfy.run(prompt)["about"]["text"][0].splitlines()[1]
             assert told.startswith("a T5 text encoder") and ("GGUF Q8_0" in told) == name.endswith("gguf")
     plain, patched = shown[::2], shown[1::2]
     assert all(np.array_equal(plain[0], other) for other in plain)
     assert all(largest_difference(patched[0], other) <= 1 for other in patched)
     assert largest_difference(plain[0], patched[0]) > 8
+    assert all(largest_difference(again[0], other) <= 1 for other in again)
 
 
 @pytest.mark.parametrize("write", [all_in_one, pipeline])
