@@ -17,7 +17,7 @@
   attention.py     which backend computes attention, by the card and by what is installed
                    (attention_cpu.py: by oneDNN, for processors on which torch's own is slow)
   compiling.py     one torch.compile for all blocks of a kind
-  graphs.py        small steps replayed as CUDA graphs
+  graphs.py        small steps recorded and done in one piece: CUDA graphs, or recorder.py on a CPU
   fused/           passes between the products joined (Triton, optional)
   packed.py        linear layers in the processor's order, exact or in int8 (packing.py: which of a model)
   fp8.py           linear layers that multiply in 8-bit floats

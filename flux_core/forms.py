@@ -31,6 +31,19 @@ DTYPE_NAMES = {
 """How the dtypes that files hold are called."""
 
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device can hold fp8 at all; Apple's cannot."""
+    try:
+        torch.empty(1, dtype=FP8[0]).to(device)
+    except (RuntimeError, TypeError, AssertionError):  # the last where there is no such device at all
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Stored(ABC):
     """A weight as its file has it: tensors, and how they become numbers."""
@@ -60,10 +73,15 @@ class Stored(ABC):
 
     def to(self, device: torch.device) -> Stored:
         """The same weight with its tensors on a device."""
-        if self.device == device:
-            return self
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
-        return self.with_tensors(moved)
+        kept = self.fit_for(device)
+        if kept.device == device:
+            return kept
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.tensors().items()}
+        return kept.with_tensors(moved)
+
+    def fit_for(self, device: torch.device) -> Stored:
+        """The same weight, where it is, in a form that a device can hold."""
+        return self if has_fp8(device) else as_bytes(self)
 
     def rows(self, start: int, stop: int) -> Stored:
         """The weight's rows from `start` up to before `stop`."""
@@ -94,18 +112,6 @@ def _in_slices(
     return result
 
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@functools.cache
-def has_fp8(device: torch.device) -> bool:
-    """Whether a device can hold fp8 at all; Apple's cannot."""
-    try:
-        return bool(torch.ones(1).to(FP8[0]).to(device).float() == 1)
-    except (RuntimeError, TypeError, AssertionError):  # the last where there is no such device at all
-        return False
-
-
 def _floats(codes: Tensor) -> Tensor:
     """Codes as float32. On a CPU a table of all 256 fp8 numbers is twice as fast as torch's conversion."""
     if codes.device.type != "cpu" or codes.dtype not in FP8:
@@ -121,11 +127,6 @@ def _table(dtype: torch.dtype) -> Tensor:
 def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
     """The numbers of a table that bytes of any shape stand for."""
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
-
-
-def _rows_of(scale: Tensor, start: int, stop: int) -> Tensor:
-    """The scales of some rows; there may be one for all."""
-    return scale if scale.ndim == 0 else scale[start:stop]
 
 
 @dataclass(frozen=True)
@@ -168,41 +169,34 @@ class Scaled(Stored):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         def make(start: int, stop: int) -> Tensor:
-            return _floats(self.codes[start:stop]) * _rows_of(self.scale, start, stop)
+            return self._numbers(start, stop) * self._scale(start, stop)
 
         return _in_slices(self.shape, dtype, self.device, make)
 
     def rows(self, start: int, stop: int) -> Stored:
-        return Scaled(self.codes[start:stop], _rows_of(self.scale, start, stop))
+        return replace(self, codes=self.codes[start:stop], scale=self._scale(start, stop))
+
+    def _numbers(self, start: int, stop: int) -> Tensor:
+        """What the codes of some rows stand for, float32."""
+        return _floats(self.codes[start:stop])
+
+    def _scale(self, start: int, stop: int) -> Tensor:
+        return self.scale if self.scale.ndim == 0 else self.scale[start:stop]
 
 
 @dataclass(frozen=True)
-class Coded(Stored):
-    """fp8 for devices that have no such dtype: bytes [out, in], the table [256] of what they stand for, a
-    scale as `Scaled` has it, and the dtype's name.
-    """
+class Coded(Scaled):
+    """fp8 for devices that have no such dtype: codes are bytes, numbers in a table [256]; under its label."""
 
-    codes: Tensor
     table: Tensor
-    scale: Tensor
     name: str
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes.shape
 
     @property
     def label(self) -> str:
         return self.name
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        def make(start: int, stop: int) -> Tensor:
-            return _looked_up(self.table, self.codes[start:stop]) * _rows_of(self.scale, start, stop)
-
-        return _in_slices(self.shape, dtype, self.device, make)
-
-    def rows(self, start: int, stop: int) -> Stored:
-        return replace(self, codes=self.codes[start:stop], scale=_rows_of(self.scale, start, stop))
+    def _numbers(self, start: int, stop: int) -> Tensor:
+        return _looked_up(self.table, self.codes[start:stop])
 
 
 def as_bytes(stored: Stored) -> Stored:
@@ -215,7 +209,7 @@ def as_bytes(stored: Stored) -> Stored:
         codes, scale = stored.codes, stored.scale
     else:
         return stored
-    return Coded(codes.view(torch.uint8), _table(codes.dtype).to(codes.device), scale, stored.label)
+    return Coded(codes.view(torch.uint8), scale, _table(codes.dtype).to(codes.device), stored.label)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ class Fp8Linear(StoredLinear):
     """A linear layer that multiplies in fp8 where the card can, and gives the same numbers where it cannot.
 
     Its weight is a `Scaled` of float8_e4m3fn codes [out, in] and scales [out, 1]. For inputs that want a
-    gradient the weight is made dense. No gradient reaches the weight.
+    gradient, and once it has been on a device without fp8, the weight is made dense. No gradient reaches the
+    weight.
     """
 
     stored_codes: Tensor
@@ -54,7 +55,7 @@ class Fp8Linear(StoredLinear):
         super().__init__(Scaled(stored.codes.contiguous(), scale), bias, dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.requires_grad:
+        if x.requires_grad or self.stored_codes.dtype != FP8:
             return super().product(x, bias)
         inputs = x.reshape(-1, self.in_features)
         weight = self.stored_codes.to(x.device), self.stored_scale.to(x.device)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .forms import FP8, Stored, as_bytes
+from .forms import Stored
 
 
 class KeptLinear(nn.Module, ABC):
@@ -50,21 +50,26 @@ class KeptLinear(nn.Module, ABC):
 class StoredLinear(KeptLinear):
     """A linear layer whose weight stays as the file has it and becomes numbers when it is used.
 
-    What is kept are buffers, which may alias the mapped file. The layer moves between devices as any other;
-    a change of dtype changes what it computes in (`dtype`), never what is kept. No gradient reaches the
-    weight.
+    What is kept are buffers, which may alias the mapped file. The layer moves between devices as any other,
+    to one that has no fp8 with bytes in its place; a change of dtype changes what it computes in (`dtype`),
+    never what is kept. No gradient reaches the weight.
     """
 
     def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(stored.shape[0], stored.shape[1], dtype)
+        self._keep(stored)
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+    def _keep(self, stored: Stored) -> None:
+        """Keep a weight, in the place of one that was kept."""
         tensors = stored.tensors()
         self._form = stored.with_tensors({name: t.to("meta") for name, t in tensors.items()})
         self._form_name = repr(self._form)
         _FORMS[self._form_name] = self._form
         self._names = [f"stored_{name}" for name in tensors]
+        self._buffers.clear()
         for name, tensor in zip(self._names, tensors.values(), strict=True):
             self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
 
     @property
     def stored(self) -> Stored:
@@ -103,6 +108,9 @@ class StoredLinear(KeptLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
         """What `to`, `cuda` and `half` come down to. A fp8 code must not become a bf16 number on the way."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        stored = self.stored
+        if (fitting := stored.fit_for(probe.device)) is not stored:
+            self._keep(fitting)
         kept, self._buffers = self._buffers, {}
         super()._apply(fn, recurse)
         self._buffers = {name: None if t is None else t.to(probe.device) for name, t in kept.items()}
@@ -150,15 +158,6 @@ def make_dense(model: nn.Module, dtype: torch.dtype, only: str | None = None) ->
                 if layer.bias is not None:
                     dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
                 setattr(parent, name, dense.train(layer.training))
-
-
-def keep_fp8_as_bytes(model: nn.Module) -> None:
-    """Have stored layers keep fp8 as bytes, for devices without such a dtype; the numbers are the same."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is StoredLinear and any(t.dtype in FP8 for t in layer.stored.tensors().values()):
-                kept = StoredLinear(as_bytes(layer.stored), layer.bias, layer.dtype)
-                setattr(parent, name, kept.train(layer.training))
 
 
 def computing_dtype(layer: nn.Module) -> torch.dtype:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from ..flux_core import preview
 from ..flux_core.caching import Caching
 from ..flux_core.compiling import check
-from ..flux_core.forms import has_fp8
 from ..flux_core.layers import weight_count
 from ..flux_core.packing import check_fp8, check_int8, quantise_to_fp8, quantise_to_int8
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.spec import FluxSpec
-from ..flux_core.stored import keep_fp8_as_bytes, make_dense
+from ..flux_core.stored import make_dense
 from ..flux_core.streaming import limit_of
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ._comfy_lora import add_lora
@@ -94,8 +93,6 @@ def load_model(
     elif form == "int8":
         quantise_to_int8(network, limit, progress())
     make_dense(network, network.dtype, "img_in")  # ComfyUI looks up its width, which a control LoRA changes
-    if not has_fp8(device):
-        keep_fp8_as_bytes(network)
     stored = keep_stored(network)
     _use_comfy_layers(network, comfy.ops.disable_weight_init)
     config.set_inference_dtype(network.dtype, None)

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from ..flux_core.forms import has_fp8
 from ..flux_core.spec import FLUX_SCHNELL
-from ..flux_core.stored import keep_fp8_as_bytes
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import CLIP, T5, T5_GGUF, Kind, expect, kind_of
 from ..flux_core.weights.source import CLIP_PART, T5_PART, WeightFile, read_weights
@@ -95,8 +93,6 @@ def _ours(clip_path: Path, t5_path: Path) -> Any:
             clip_path, t5_path, dtype, tokenizer_folders=_tokenizers(), on_progress=progress()
         )
         wrapped = TextModule(encoders, dtype, notice)
-        if not has_fp8(management.text_encoder_device()):
-            keep_fp8_as_bytes(wrapped)
         wrapped.disable_offload = keep_stored(wrapped)  # takes the plain patcher, as load_model does
         return wrapped.to(device)
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..forms import FP8, Joined, Plain, Stored, as_bytes, has_fp8
+from ..forms import FP8, Joined, Plain, Stored
 from ..stored import StoredLinear
 from .source import Weight
 
@@ -79,10 +79,7 @@ def _put(model: nn.Module, name: str, weight: Stored, dtype: torch.dtype) -> Non
 
 
 def _moved(tensor: Weight, device: torch.device | str) -> Stored:
-    stored = Plain(tensor) if isinstance(tensor, Tensor) else tensor
-    if not has_fp8(torch.device(device)):
-        stored = as_bytes(stored)
-    return stored.with_tensors({name: part.to(device) for name, part in stored.tensors().items()})
+    return (Plain(tensor) if isinstance(tensor, Tensor) else tensor).to(torch.device(device))
 
 
 def _numbers(tensor: Weight) -> Tensor | None:

@@ -111,7 +111,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     vae = ours.load_vae(next((Path(model).parents[1] / "vae").glob("*.safetensors")))
     found["a VAE is loaded whole"] = vae.disable_offload and not vae.patcher.is_dynamic()
 
-    ours.has_fp8 = lambda device: False  # as on Apple's
+    importlib.import_module("pack.flux_core.forms").has_fp8 = lambda device: False  # as on Apple's
     bare = ours.load_model(Path(model), None, "auto").model
     fp8 = (torch.float8_e4m3fn, torch.float8_e5m2)
     found["without fp8"] = torch.equal(bare.get_submodule(name)(x), plain) and not any(

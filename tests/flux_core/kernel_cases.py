@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rectiflux.benchmarks import switches
 from rectiflux.flux_core import fp8, fused, layers
 from rectiflux.flux_core.spec import Conditioning, FluxSpec
 from rectiflux.flux_core.transformer import FluxTransformer
@@ -117,20 +117,10 @@ def heads(shape: tuple[int, ...], dtype: torch.dtype, streams: int) -> Iterator[
     )
     assert found is not None
     rows = [(tensor.float().contiguous(), norm.float()) for tensor, norm in zip(qkv, norms, strict=True)]
-    with plainly():
+    with switches.kernels(False):
         twins = layers.queries_keys_values(rows, count, rope)
     for name, ours, twin in zip("qkv", found, twins, strict=True):
         yield f"{name} of {streams}", error(ours, twin, dtype)
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """Without any kernel."""
-    before = set(fused._off)
-    fused._off.add("all")
-    yield
-    fused._off.clear()
-    fused._off.update(before)
 
 
 def whole_model() -> tuple[float, dict[str, int]]:
@@ -142,7 +132,7 @@ def whole_model() -> tuple[float, dict[str, int]]:
         parameter.copy_(size * drawn(*parameter.shape))
     tokens, prompt = drawn(2, 4, spec.in_channels), Conditioning(drawn(2, 2, 24), drawn(2, 20))
     prepared = model.prepare(prompt, [0.5], 4, 4)
-    with plainly():
+    with switches.kernels(False):
         plain = model(tokens, prepared, 0.5)
     launched: Counter[str] = Counter()
 

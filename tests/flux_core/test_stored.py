@@ -9,12 +9,12 @@ from rectiflux.benchmarks.reference.stored import every_form, nf4, weights
 from rectiflux.flux_core import forms as forms_module
 from rectiflux.flux_core import stored as stored_module
 from rectiflux.flux_core.forms import FP8, Plain, Scaled, Stored, as_bytes, has_fp8
+from rectiflux.flux_core.fp8 import Fp8Linear, in_fp8
 from rectiflux.flux_core.packing import check_fp8
 from rectiflux.flux_core.stored import (
     StoredLinear,
     computing_dtype,
     device_of,
-    keep_fp8_as_bytes,
     make_dense,
     weight_count,
 )
@@ -142,15 +142,22 @@ def test_fp8_can_be_kept_as_bytes() -> None:
         assert not any(tensor.dtype in FP8 for tensor in kept.tensors().values())
         places = {tensor.data_ptr() for tensor in kept.tensors().values()}
         assert all(t.data_ptr() in places for t in stored.tensors().values() if t.dtype in FP8)
+
+
+def test_a_layer_moves_to_a_device_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the same device, which is said to have none: not a tensor in fp8 is left, and the numbers are."""
     layers = [StoredLinear(stored, weights(1, 48)[0], torch.float32) for stored, _ in every_form().values()]
     rows = Scaled(weights().to(FP8[0]), torch.linspace(1, 2, 48)[:, None])
-    model = nn.Sequential(*layers, StoredLinear(rows, None, torch.bfloat16)).eval()
-    expected = [layer.dense_weight(torch.float32) for layer in model.children()]
-    keep_fp8_as_bytes(model)
-    assert not any(buffer.dtype in FP8 for buffer in model.buffers()) and not model[-1].training
-    assert sum(kept is not before for kept, before in zip(model, layers, strict=False)) == 3
-    for layer, numbers in zip(model.children(), expected, strict=True):
+    layers += [StoredLinear(rows, None, torch.bfloat16), Fp8Linear(in_fp8(rows), None, torch.float32)]
+    expected = [layer.dense_weight(torch.float32) for layer in layers]
+    x = weights(5, seed=1)
+    monkeypatch.setattr(forms_module, "has_fp8", lambda device: False)
+    for layer, numbers in zip(layers, expected, strict=True):
+        layer.to("cpu")
+        assert not any(buffer.dtype in FP8 for buffer in layer.buffers())
         assert torch.equal(layer.dense_weight(torch.float32), numbers)
+        y = F.linear(x.to(layer.dtype), numbers.to(layer.dtype), layer.bias)
+        assert torch.equal(layer(x.to(layer.dtype)), y)
 
 
 def test_devices_without_fp8() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rectiflux.benchmarks import switches
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.flux_core import compiling, fused, graphs
 from rectiflux.flux_core.compiling import compile_blocks
@@ -39,22 +40,23 @@ def complete(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @pytest.fixture
-def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Switched on, for any number of tokens; on a CPU as Triton's interpreter runs them."""
     if device.type == "cpu":
         interpreted = pytest.importorskip("triton.knobs").runtime.interpret
         if not interpreted:
             pytest.skip("TRITON_INTERPRET=1 runs the kernels on a CPU")
         monkeypatch.setattr(fused, "serves", lambda x: "all" not in fused._off)
-    monkeypatch.setattr(fused, "_off", set())
-    monkeypatch.setattr(fused, "LARGE", 0)
     monkeypatch.setattr(kernel_cases, "place", device)
+    with switches.kernels(True):
+        yield
 
 
 @pytest.fixture
-def recorded(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RECTIFLUX_GRAPHS", "1")
+def recorded(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(graphs, "_of_model", type(graphs._of_model)())
+    with switches.recordings(True):
+        yield
 
 
 @pytest.fixture
@@ -179,7 +181,7 @@ def test_fp8_in_every_way(ways: str, request: pytest.FixtureRequest, device: tor
     exact = Run(model).velocities(model)
     quantise_to_fp8(model)
     run = Run(model)
-    with kernel_cases.plainly():
+    with switches.kernels(False):
         plain = run.velocities(model)
     twin = compile_blocks(model) if "compiled" in ways else model
     found = run.velocities(steps_of(twin) if "recorded" in ways else twin)

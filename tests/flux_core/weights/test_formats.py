@@ -27,6 +27,7 @@ from rectiflux.benchmarks.reference.models import (
     relative_error,
     text,
 )
+from rectiflux.flux_core import forms as forms_module
 from rectiflux.flux_core.dequantise import BLOCK_TYPES
 from rectiflux.flux_core.stored import StoredLinear
 from rectiflux.flux_core.transformer import FluxTransformer
@@ -282,7 +283,7 @@ def test_fp8_on_a_device_without_it(form: str, tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "f.safetensors"
     quantised_safetensors(flux_transformer(context_in=32, vec_in=64).state_dict(), path, form)
     usual = load_transformer(path, torch.float32)
-    monkeypatch.setattr(fill_module, "has_fp8", lambda device: False)
+    monkeypatch.setattr(forms_module, "has_fp8", lambda device: False)
     moved, inner = [], Tensor.to
 
     def to(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
