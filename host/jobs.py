@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -11,6 +12,8 @@ from typing import Any
 
 from .execution import Executor, NodeError, Result
 from .validation import Checked
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 100
 ACTIVE = ("in_progress", "pending")
@@ -45,8 +48,13 @@ class Job:
     @property
     def workflow(self) -> dict[str, Any]:
         """The saved graph, empty when the prompt came without one."""
-        pnginfo = self.extra_data.get("extra_pnginfo")
-        found = pnginfo.get("workflow") if isinstance(pnginfo, dict) else None
+        found = self.pnginfo.get("workflow")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def pnginfo(self) -> dict[str, Any]:
+        """What SaveImage writes into the image file: {"workflow": the saved graph}; empty without it."""
+        found = self.extra_data.get("extra_pnginfo") if isinstance(self.extra_data, dict) else None
         return found if isinstance(found, dict) else {}
 
     def describe(self, full: bool = False) -> dict[str, Any]:
@@ -198,8 +206,8 @@ class Jobs:
         with self._changed:
             while not self._closing:
                 if self._forget:
-                    self._executor.forget()
                     self._forget = False
+                    self._executor.forget()
                 waiting = [job for job in self._jobs.values() if job.status == "pending"]
                 if waiting:
                     job = min(waiting, key=lambda job: job.number)
@@ -209,8 +217,22 @@ class Jobs:
         return None
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
+        """Run jobs until `close`. Nothing that a job or a listener raises ends the worker."""
+        while not self._closing:
+            try:
+                if (job := self._next()) is not None:
+                    self._supervise(job)
+            except Exception:
+                log.exception("the queue's worker failed between two jobs; it goes on")
+
+    def _supervise(self, job: Job) -> None:
+        try:
             self._run(job)
+        except BaseException:  # SystemExit included: the next job still runs
+            log.exception("job %s failed outside of any node; the next one runs", job.id)
+            if job.status == "in_progress":
+                self._end(job, "failed")
+            self._on_change()
 
     def _run(self, job: Job) -> None:
         def on_event(kind: str, data: dict[str, Any]) -> None:
@@ -224,13 +246,12 @@ class Jobs:
                 job.notices.setdefault(data["node_id"], []).append(data["text"])
             self._on_event(job, kind, data)
 
-        pnginfo = job.extra_data.get("extra_pnginfo")
         try:
             result = self._executor.run(
                 job.checked,
                 on_event=on_event,
                 prompt_id=job.id,
-                extra_pnginfo=pnginfo if isinstance(pnginfo, dict) else {},
+                extra_pnginfo=job.pnginfo,
                 previews=job.extra_data.get("preview_method") != "none",
                 stop=job.stop,
             )
@@ -239,13 +260,16 @@ class Jobs:
             found = NodeError("", "", message, type(error).__name__)
             result = Result("error", job.outputs, [], found)
             on_event("execution_error", {"prompt_id": job.id, "node_id": "", "exception_message": message})
-        job.node = None
+        self._end(job, ENDED[result.status])
+        self._on_event(job, "executing", {"node": None, "prompt_id": job.id})
+        for node, texts in job.notices.items():  # again, because the editor clears them when a job ends
+            self._on_event(job, "notice", {"node_id": node, "prompt_id": job.id, "text": "\n".join(texts)})
+        self._on_change()
+
+    def _end(self, job: Job, status: str) -> None:
+        """Record how a job ended, and drop the oldest of more than REMEMBERED ended jobs."""
         with self._changed:
-            job.status, job.ended = ENDED[result.status], now()
+            job.node, job.status, job.ended = None, status, now()
             ended = [other for other in self._jobs.values() if other.status not in ACTIVE]
             for old in sorted(ended, key=lambda other: other.ended or 0)[:-REMEMBERED]:
                 del self._jobs[old.id]
-        self._on_event(job, "executing", {"node": None, "prompt_id": job.id})
-        for node, texts in job.notices.items():  # again, because the editor wipes them off when a job ends
-            self._on_event(job, "notice", {"node_id": node, "prompt_id": job.id, "text": "\n".join(texts)})
-        self._on_change()

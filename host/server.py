@@ -172,6 +172,8 @@ class Server:
                 log.error("the workflow was refused: %s", sentence)
             return web.json_response({"error": error.error, "node_errors": error.node_errors}, status=400)
         extra, client_id = body.get("extra_data") or {}, body.get("client_id")
+        if not isinstance(extra, dict):
+            raise ValueError(f"extra_data must be a JSON object, got {type(extra).__name__}")
         front = bool(body.get("front")) or (body.get("number") or 0) < 0
         job = self.jobs.submit(checked, extra, client_id, _job_id(body.get("prompt_id")), front)
         told = {"prompt_id": job.id, "number": job.number, "node_errors": checked.node_errors}

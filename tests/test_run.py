@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RENDER = "import sys, probe\ndef main(argv): print('render', argv, sys.prefix); return 3 if argv else 0"
 FULL_SIZE = '"""How large.\n\nMore."""\ndef main(argv): print(argv, __name__); return len(argv)'
+THREADS = '"""Waiting."""\nimport os\ndef main(argv): print(os.environ.get("OMP_WAIT_POLICY"))'
 PYTEST = "import os, sys; print('pytest', sys.argv[1:], os.getcwd())"
 PACK = {
     "__init__.py": "",
@@ -37,6 +38,7 @@ PACK = {
     "flux_core/train/cli.py": "def main(argv): print('train', argv)",
     "benchmarks/full_size.py": FULL_SIZE,
     "benchmarks/speed.py": '"""How fast."""\nNEEDS = "test"\ndef main(argv): print("fast")',
+    "benchmarks/threads.py": THREADS,
     "benchmarks/report.py": '"""What they share."""\nSHARED = 1',
 }
 
@@ -85,7 +87,8 @@ class Start:
 
     def environment(self, **changes: str) -> dict[str, str]:
         """pip's settings replaced by: nothing but the index."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+        unset = ("PIP_", "OMP_", "GOMP_", "KMP_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
         offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index), "PIP_CONFIG_FILE": os.devnull}
         return {**kept, **offline, **changes}
 
@@ -173,6 +176,13 @@ def test_bench_starts_the_file_of_that_name(ready: Start) -> None:
     assert ready("bench", "full-size").strip() == "[] rectiflux.benchmarks.full_size"
     printed = ready("bench", "full-size", "--json", "a b", code=2)
     assert printed.strip() == "['--json', 'a b'] rectiflux.benchmarks.full_size"
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(ready: Start) -> None:
+    for python in (sys.executable, str(ready.python)):
+        assert ready("bench", "threads", python=python) == "PASSIVE\n"
+        assert ready("bench", "threads", python=python, OMP_WAIT_POLICY="active") == "active\n"
+        assert ready("bench", "threads", python=python, GOMP_SPINCOUNT="100") == "None\n"
 
 
 def test_bench_installs_what_a_benchmark_says_it_needs(ready: Start) -> None:
@@ -399,6 +409,7 @@ def test_bench_alone_lists_the_benchmarks(start: Start, arguments: tuple[str, ..
         "python3 run.py bench NAME [options], where NAME is one of these (NAME --help tells its options):",
         "    full-size  How large.",
         "    speed      How fast.",
+        "    threads    Waiting.",
     ]
     assert not (start.root / ".venv").exists()
 
@@ -406,7 +417,7 @@ def test_bench_alone_lists_the_benchmarks(start: Start, arguments: tuple[str, ..
 @pytest.mark.parametrize("name", ["frob", "report", "full_size", "--quick"])
 def test_a_benchmark_that_there_is_none_of(start: Start, name: str) -> None:
     start("bench", name, code=1)
-    assert start.last_error() == f"run.py: run.py bench has no {name!r}; it has full-size, speed."
+    assert start.last_error() == f"run.py: run.py bench has no {name!r}; it has full-size, speed, threads."
     assert not (start.root / ".venv").exists()
 
 

@@ -157,6 +157,36 @@ def test_the_worker_outlives_the_hosts_own_faults(
     assert line.ids("failed") == ["a"] and line.ids("completed") == ["b"]
 
 
+@pytest.mark.parametrize("extra", ["a string", 7, ["a", "list"], {"extra_pnginfo": "no table"}])
+def test_a_job_with_malformed_extra_data_does_not_end_the_worker(
+    line: Line, prompts: Any, extra: Any
+) -> None:
+    line.jobs.submit(line.checked(prompts.picture()), extra, job_id="a")
+    line.jobs.submit(line.checked(prompts.picture()), {}, job_id="b")
+    line.jobs.start()
+    line.finish()
+    assert line.ids("pending", "in_progress") == [] and "b" in line.ids("completed")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a listener's fault"), SystemExit(1)])
+def test_the_worker_outlives_its_listeners(
+    line: Line, prompts: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    hear = line.jobs._on_event
+
+    def listener(job: Job, kind: str, data: dict[str, Any]) -> None:
+        if job.id == "a":
+            raise error
+        hear(job, kind, data)
+
+    line.jobs._on_event = listener
+    for name in "ab":
+        line.jobs.submit(line.checked(prompts.picture()), {}, job_id=name)
+    line.jobs.start()
+    line.finish()
+    assert line.ids("failed") == ["a"] and line.ids("completed") == ["b"]
+
+
 def test_freeing_memory(line: Line, prompts: Any) -> None:
     line.jobs.submit(line.checked(prompts.picture()), {}, job_id="a")
     line.jobs.start()

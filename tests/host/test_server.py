@@ -155,9 +155,10 @@ def test_a_wrong_prompt_is_refused_on_its_node(server: Server, prompts: Any) -> 
             for text, status in (("[]", 400), ("{", 400), ("{}", 400)):
                 async with client.post("/api/prompt", data=text) as response:
                     assert response.status == status and (await response.json())["error"]
-            body = {"prompt": prompts.picture(), "prompt_id": "../x"}
-            async with client.post("/api/prompt", json=body) as response:
-                assert response.status == 400
+            for wrong in ({"prompt_id": "../x"}, {"extra_data": "text"}, {"extra_data": [1]}):
+                body = {"prompt": prompts.picture(), **wrong}
+                async with client.post("/api/prompt", json=body) as response:
+                    assert response.status == 400
 
     asyncio.run(check())
 
