@@ -12,9 +12,6 @@ each method and threshold of flux_core/caching.py:
   1 - SSIM   the same, of structures (Wang et al. 2004), 0 is equal
   plain      PSNR and 1 - SSIM of Euler with that many steps, rounded up, and no cache
 
-Steps are computed as a large model's are, one operation after the other: the miniature's own are recorded
-(flux_core/graphs.py) where no cache may skip them.
-
 Then the same for mini-schnell's four steps, in which nothing is to be skipped. The last line is of the
 forecast at the node's own threshold, 0.1.
 """
@@ -39,7 +36,6 @@ from ..flux_core.solver import solver_named
 from ..flux_core.spec import Conditioning
 from ..flux_core.train.evaluate import FAMILY
 from ..flux_core.vae import to_vae_space
-from . import switches
 from .painting import files_of, load_models
 from .prompts import categories
 from .report import add_json, parser_of, positive, write_report
@@ -217,11 +213,10 @@ def main(argv: list[str]) -> int:
     texts = [every[i * len(every) // count] for i in range(count)]
     print(HEAD)
     rows: list[Row] = []
-    with switches.recordings(False):  # as those of a large model are
-        for variant in ("dev", "schnell"):
-            models = load_models(files_of(arguments.models, variant))
-            painter = Painter(variant, models, texts)
-            rows += measure(painter, arguments.thresholds, lambda row: print(row.line(), flush=True))
+    for variant in ("dev", "schnell"):
+        models = load_models(files_of(arguments.models, variant))
+        painter = Painter(variant, models, texts)
+        rows += measure(painter, arguments.thresholds, lambda row: print(row.line(), flush=True))
     skipped = any(row.variant == "schnell" and row.computed < FAMILY["schnell"].steps for row in rows)
     print(
         "mini-schnell in 4 steps: "

@@ -25,8 +25,6 @@ that whatever else the machine does slows both. Each comparison ends in a line
                    size with random weights at 512 and 1024 px, batch 1 and 4, bf16 and fp8, against
                    diffusers eager and compiled, and the rate of it beside that of a matrix product. Of long
                    loops a few steps are measured ("28 steps from 3"). Never run on a GPU yet
-  kernels          with --device cuda: the fused kernels, each beside torch's operations
-  recorded         with --device cuda: steps as CUDA graphs, beside the same launched one by one
 
 --clock cpu counts the seconds that this process computes: for one thread on a machine that others use. What
 is skipped is printed with the reason, and so are cases for which no time is left. --record appends the
@@ -44,7 +42,7 @@ from pathlib import Path
 
 import torch
 
-from . import speed_blocks, speed_fp8, speed_gpu, speed_kernels, speed_memory, speed_models, speed_png
+from . import speed_blocks, speed_fp8, speed_gpu, speed_memory, speed_models, speed_png
 from .report import add_json, machine, parser_of, write_report
 from .speed_settings import Case, Settings, Skipped, Told, add_options, clock_of
 from .turns import Ratio
@@ -65,12 +63,10 @@ CASES: dict[str, Case] = {
     "memory": speed_memory.memory,
     "fp8": speed_fp8.fp8_error,
     "gpu": speed_gpu.full_size,
-    "kernels": speed_kernels.kernels,
-    "recorded": speed_kernels.recorded,
 }
 BY_DEFAULT = {
-    "cpu": [name for name in CASES if name not in ("gpu", "kernels", "recorded")],
-    "cuda": ["gpu", "kernels", "recorded", "png", "vae", "memory", "miniature", "full", "pictures"],
+    "cpu": [name for name in CASES if name != "gpu"],
+    "cuda": ["gpu", "png", "vae", "memory", "miniature", "full", "pictures"],
 }
 """Cases of a device, what matters most first where the time is short."""
 

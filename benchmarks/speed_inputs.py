@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flux_core.graphs import steps_of
 from ..flux_core.pipeline import guided_velocity
 from ..flux_core.spec import Conditioning, FluxSpec
 from ..flux_core.transformer import FluxTransformer, pack, position_ids, unpack
@@ -59,10 +58,9 @@ class Inputs:
         self.ids = position_ids(length, self.h, self.w).to(device)
 
     def our_step(self, model: FluxTransformer) -> Run:
-        """A step as in a run; the first ones are not yet a small model's usual ones (flux_core/graphs.py)."""
+        """A step as in a run."""
         prepared, tokens = model.prepare(self.prompt, [SIGMA], self.h, self.w), pack(self.noise)
-        step = steps_of(model)
-        return lambda: step(tokens, prepared, SIGMA, None)
+        return lambda: model(tokens, prepared, SIGMA)
 
     def timestep(self, sigma: float) -> Tensor:
         """As diffusers' pipeline has it: made before the loop, one for each picture."""

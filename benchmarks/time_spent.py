@@ -42,7 +42,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..flux_core.graphs import UNRECORDED
 from ..flux_core.packing import pack_weights
 from ..flux_core.spec import FLUX_DEV
 from ..flux_core.transformer import FluxTransformer
@@ -95,7 +94,7 @@ def cases(names: Sequence[str], settings: Settings, dtype: torch.dtype) -> Itera
 def spent(case: str, model: FluxTransformer, inputs: Inputs, settings: Settings) -> Spent:
     """The parts of a step with their times and floors."""
     run = inputs.our_step(model)
-    for _ in range(UNRECORDED + 2):  # after those every step is as the last one
+    for _ in range(2):
         run()
     whole, operations = timed(run, settings)
     return divided(case, whole, operations, floors(model, inputs, settings.clock))

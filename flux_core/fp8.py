@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused
 from .forms import Joined, Plain, Scaled, Stored
 from .stored import StoredLinear
 
@@ -62,7 +61,7 @@ class Fp8Linear(StoredLinear):
         if torch.compiler.is_compiling() and not can_multiply(x.device):
             y = _as_numbers(inputs, *weight, bias)
         else:
-            y = multiply(tokens_in_fp8(inputs), weight, bias, x.dtype)
+            y = multiply(rows_in_fp8(inputs), weight, bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -70,15 +69,6 @@ def rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [N, C], float8_e4m3fn, and scales [N, 1], float32, of numbers [N, C], x about scale * code."""
     scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).float().clamp_min(SMALLEST) / LARGEST
     return (x / scale).to(FP8), scale  # in float32, which is the scale's
-
-
-def tokens_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`rows_in_fp8` of a layer's inputs, in one pass where there is a kernel for it."""
-    if fused.serves(x) and can_multiply(x.device):
-        done = fused.rows_in_fp8(x, LARGEST, SMALLEST)
-        if done is not None:
-            return done
-    return rows_in_fp8(x)
 
 
 def multiply(

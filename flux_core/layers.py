@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import fused
 from .attention import attention
 from .packed import ReorderedLinear, gelu
 from .spec import FluxSpec
@@ -107,15 +106,11 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     width = x.shape[-1:]
     if scale.shape[0] == 1:
         return F.layer_norm(x, width, scale.view(-1), shift.view(-1), eps=1e-6)
-    if fused.serves(x) and (done := fused.modulated_norm(x, shift, scale)) is not None:
-        return done
     return torch.addcmul(shift, F.layer_norm(x, width, eps=1e-6), scale)
 
 
 def gated(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
     """The residual stream x [B, L, hidden] with gate * change added."""
-    if fused.serves(x) and (done := fused.gated_residual(x, gate, change)) is not None:
-        return done
     return torch.addcmul(x, gate, change)
 
 
@@ -123,8 +118,6 @@ def gated_and_normed(
     x: Tensor, gate: Tensor, change: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`gated`, and its `modulated_norm`."""
-    if fused.serves(x) and (done := fused.residual_and_norm(x, gate, change, shift, scale)) is not None:
-        return done
     x = gated(x, gate, change)
     return x, modulated_norm(x, shift, scale)
 
@@ -173,10 +166,6 @@ def queries_keys_values(
     normed and turned together, in float32: half the passes over memory.
     """
     first = streams[0][0]
-    if fused.serves(first):
-        scaled = [(qkv, norm.query_norm.scale, norm.key_norm.scale) for qkv, norm in streams]
-        if (done := fused.queries_keys_values(scaled, heads, rope)) is not None:
-            return done
     wanted = any(qkv.requires_grad for qkv, _ in streams)  # frozen weights: the image's alone
     if torch.compiler.is_compiling() or first.device.type != "cpu" or wanted:
         apart = [rearrange(qkv, "b l (qkv k d) -> qkv b k l d", qkv=3, k=heads) for qkv, _ in streams]
@@ -314,7 +303,7 @@ class SingleStreamBlock(nn.Module):
         """x [B, L + N, hidden] -> the same shape."""
         shift, scale, gate = mod
         inner, plain = modulated_norm(x, shift, scale), 3 * x.shape[-1]
-        if fused.serves(x) or (_plainly_on_cpu(x) and not isinstance(self.linear1, ReorderedLinear)):
+        if _plainly_on_cpu(x) and not isinstance(self.linear1, ReorderedLinear):
             return gated(x, gate, self.linear2(self._joint(self.linear1(inner), plain, rope)))
         qkv, mlp = gelu_behind(self.linear1, inner, plain)
         attn = self._attend(qkv, rope)
@@ -328,11 +317,9 @@ class SingleStreamBlock(nn.Module):
     def _joint(self, y: Tensor, plain: int, rope: Rope) -> Tensor:
         """What `linear2` reads of what `linear1` gave: attention, and GELU of the outputs after `plain`.
 
-        With a kernel and on a CPU the GELU is written straight beside the attention.
+        On a CPU the GELU is written straight beside the attention.
         """
         attn = self._attend(y[..., :plain], rope)
-        if fused.serves(y) and (done := fused.beside_gelu(attn, y, plain)) is not None:
-            return done
         if _plainly_on_cpu(y):
             width = attn.shape[-1]
             joint = y.new_empty(*y.shape[:-1], width + self.mlp_size)

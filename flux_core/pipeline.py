@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conditioning import TextEncoders
-from .graphs import steps_of
 from .schedule import make_sigmas
 from .solver import Report, Solver, Step, integrate, seeded_noise, solver_named
 from .spec import Conditioning, Velocity
@@ -180,7 +179,6 @@ def guided_velocity(
     h: int,
     w: int,
     batch: int,
-    release: bool = False,
     memory: Callable[[], Memory] | None = None,
     cfg_until: float = 0.0,
 ) -> Velocity:
@@ -191,23 +189,16 @@ def guided_velocity(
     sigmas below `cfg_until`: what the picture shows is settled above, and the last steps take half the work
     (guidance in a limited interval, Kynkäänniemi et al. 2024, arXiv:2404.07724). Texts of different lengths
     or guidance, which cannot share a batch, go one after the other. A negative without a distilled guidance
-    takes the positive's. `release` frees the modulation weights once they have been used, which is now: the
-    transformer serves this run and no other. `memory` makes what each pass keeps of its steps, so as to skip
+    takes the positive's. `memory` makes what each pass keeps of its steps, so as to skip
     some (caching.py). Raises ValueError for a model with extra input channels, a conditioning of another
-    batch size, `release` without sigmas, and what `FluxTransformer.prepare` raises.
+    batch size, and what `FluxTransformer.prepare` raises.
     """
-    if release and sigmas is None:
-        raise ValueError(
-            "the modulation weights can be released only when all sigmas are known beforehand, which an "
-            "adaptive solver does not know; choose another solver, or keep the weights"
-        )
     if transformer.spec.in_channels != 4 * LATENT_CHANNELS:
         raise ValueError(
             f"text to image needs a model with 64 input channels, got {transformer.spec.in_channels}; "
             "Fill, Canny and Depth models also want a picture, choose FLUX.1 [dev] or [schnell]"
         )
     positive = _for_batch(positive, batch)
-    step = steps_of(transformer)
 
     def passes(texts: list[Conditioning], asked: Sequence[float] | None) -> Velocity:
         """The velocities of the texts, [texts * batch, 16, h, w], in one pass where they can share one."""
@@ -218,7 +209,7 @@ def guided_velocity(
         def velocities(x: Tensor, sigma: float) -> Tensor:
             tokens = pack(x).repeat(len(texts) // len(joined), 1, 1)
             parts = zip(prepared, memories, strict=True)
-            found = torch.cat([step(tokens, part, sigma, kept) for part, kept in parts])
+            found = torch.cat([transformer(tokens, part, sigma, kept) for part, kept in parts])
             return unpack(found, h, w).to(x.dtype)
 
         return velocities
@@ -240,8 +231,6 @@ def guided_velocity(
             return v_neg + cfg_scale * (v_pos - v_neg)
 
         velocity = guided
-    if release:
-        transformer.release_modulation()
     return velocity
 
 

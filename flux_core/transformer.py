@@ -2,8 +2,8 @@
 
 Work is split by what it depends on. `prepare` does, once per run, all that does not depend on the image: the
 text projection, the rotary table and the modulations for every sigma (27 % of FLUX.1 [dev]'s weights serve
-only these, and `release_modulation` gives them back before the first step). `forward` does the rest, once per
-step. Where a solver chooses its sigmas as it goes, the modulations alone follow it, one sigma at a time.
+only these). `forward` does the rest, once per step.
+Where a solver chooses its sigmas as it goes, the modulations alone follow it, one sigma at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from .layers import (
     device_of,
     rope_table,
     sinusoidal_embedding,
-    weight_count,
 )
 from .spec import Conditioning, FluxSpec
 
@@ -63,8 +62,6 @@ class Modulations:
     double: tuple[tuple[Chunks, Chunks], ...]
     single: tuple[Chunks, ...]
     last: Chunks
-    table: Tensor | None = field(default=None, repr=False)
-    """All of them in one piece [P, B, 1, hidden], of which those above are then views, in that order."""
 
     def chunks(self) -> list[Tensor]:
         """All of them in order."""
@@ -78,7 +75,7 @@ class Modulations:
             return tuple(itertools.islice(rows, len(chunks)))
 
         double = tuple((next_of(img), next_of(txt)) for img, txt in self.double)
-        return Modulations(double, tuple(map(next_of, self.single)), next_of(self.last), table)
+        return Modulations(double, tuple(map(next_of, self.single)), next_of(self.last))
 
 
 @dataclass(frozen=True)
@@ -224,11 +221,10 @@ class FluxTransformer(nn.Module):
         """All that a run at these sigmas on an h x w latent needs besides the image.
 
         The modulations of all sigmas go through each linear layer as one batch; with None for the sigmas,
-        those of each sigma when `forward` is first asked for it. Raises ValueError after
-        `release_modulation` (on demand: then), for text or pooled vectors of another width, and for guidance
+        those of each sigma when `forward` is first asked for it. Raises ValueError for text or pooled
+        vectors of another width, and for guidance
         that is missing.
         """
-        self._check_modulation()
         pooled = conditioning.pooled.to(self.device)
         if pooled.shape[-1] != self.spec.vec_in:
             raise ValueError(
@@ -237,7 +233,6 @@ class FluxTransformer(nn.Module):
             )
 
         def rows(values: Sequence[float]) -> dict[float, Modulations]:
-            self._check_modulation()
             batch = pooled.shape[0]
             sigma = torch.tensor(values, device=self.device).repeat_interleave(batch)
             given = conditioning.guidance
@@ -254,24 +249,6 @@ class FluxTransformer(nn.Module):
             modulations = rows(sorted({float(sigma) for sigma in sigmas}))
         txt = self.project_text(conditioning.txt.to(self.device))
         return Prepared(txt, self.rope(txt.shape[1], h, w), modulations)
-
-    def _check_modulation(self) -> None:
-        """Raise ValueError once `release_modulation` has freed the weights."""
-        if device_of(self.time_in.in_layer).type == "meta":
-            raise ValueError(
-                "the modulation weights were released; load the model again to prepare another run"
-            )
-
-    def release_modulation(self) -> int:
-        """Free the weights that only `prepare` needs; returns their number. `forward` still works."""
-        parts: list[nn.Module | None] = [self.time_in, self.vector_in, self.guidance_in, self.txt_in]
-        parts += [*self.modulations(), self.final_layer.adaLN_modulation]
-        freed = 0
-        for part in parts:
-            if part is not None:
-                freed += weight_count(part)
-                part.to("meta")
-        return freed
 
     def modulations(self) -> list[Modulation]:
         """The blocks' own: image's and text's of each double block, then the single blocks'."""

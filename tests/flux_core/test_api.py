@@ -20,7 +20,6 @@ OUTSIDE = {"torch", "einops", "safetensors", "tokenizers", "transformers", "nump
 ONLY_IN = {
     "scipy": ("flow", "train"),  # assignment: of a coupling, of what is seen to what was asked for
     "gguf": ("weights",),
-    "triton": ("fused",),  # by its kernels alone, which are imported when one is launched
 }
 PACKAGES = (flux_core, flow, lora, solver, weights)
 

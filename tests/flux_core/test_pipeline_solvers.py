@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error, text
+from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, sample, text_to_image
 from rectiflux.flux_core.schedule import make_sigmas
 from rectiflux.flux_core.solver import (
@@ -12,9 +12,6 @@ from rectiflux.flux_core.solver import (
     DormandPrince,
     EulerAncestral,
     Report,
-    Solver,
-    integrate,
-    seeded_noise,
 )
 
 from .test_pipeline import models
@@ -22,23 +19,6 @@ from .test_pipeline import models
 PLANNED = [solver for solver in SOLVERS.values() if solver.evaluation_sigmas([1.0, 0.0])]
 EACH_PLANNED = pytest.mark.parametrize("solver", PLANNED, ids=lambda solver: solver.name)
 """The solvers that know their sigmas beforehand."""
-
-
-@EACH_PLANNED
-def test_released_modulations_change_nothing(solver: Solver) -> None:
-    noise, sigmas = draw_noise(0, 2, 4, 4), make_sigmas(3, 4)
-    asked = solver.evaluation_sigmas(sigmas)
-    model = flux_transformer()
-    ends = []
-    for release in (False, True):
-        velocity = guided_velocity(model, text(1), text(2), 2.0, asked, 4, 4, 2, release=release)
-        ends.append(integrate(solver, velocity, noise, sigmas, noise=seeded_noise(0)))
-    modulating = [
-        p for name, p in model.named_parameters() if any(k in name for k in ("_mod.", "modulation.", "adaLN"))
-    ]
-    assert len(modulating) == 2 * (2 * SPEC.depth + SPEC.depth_single + 1)
-    assert all(p.is_meta for p in modulating)
-    assert torch.equal(*ends)
 
 
 def test_sigmas_that_are_not_known_beforehand_are_prepared_as_they_come() -> None:
@@ -73,19 +53,6 @@ def test_an_adaptive_solver_paints_what_a_fine_schedule_does() -> None:
     found = sample(*wires, make_sigmas(4, 4), DormandPrince(rtol=1e-4, atol=1e-4), on_report=reports.append)
     assert relative_error(found, sample(*wires, make_sigmas(80, 4), SOLVERS["rk4"])) < 1e-3
     assert reports[0].solver == "dormand_prince" and reports[0].evaluations < 4 * 80
-
-
-def test_modulations_are_released_only_when_all_are_made() -> None:
-    model = flux_transformer()
-    with pytest.raises(ValueError, match="released only when all sigmas are known beforehand, which an ada"):
-        guided_velocity(model, text(1), None, 1.0, None, 4, 4, 1, release=True)
-    x = draw_noise(0, 1, 4, 4)
-    velocity = guided_velocity(model, text(1), None, 1.0, None, 4, 4, 1)
-    velocity(x, 0.5)
-    model.release_modulation()
-    velocity(x, 0.5)
-    with pytest.raises(ValueError, match="the modulation weights were released; load the model again"):
-        velocity(x, 0.4)
 
 
 def test_the_steps_noise_has_a_seed() -> None:

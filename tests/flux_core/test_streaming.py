@@ -215,17 +215,6 @@ def test_a_run_that_was_interrupted_leaves_the_next_one_right() -> None:
     assert torch.equal(velocities(model), expected)
 
 
-def test_released_modulations_are_not_brought() -> None:
-    model = flux_transformer()
-    expected = velocities(model)
-    staged(model)
-    prompt = text(0)
-    noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        velocity = guided_velocity(model, prompt, None, 1.0, SIGMAS, 4, 6, 1, release=True)
-        assert torch.equal(torch.cat([velocity(noise, sigma) for sigma in SIGMAS]), expected)
-
-
 # What stays
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error, text
+from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.flux_core.lora import AdaptedLinear, LoraUse, read_lora, with_lora
 from rectiflux.flux_core.transformer import FluxTransformer
 from torch import Tensor
@@ -105,10 +105,6 @@ def test_a_model_of_which_every_layer_is_stored_and_adapted() -> None:
     adapted, _ = with_lora(model, [LoraUse(read_lora(kohya(changes), SPEC), 0.5)])
     assert adapted.device == torch.device("cpu") and adapted.dtype == torch.float32
     assert relative_error(paint(adapted), paint(merged(dense, changes, 0.5))) < 1e-5
-    adapted.release_modulation()
-    with pytest.raises(ValueError, match="the modulation weights were released"):
-        adapted.prepare(text(1), [0.6], 4, 6)
-    assert model.get_submodule("time_in.in_layer").codes.device.type == "cpu"
 
 
 def test_a_stored_layer_whose_weight_is_replaced_becomes_a_plain_one() -> None:
@@ -119,23 +115,6 @@ def test_a_stored_layer_whose_weight_is_replaced_becomes_a_plain_one() -> None:
     adapted, _ = with_lora(model, [LoraUse(read_lora({f"{name}.set_weight": weight}, SPEC), 0.5)])
     layer = adapted.get_submodule(name)
     assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, model.get_submodule(name).bias)
-
-
-def test_releasing_the_modulation_of_the_copy_leaves_the_base_whole() -> None:
-    model = flux_transformer()
-    before = bits(model)
-    changes, use = lora_of(
-        model, 1, [name for name in BLOCKS if "mod" in name] + ["time_in.in_layer", "txt_in"]
-    )
-    adapted, _ = with_lora(model, [use])
-    prepared = adapted.prepare(text(1), [0.6], 4, 6)
-    assert adapted.release_modulation() == flux_transformer().release_modulation()
-    tokens = torch.randn(1, 6, SPEC.in_channels, generator=torch.Generator().manual_seed(3))
-    assert relative_error(adapted(tokens, prepared, 0.6), paint(merged(model, changes, 0.5))) < 1e-5
-    with pytest.raises(ValueError, match="the modulation weights were released"):
-        adapted.prepare(text(1), [0.6], 4, 6)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.prepare(text(1), [0.6], 4, 6).txt.shape == (1, 5, H)
 
 
 def test_what_is_attached_lies_on_the_models_device() -> None:
