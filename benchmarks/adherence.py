@@ -10,7 +10,7 @@ mistake, and of renders that it passes after the autoencoder. Then every prompt 
 and a picture is right when everything that the prompt says is in it and no other object is. A category's
 score is the share of its pictures that are right; the overall score, the last line, is the mean over the six
 categories of GenEval (Ghosh et al. 2023, arXiv:2310.11513). "unseen" are combinations that training never
-draws or names (flux_core/train/world.py), "words" are synonyms, typos, "without" and capitals: neither
+draws or names (miniature/scene.py), "words" are synonyms, typos, "without" and capitals: neither
 enters the overall score. With --prompts it is the mean over the categories of that file, whose form is
 described in benchmarks/prompts.py. Sharpness is that of checker.py: 1.0 is as sharp as a render. Seconds a
 picture are those of text, sampling and decoding, in batches.
@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..flux_core.model.autoencoder import AutoEncoder
 from ..flux_core.pipeline import latent_size
-from ..flux_core.schedule import SHIFTS
-from ..flux_core.solver import solver_named
+from ..flux_core.sampling.schedule import SHIFTS
+from ..flux_core.sampling.solver import solver_named
 from ..flux_core.train.checkpoint import ProgressLine
-from ..flux_core.train.evaluate import FAMILY, Sampling, sheet
-from ..flux_core.vae import AutoEncoder
+from ..miniature.evaluate import FAMILY, Sampling, sheet
 from .checking import check_the_autoencoder, check_the_checker
 from .painting import Files, Painter, figures_of, files_of, judge_pictures, load_models, paint
 from .prompts import Prompt, categories, read_prompts

@@ -3,7 +3,7 @@
     python3 run.py bench caching [--prompts 16] [--thresholds 0.05 ...] [--quick] [--threads 1] [--json FILE]
 
 mini-dev in 28 steps, guidance 3.5, prompts of `bench adherence`, one picture each, one at a time. A row for
-each method and threshold of flux_core/caching.py:
+each method and threshold of flux_core/sampling/step_cache.py:
 
   computed   steps of the 28 in which all blocks were computed, a mean over the pictures
   work       network passes that all of it comes to: a skipped step still computes the first block
@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..flux_core.caching import METHODS, BlockMemory, Caching
+from ..flux_core.model.autoencoder import to_vae_space
+from ..flux_core.model.spec import Conditioning
 from ..flux_core.pipeline import Models, draw_noise, sample
-from ..flux_core.schedule import make_sigmas
-from ..flux_core.solver import solver_named
-from ..flux_core.spec import Conditioning
-from ..flux_core.train.evaluate import FAMILY
-from ..flux_core.vae import to_vae_space
+from ..flux_core.sampling.schedule import make_sigmas
+from ..flux_core.sampling.solver import solver_named
+from ..flux_core.sampling.step_cache import METHODS, BlockMemory, Caching
+from ..miniature.evaluate import FAMILY
 from .painting import files_of, load_models
 from .prompts import categories
 from .report import add_json, parser_of, positive, write_report

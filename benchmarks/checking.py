@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..flux_core.train.autoencoder import psnr, to_pictures, to_tensor
-from ..flux_core.train.caption import OPPOSITE
-from ..flux_core.train.checker import inspect, judge
-from ..flux_core.train.draw import draw
-from ..flux_core.train.world import (
+from ..flux_core.model.autoencoder import AutoEncoder
+from ..miniature.autoencoder import psnr, to_pictures, to_tensor
+from ..miniature.caption import OPPOSITE
+from ..miniature.checker import inspect, judge
+from ..miniature.draw import draw
+from ..miniature.scene import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
@@ -25,7 +26,6 @@ from ..flux_core.train.world import (
     Scene,
     random_scene,
 )
-from ..flux_core.vae import AutoEncoder
 
 SIDES = ((128, 128), (160, 112), (112, 160), (192, 192), (256, 256))
 """Widths and heights of the renders."""

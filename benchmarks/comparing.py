@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..flux_core.model.spec import Conditioning
+from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import Models
-from ..flux_core.spec import Conditioning
-from ..flux_core.transformer import FluxTransformer
 from .reference.models import diffusers_velocity
 from .reference.small import GUIDANCE, PROMPT, WIDTH, References, diffusers_picture, our_picture
 

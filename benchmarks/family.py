@@ -8,7 +8,7 @@ guidance, its schedule) in every number of steps, always from the same noise: by
 and by pro "stochastic" as well, that is with noise added on the way (solver euler_ancestral).
 A Markdown table has a row for each way: adherence / sharpness after so many steps. Adherence is the share of
 pictures that the strict checker finds right, a mean over GenEval's six categories; sharpness is that of
-flux_core/train/checker.py, 1.0 is as sharp as a render. A second table has the adherence of the combinations
+miniature/checker.py, 1.0 is as sharp as a render. A second table has the adherence of the combinations
 that training never shows. Further columns:
 
   network passes  a step: true classifier-free guidance takes two

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from ..flux_core.forms import DTYPE_NAMES
 from ..flux_core.pipeline import Models
+from ..flux_core.quant.formats import DTYPE_NAMES
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from .comparing import COMPONENTS, PICTURE, velocity
 from .reference.formats import EXACT, FORMATS, QUANTISED, Written

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..flux_core.packed import PackedLinear, can_pack
-from ..flux_core.spec import FluxSpec
+from ..flux_core.backends.cpu_linear import PackedLinear, can_pack
+from ..flux_core.model.spec import FluxSpec
 from .turns import Clock, Run
 
 FP8 = torch.float8_e4m3fn

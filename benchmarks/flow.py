@@ -30,8 +30,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from ..flux_core.flow import energy_distance, energy_floor, straightness, transport_cost
-from ..flux_core.solver import SOLVERS, integrate
-from ..flux_core.spec import Velocity
+from ..flux_core.model.spec import Velocity
+from ..flux_core.sampling.solver import SOLVERS, integrate
 from ..flux_core.train.checkpoint import ProgressLine
 from .methods import TITLES, Laboratory, Method, Plan
 from .planar import DATA, Draw, Recipe, noise

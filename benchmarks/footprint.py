@@ -12,9 +12,9 @@ from types import TracebackType
 
 import torch
 
+from ..flux_core.memory import limit_of
+from ..flux_core.model.spec import Conditioning
 from ..flux_core.pipeline import draw_noise, guided_velocity
-from ..flux_core.spec import Conditioning
-from ..flux_core.streaming import limit_of
 from ..flux_core.weights import load_transformer
 
 STATUS = Path("/proc/self/status")

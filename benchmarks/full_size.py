@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from ..flux_core.spec import FluxSpec
-from ..flux_core.streaming import LIMITS
+from ..flux_core.memory import LIMITS
+from ..flux_core.model.spec import FluxSpec
 from ..flux_core.train.checkpoint import ProgressLine
 from .footprint import measure
 from .random_file import ENDINGS, FORMATS, SPEC, OnProgress, bytes_of

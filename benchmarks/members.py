@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from ..flux_core.flow import straightness
+from ..flux_core.model.spec import Velocity
 from ..flux_core.pipeline import Models, draw_noise, guided_velocity, latent_size, text_to_image
-from ..flux_core.spec import Velocity
-from ..flux_core.train.autoencoder import to_pictures
-from ..flux_core.train.evaluate import FAMILY, Sampling
 from ..flux_core.train.loop import device
+from ..miniature.autoencoder import to_pictures
+from ..miniature.evaluate import FAMILY, Sampling
 from .painting import BATCH, Files, check_files, files_of, load_models, paint
 from .prompts import Prompt
 

@@ -25,8 +25,8 @@ from ..flux_core.flow import (
     rectified_flow,
     transport_cost,
 )
-from ..flux_core.solver import SOLVERS
-from ..flux_core.spec import Velocity
+from ..flux_core.model.spec import Velocity
+from ..flux_core.sampling.solver import SOLVERS
 from .planar import Draw, PlaneNetwork, Recipe, noise, train
 
 Progress = Callable[[str], None]

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ..flux_core.pipeline import Models
-from ..flux_core.train.checker import ATTRIBUTES, inspect, judge, sharpness
-from ..flux_core.train.evaluate import Sampling, draw_captions
 from ..flux_core.train.loop import device
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
+from ..miniature.checker import ATTRIBUTES, inspect, judge, sharpness
+from ..miniature.evaluate import Sampling, draw_captions
 from .prompts import SIX, Prompt
 
 BATCH = 16

@@ -11,7 +11,7 @@ Only prompt and objects are required; what is absent or null is open. `count` is
 objects in all. `relation` (left, right, above, below) says how the first of two objects stands to the second,
 `place` where the middle of the objects is, `without` is a colour that no object may have, and `shadow` false
 asks for none on the floor (true asks for nothing). Prompts of one `category` share a score. The values are
-those of flux_core/train/world.py.
+those of miniature/scene.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
-from ..flux_core.train.caption import caption, misspell, plain
-from ..flux_core.train.world import (
+from ..miniature.caption import caption, misspell, plain
+from ..miniature.scene import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_COUNTS,

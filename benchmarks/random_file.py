@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from ..flux_core.dequantise import BLOCK_TYPES, dequantise
-from ..flux_core.spec import FLUX_DEV, FluxSpec
-from ..flux_core.transformer import FluxTransformer
+from ..flux_core.model.spec import FLUX_DEV, FluxSpec
+from ..flux_core.model.transformer import FluxTransformer
+from ..flux_core.quant.gguf import BLOCK_TYPES, dequantise
 from .reference.stored import random_blocks
 
 STD = 0.01

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flux_core.packed import Int8Linear
-from ..flux_core.packing import pack_weights, quantise_to_int8
-from ..flux_core.schedule import make_sigmas
-from ..flux_core.transformer import FluxTransformer
+from ..flux_core.backends.cpu_linear import Int8Linear
+from ..flux_core.backends.cpu_pack import pack_weights, quantise_to_int8
+from ..flux_core.model.transformer import FluxTransformer
+from ..flux_core.sampling.schedule import make_sigmas
 from ..flux_core.weights import load_transformer
 from .footprint import Watch, held
 from .speed_comfy import against_comfy

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ..flux_core.transformer import FluxTransformer, unpack
+from ..flux_core.model.transformer import FluxTransformer, unpack
 from .speed_inputs import Inputs, difference
 from .speed_settings import Outcome, Settings, Skipped, Told
 from .turns import compare

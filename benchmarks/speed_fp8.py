@@ -1,4 +1,4 @@
-"""Case of `bench speed`: what fp8 loses, layer by layer (flux_core/fp8.py says what it is for).
+"""Case of `bench speed`: what fp8 loses, layer by layer (flux_core/backends/fp8.py says what it is for).
 
 No times, and on any device the same numbers: the relative error of mini-dev's velocity in bf16 with one kind
 of layer in fp8, against float32. At each of SIGMAS, on pictures that mini-dev paints of PROMPTS.
@@ -14,13 +14,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..flux_core.fp8 import Fp8Linear, in_fp8
-from ..flux_core.packing import quantise_to_fp8
+from ..flux_core.backends.cpu_pack import quantise_to_fp8
+from ..flux_core.backends.fp8 import Fp8Linear, in_fp8
+from ..flux_core.model.spec import Conditioning
+from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import Models, draw_noise, guided_velocity
-from ..flux_core.schedule import make_sigmas
-from ..flux_core.spec import Conditioning
-from ..flux_core.train.evaluate import SHOWN
-from ..flux_core.transformer import FluxTransformer
+from ..flux_core.sampling.schedule import make_sigmas
+from ..miniature.evaluate import SHOWN
 from .painting import files_of, load_models
 from .speed_settings import Outcome, Settings, Skipped, Told
 

@@ -1,8 +1,8 @@
 """Case of `bench speed --device cuda`: FLUX.1 in full size against diffusers, eager and compiled.
 
-Ours is compiled block by block (flux_core/compiling.py), or eager where it is said why, and for fp8 quantised
-(flux_core/fp8.py). Theirs is in bf16 throughout, its blocks compiled for each size alone. Weights are
-random, and made on the device, one model after the other.
+Ours is compiled block by block (flux_core/backends/compile.py), or eager where it is said why, and for fp8
+quantised (flux_core/backends/fp8.py). Theirs is in bf16 throughout, its blocks compiled for each size alone.
+Weights are random, and made on the device, one model after the other.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..flux_core.attention import attention_told
-from ..flux_core.compiling import compile_blocks
-from ..flux_core.packing import quantise_to_fp8
-from ..flux_core.schedule import make_sigmas
-from ..flux_core.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
-from ..flux_core.transformer import FluxTransformer
+from ..flux_core.backends.attention import attention_told
+from ..flux_core.backends.compile import compile_blocks
+from ..flux_core.backends.cpu_pack import quantise_to_fp8
+from ..flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
+from ..flux_core.model.transformer import FluxTransformer
+from ..flux_core.sampling.schedule import make_sigmas
 from .floors import FP8, matmul_rate, step_flop
 from .reference.models import diffusers_of_size
 from .speed_comfy import against_comfy

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flux_core.model.spec import Conditioning, FluxSpec
+from ..flux_core.model.transformer import FluxTransformer, pack, position_ids, unpack
 from ..flux_core.pipeline import guided_velocity
-from ..flux_core.spec import Conditioning, FluxSpec
-from ..flux_core.transformer import FluxTransformer, pack, position_ids, unpack
 from .reference.models import diffusers_of_size, diffusers_state_dict
 from .turns import Run
 

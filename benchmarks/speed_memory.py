@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from ..flux_core.packing import pack_weights
+from ..flux_core.backends.cpu_pack import pack_weights
+from ..flux_core.memory.tiling import decode
+from ..flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
 from ..flux_core.pipeline import Models
-from ..flux_core.tiling import decode
-from ..flux_core.vae import AutoEncoder, AutoEncoderSpec
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from .footprint import STATUS, Watch, held
 from .painting import check_files, files_of

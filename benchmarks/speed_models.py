@@ -17,11 +17,11 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 
-from ..flux_core.conditioning import TextEncoders
-from ..flux_core.packing import pack_weights
+from ..flux_core.backends.cpu_pack import pack_weights
+from ..flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.model.transformer import pack
 from ..flux_core.pipeline import Models, draw_noise, text_to_image
-from ..flux_core.transformer import pack
-from ..flux_core.vae import AutoEncoder, AutoEncoderSpec
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from .painting import Files, check_files, files_of
 from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomise

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ..flux_core.conditioning import TextEncoders
-from ..flux_core.packing import pack_weights
+from ..flux_core.backends.cpu_pack import pack_weights
+from ..flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
+from ..flux_core.model.spec import FLUX_SCHNELL, FluxSpec
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.model.transformer import FluxTransformer, pack
 from ..flux_core.pipeline import Models, draw_noise, text_to_image
-from ..flux_core.spec import FLUX_SCHNELL, FluxSpec
-from ..flux_core.transformer import FluxTransformer, pack
-from ..flux_core.vae import AutoEncoder, AutoEncoderSpec
 from .painting import check_files, files_of, load_models
 from .reference.models import diffusers_autoencoder, diffusers_pipeline, randomise
 from .speed_gpu import compiled_or_not, first_words

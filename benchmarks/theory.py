@@ -19,8 +19,8 @@ from ..flux_core.flow import (
     sample_ancestral,
     sample_sde,
 )
-from ..flux_core.solver import SOLVERS, Solver, integrate
-from ..flux_core.spec import Velocity
+from ..flux_core.model.spec import Velocity
+from ..flux_core.sampling.solver import SOLVERS, Solver, integrate
 
 MIXTURE = GaussianMixture.isotropic(torch.tensor([[1.5, 0.5], [-1.0, 1.0], [0.0, -1.5]]).double(), 0.6)
 STEPS = {1: 256, 2: 128, 3: 128, 4: 48, 5: 32}

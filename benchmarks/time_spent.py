@@ -42,9 +42,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..flux_core.packing import pack_weights
-from ..flux_core.spec import FLUX_DEV
-from ..flux_core.transformer import FluxTransformer
+from ..flux_core.backends.cpu_pack import pack_weights
+from ..flux_core.model.spec import FLUX_DEV
+from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.weights import load_transformer
 from .floors import bandwidth, matmul_rate, step_bytes, step_flop
 from .parts import OTHER, OVERHEAD, PARTS, Part, Spent, draw_bars, part_of, with_gelu

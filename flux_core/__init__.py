@@ -28,10 +28,13 @@ The five stages (conditioning, schedule, solver, transformer, vae) do not import
 pipeline.py, by numbers and tensors. What `__all__` names is the public interface; the rest may change.
 """
 
-from .conditioning import TextEncoders
+from .model.autoencoder import AutoEncoder, AutoEncoderSpec, to_model_space, to_vae_space
+from .model.spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec, Velocity
+from .model.text_encoders import TextEncoders
+from .model.transformer import FluxTransformer, Prepared, pack, unpack
 from .pipeline import Models, draw_noise, guided_velocity, latent_size, sample, text_to_image
-from .schedule import make_sigmas, mu_for_tokens, shift_sigmas
-from .solver import (
+from .sampling.schedule import make_sigmas, mu_for_tokens, shift_sigmas
+from .sampling.solver import (
     SOLVERS,
     DormandPrince,
     EulerAncestral,
@@ -41,9 +44,6 @@ from .solver import (
     integrate,
     seeded_noise,
 )
-from .spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec, Velocity
-from .transformer import FluxTransformer, Prepared, pack, unpack
-from .vae import AutoEncoder, AutoEncoderSpec, to_model_space, to_vae_space
 from .weights import load_autoencoder, load_text_encoders, load_transformer, read_state_dict
 
 __all__ = [

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conditioning import TextEncoders
-from .schedule import make_sigmas
-from .solver import Report, Solver, Step, integrate, seeded_noise, solver_named
-from .spec import Conditioning, Velocity
-from .tiling import decode
-from .transformer import FluxTransformer, Memory, pack, unpack
-from .vae import AutoEncoder, to_vae_space
+from .memory.tiling import decode
+from .model.autoencoder import AutoEncoder, to_vae_space
+from .model.spec import Conditioning, Velocity
+from .model.text_encoders import TextEncoders
+from .model.transformer import FluxTransformer, Memory, pack, unpack
+from .sampling.schedule import make_sigmas
+from .sampling.solver import Report, Solver, Step, integrate, seeded_noise, solver_named
 
 LATENT_CHANNELS = 16
 NOISE_CONVENTIONS = {"comfyui": torch.float32, "reference": torch.bfloat16}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from ..flux_core.weights.files import PICKLES
+from ..flux_core.weights.safetensors_file import PICKLES
 from . import context
 from .graph import WIDGET_TYPES
 from .registry import Registry

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..vae import SCALE, AutoEncoder, AutoEncoderSpec
-from .checkpoint import (
+from ..flux_core.model.autoencoder import SCALE, AutoEncoder, AutoEncoderSpec
+from ..flux_core.train.checkpoint import (
     Average,
     ProgressLine,
     load_checkpoint,
@@ -28,10 +28,10 @@ from .checkpoint import (
     set_rate,
     write_safetensors,
 )
+from ..flux_core.train.muon import Muon
 from .draw import draw
-from .muon import Muon
 from .pca import encode_fast, linear_code, write_encoder
-from .world import random_scene
+from .scene import random_scene
 
 MINI_VAE = AutoEncoderSpec(ch=16, ch_mult=(1, 1, 4, 8), num_res_blocks=1)
 WORLD_SEED = 0

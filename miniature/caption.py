@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import string
 
-from .world import Item, Scene
+from .scene import Item, Scene
 
 SHAPE_WORDS = {
     "circle": ("circle", "ball", "disc", "sphere", "dot", "round"),

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 
 from .draw import paint
-from .outlines import distance_map
-from .sight import Finding, Seen, inspect
-from .world import COUNTED, OFFSET, PLACES, RELATIONS, SIZES, Item, Placed, Scene
+from .scene import COUNTED, OFFSET, PLACES, RELATIONS, SIZES, Item, Placed, Scene
+from .scene_parser import Finding, Seen, inspect
+from .shape_fit import distance_map
 
 ATTRIBUTES = ("count", "shape", "colour", "size", "place", "relation", "background", "shadow", "without")
 """What a verdict may tell."""

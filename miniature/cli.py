@@ -28,25 +28,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..conditioning import TextEncoders
-from ..spec import FluxSpec
-from ..vae import AutoEncoder
-from ..weights import load_autoencoder
+from ..flux_core.model.autoencoder import AutoEncoder
+from ..flux_core.model.spec import FluxSpec
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.train.checkpoint import write_safetensors
+from ..flux_core.train.distribution_matching import SchnellRecipe, train_schnell
+from ..flux_core.train.flow import MINI, FlowRecipe, train_flow
+from ..flux_core.train.guidance_distillation import GuidanceRecipe, train_guidance
+from ..flux_core.train.loop import Recipe, device
+from ..flux_core.train.reflow import ReflowRecipe, fold_guidance, train_reflow, write_pairs
+from ..flux_core.weights import load_autoencoder
 from .autoencoder import MINI_VAE, new_autoencoder, train_decoder
-from .checkpoint import write_safetensors
 from .data import write_latents
-from .decide import DecideRecipe, full_caption, open_caption, train_decide
 from .evaluate import FAMILY, Decode, Sampling, shown_by
 from .export import export
-from .flow import MINI, FlowRecipe, train_flow
 from .folder import Folder, read_encoders, read_transformer
-from .guidance import GuidanceRecipe, train_guidance
-from .loop import Recipe, device
+from .front_distillation import ReadRecipe, train_reading
 from .pca import decode_fast, linear_code
-from .reading import ReadRecipe, train_reading
-from .reflow import ReflowRecipe, fold_guidance, train_reflow, write_pairs
-from .schnell import SchnellRecipe, train_schnell
-from .text import train_text
+from .seed_conditioning import DecideRecipe, full_caption, open_caption, train_decide
+from .text_encoders import train_text
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..vae import AutoEncoder, to_model_space
-from ..weights import read_state_dict
+from ..flux_core.model.autoencoder import AutoEncoder, to_model_space
+from ..flux_core.train.checkpoint import ProgressLine, write_safetensors
+from ..flux_core.weights import read_state_dict
 from .autoencoder import to_tensor
 from .caption import caption
-from .checkpoint import ProgressLine, write_safetensors
 from .draw import mask, paint
 from .pca import encode_fast, linear_code
-from .world import (
+from .scene import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .world import BACKGROUNDS, COLOURS, SHAPES, Placed, Scene, layout
+from .scene import BACKGROUNDS, COLOURS, SHAPES, Placed, Scene, layout
 
 HORIZON = 0.74
 """Where the floor begins, as a part of the height."""

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..conditioning import TextEncoders
-from ..pipeline import draw_noise, latent_size, sample
-from ..schedule import make_sigmas
-from ..solver import solver_named
-from ..spec import Conditioning, FluxSpec
-from ..transformer import FluxTransformer
-from ..vae import to_vae_space
+from ..flux_core.model.autoencoder import to_vae_space
+from ..flux_core.model.spec import Conditioning, FluxSpec
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.model.transformer import FluxTransformer
+from ..flux_core.pipeline import draw_noise, latent_size, sample
+from ..flux_core.sampling.schedule import make_sigmas
+from ..flux_core.sampling.solver import solver_named
 from .autoencoder import to_pictures
 
 Decode = Callable[[Tensor], Tensor]

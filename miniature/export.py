@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from .. import preview
-from ..vae import to_model_space
-from ..weights import load_autoencoder
+from ..flux_core.model.autoencoder import to_model_space
+from ..flux_core.sampling import preview
+from ..flux_core.train.checkpoint import write_safetensors
+from ..flux_core.weights import load_autoencoder
 from .autoencoder import draw_batch
-from .checkpoint import write_safetensors
 from .folder import Folder, read, text_files
 
 EXPORTED = {

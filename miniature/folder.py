@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..conditioning import TextEncoders
-from ..transformer import FluxTransformer
-from ..weights import load_text_encoders, load_transformer
-from .loop import device
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.model.transformer import FluxTransformer
+from ..flux_core.train.loop import device
+from ..flux_core.weights import load_text_encoders, load_transformer
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conditioning import TextEncoders
-from ..spec import Conditioning
-from ..transformer import FluxTransformer, pack
+from ..flux_core.model.spec import Conditioning
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.model.transformer import FluxTransformer, pack
+from ..flux_core.train.loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
 from .data import SHAPES_OF_PICTURES
-from .decide import decided, full_caption, in_order, open_caption
-from .loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
-from .world import COLOURS, Scene
+from .scene import COLOURS, Scene
+from .seed_conditioning import decided, full_caption, in_order, open_caption
 
 OPEN = 0.85
 """Share of the captions that tell no colour of an object."""

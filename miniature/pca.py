@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..vae import SCALE, SHIFT, AutoEncoder, Encoder, Level, ResnetBlock
+from ..flux_core.model.autoencoder import SCALE, SHIFT, AutoEncoder, Encoder, Level, ResnetBlock
 
 ANCHOR = 100.0
 """Size of the constant channels under the last GroupNorm; the code's own values are about 1."""

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .draw import HORIZON, SHADOW_LINE, room_light
-from .outlines import Fit, distance_map, fit_outline
-from .world import BACKGROUNDS, COLOURS
+from .scene import BACKGROUNDS, COLOURS
+from .shape_fit import Fit, distance_map, fit_outline
 
 WANDER = 0.034
 """Greatest deviation of a silhouette's edge from the outline it is taken for, on the average, as a part of

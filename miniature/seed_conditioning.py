@@ -29,15 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import TextEncoders
-from ..spec import Conditioning
-from ..transformer import FluxTransformer
+from ..flux_core.model.spec import Conditioning
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.model.transformer import FluxTransformer
+from ..flux_core.train.distribution_matching import STEPS, rollout
+from ..flux_core.train.flow import predict
+from ..flux_core.train.loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
+from ..flux_core.train.reflow import PairSet, pseudo_huber
 from .caption import caption, plain
-from .flow import predict
-from .loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
-from .reflow import PairSet, pseudo_huber
-from .schnell import STEPS, rollout
-from .world import Item, Scene, random_scene, told
+from .scene import Item, Scene, random_scene, told
 
 OPEN = 0.75
 """Share of the stage's captions that tell no colour of an object."""

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from .draw import outline
-from .world import SHAPES
+from .scene import SHAPES
 
 REACH, CELLS = 1.6, 320
 """A table covers -REACH..REACH about a shape of radius 1, in CELLS x CELLS cells."""

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ..conditioning import TextEncoders
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.train.checkpoint import ProgressLine, write_safetensors, write_text
 from .caption import caption
-from .checkpoint import ProgressLine, write_safetensors, write_text
-from .world import BACKGROUNDS, COLOURS, PLACES, SHAPES, Item, Scene, random_scene, told
+from .scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Item, Scene, random_scene, told
 
 TXT_LENGTH = 32
 CLIP_LENGTH = 40

@@ -24,20 +24,10 @@
 Only _host.py and the six _comfy files know a host. Node ids never change; titles may.
 """
 
-from . import (
-    caching,
-    compiling,
-    conditioning,
-    latent,
-    loader,
-    lora,
-    noise,
-    sampler,
-    schedule,
-    sheet,
-    solver,
-    vae,
-)
+from . import compile as compiling
+from . import conditioning, latent, loader, lora, noise, sampler, schedule, solver, vae
+from . import contact_sheet as sheet
+from . import step_cache as caching
 
 NODES = (
     *loader.NODES,

@@ -1,8 +1,8 @@
-"""MODEL -> MODEL whose blocks run compiled. The work is flux_core/compiling.py's."""
+"""MODEL -> MODEL whose blocks run compiled. The work is flux_core/backends/compile.py's."""
 
 from __future__ import annotations
 
-from . import _host
+from . import host_embedded as _host
 
 
 class Compile:

@@ -1,8 +1,8 @@
-"""CLIP, prompt -> CONDITIONING. The encoding is flux_core/conditioning.py."""
+"""CLIP, prompt -> CONDITIONING. The encoding is flux_core/model/text_encoders.py."""
 
 from __future__ import annotations
 
-from . import _host
+from . import host_embedded as _host
 
 
 class TextEncode:

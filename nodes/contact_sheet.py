@@ -1,9 +1,9 @@
-"""IMAGEs -> one IMAGE to compare them. The drawing is flux_core/sheet.py."""
+"""IMAGEs -> one IMAGE to compare them. The drawing is flux_core/contact_sheet.py."""
 
 from __future__ import annotations
 
-from ..flux_core.sheet import side_by_side
-from ._wires import from_core_image, to_core_image
+from ..flux_core.contact_sheet import side_by_side
+from .wires import from_core_image, to_core_image
 
 
 class SideBySide:

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flux_core import preview
-from ..flux_core.caching import Caching
-from ..flux_core.compiling import check
-from ..flux_core.layers import weight_count
-from ..flux_core.packing import check_fp8, check_int8, quantise_to_fp8, quantise_to_int8
+from ..flux_core.backends.compile import check
+from ..flux_core.backends.cpu_pack import check_fp8, check_int8, quantise_to_fp8, quantise_to_int8
+from ..flux_core.memory import limit_of
+from ..flux_core.model.layers import weight_count
+from ..flux_core.model.spec import FluxSpec
 from ..flux_core.pipeline import LATENT_CHANNELS
-from ..flux_core.spec import FluxSpec
-from ..flux_core.stored import make_dense
-from ..flux_core.streaming import limit_of
+from ..flux_core.quant.linear import make_dense
+from ..flux_core.sampling import preview
+from ..flux_core.sampling.step_cache import Caching
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
-from ._comfy_lora import add_lora
-from ._comfy_modules import CACHING, RUNNER, ComfyNetwork, VAEModule
-from ._comfy_sampling import make_sampler, sample
-from ._comfy_stored import follow, keep_stored, run_block
-from ._comfy_text import encode_text, load_text_encoders, progress, t5_length
+from .host_comfy_lora import add_lora
+from .host_comfy_network import CACHING, RUNNER, ComfyNetwork, VAEModule
+from .host_comfy_quant import follow, keep_stored, run_block
+from .host_comfy_sampling import make_sampler, sample
+from .host_comfy_text import encode_text, load_text_encoders, progress, t5_length
 
 __all__ = [
     "add_lora",

@@ -14,8 +14,8 @@ from typing import Any
 from ..flux_core.lora import LoraFile, Report, canonical_tensors, parse_blocks, read_lora, why_not
 from ..flux_core.lora.names import CLIP, T5, TRANSFORMER, transformer_modules
 from ..flux_core.lora.report import FileReport, Misfit
-from ..flux_core.spec import FluxSpec
-from ._comfy_modules import ComfyNetwork
+from ..flux_core.model.spec import FluxSpec
+from .host_comfy_network import ComfyNetwork
 
 FRONTS = {
     TRANSFORMER: "diffusion_model.",

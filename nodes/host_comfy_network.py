@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flux_core.attention import attention_told
-from ..flux_core.caching import BlockMemory, Caching
-from ..flux_core.conditioning import TextEncoders
-from ..flux_core.layers import Chunks, Rope, rope_table
-from ..flux_core.spec import FluxSpec
-from ..flux_core.transformer import FluxTransformer, Modulations, pack, position_ids, unpack
-from ..flux_core.vae import AutoEncoder
+from ..flux_core.backends.attention import attention_told
+from ..flux_core.model.autoencoder import AutoEncoder
+from ..flux_core.model.layers import Chunks, Rope, rope_table
+from ..flux_core.model.spec import FluxSpec
+from ..flux_core.model.text_encoders import TextEncoders
+from ..flux_core.model.transformer import FluxTransformer, Modulations, pack, position_ids, unpack
+from ..flux_core.sampling.step_cache import BlockMemory, Caching
 
 CACHING = "rectiflux_caching"
 """Under this name a MODEL's transformer options have its Caching."""

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..flux_core.compiling import run_compiled
-from ..flux_core.forms import Plain
-from ..flux_core.fp8 import Fp8Linear
+from ..flux_core.backends.compile import run_compiled
+from ..flux_core.backends.cpu_linear import Int8Linear
+from ..flux_core.backends.fp8 import Fp8Linear
 from ..flux_core.lora.arithmetic import LowRankStack
 from ..flux_core.lora.terms import Terms
-from ..flux_core.packed import Int8Linear
-from ..flux_core.stored import KeptLinear, StoredLinear
+from ..flux_core.quant.formats import Plain
+from ..flux_core.quant.linear import KeptLinear, StoredLinear
 
 
 class StoredWeight(Tensor):

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from ..flux_core.pipeline import LATENT_CHANNELS
-from ..flux_core.solver import Report, Solver, Step, integrate, seeded_noise
-from . import _wires
-from ._comfy_modules import ComfyNetwork
-from ._report import Stopwatch, report_text, skipped
+from ..flux_core.sampling.solver import Report, Solver, Step, integrate, seeded_noise
+from . import wires as _wires
+from .host_comfy_network import ComfyNetwork
+from .run_report import Stopwatch, report_text, skipped
 
 
 def make_sampler(solver: Solver) -> Any:

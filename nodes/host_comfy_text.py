@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from ..flux_core.spec import FLUX_SCHNELL
+from ..flux_core.model.spec import FLUX_SCHNELL
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
+from ..flux_core.weights.checkpoint import CLIP_PART, T5_PART, WeightFile, read_weights
 from ..flux_core.weights.kinds import CLIP, T5, T5_GGUF, Kind, expect, kind_of
-from ..flux_core.weights.source import CLIP_PART, T5_PART, WeightFile, read_weights
-from . import _wires
-from ._comfy_modules import ComfyNetwork, PromptTokens, TextModule
-from ._comfy_stored import follow, keep_stored
-from ._report import in_percent
+from . import wires as _wires
+from .host_comfy_network import ComfyNetwork, PromptTokens, TextModule
+from .host_comfy_quant import follow, keep_stored
+from .run_report import in_percent
 
 T5_PAD, T5_END = 0, 1
 """T5's ids for padding and for the end of a text."""

@@ -18,25 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flux_core import preview, tiling
-from ..flux_core.attention import attention_told
-from ..flux_core.caching import BlockMemory, Caching
-from ..flux_core.compiling import compile_blocks
-from ..flux_core.conditioning import OWN_LENGTH, TextEncoders
+from ..flux_core.backends.attention import attention_told
+from ..flux_core.backends.compile import compile_blocks
+from ..flux_core.backends.cpu_linear import can_pack
+from ..flux_core.backends.cpu_pack import (
+    check_int8,
+    fp8_bytes,
+    pack_weights,
+    quantise_to_fp8,
+    quantise_to_int8,
+)
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
-from ..flux_core.packed import can_pack
-from ..flux_core.packing import check_int8, fp8_bytes, pack_weights, quantise_to_fp8, quantise_to_int8
+from ..flux_core.memory import fits, limit_of, stream, tiling
+from ..flux_core.model.autoencoder import AutoEncoder, to_model_space, to_vae_space
+from ..flux_core.model.text_encoders import OWN_LENGTH, TextEncoders
+from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import sample as core_sample
-from ..flux_core.solver import Report, Solver, Step
-from ..flux_core.streaming import fits, limit_of, stream
-from ..flux_core.transformer import FluxTransformer
-from ..flux_core.vae import AutoEncoder, to_model_space, to_vae_space
+from ..flux_core.sampling import preview
+from ..flux_core.sampling.solver import Report, Solver, Step
+from ..flux_core.sampling.step_cache import BlockMemory, Caching
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
-from . import _wires
-from ._memory import advice_when_full
-from ._models import PACK_MODELS, folders_for, names_in, path_of, why_not
-from ._report import Stopwatch, in_percent, report_text, skipped
+from . import wires as _wires
+from .memory_advice import advice_when_full
+from .model_files import PACK_MODELS, folders_for, names_in, path_of, why_not
+from .run_report import Stopwatch, in_percent, report_text, skipped
 
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
@@ -64,7 +70,7 @@ def comfy() -> ModuleType | None:
     """ComfyUI's side, when ComfyUI runs the nodes: it has loaded its own modules before any pack."""
     if "comfy.model_management" not in sys.modules or "folder_paths" not in sys.modules:
         return None
-    from . import _comfy
+    from . import host_comfy as _comfy
 
     return _comfy
 
@@ -106,7 +112,7 @@ def why_no_model(folder: str, name: str) -> str | None:
 def load_model(path: Path, weight_dtype: str, memory_limit: str) -> Any:
     """A MODEL from a FLUX.1 transformer's file, with at most so much of its weights on the device.
 
-    In the embedded editor what computes on a CPU is packed for it (flux_core.packing). Raises what
+    In the embedded editor what computes on a CPU is packed for it (flux_core.backends.cpu_pack). Raises what
     flux_core.weights.load_transformer raises, and ValueError where int8 or fp8 cannot be.
     """
     dtype = WEIGHT_DTYPES[weight_dtype]

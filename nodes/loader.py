@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..flux_core.streaming import LIMITS
+from ..flux_core.memory import LIMITS
 from ..flux_core.weights import describe
-from . import _host
-from ._models import prefer
+from . import host_embedded as _host
+from .model_files import prefer
 
 ABOUT = "What the file is: kind of model, format, size, parameters. For Preview as Text."
 MODEL = "The model, for FLUX Sampler, or for any sampler or LoRA loader of ComfyUI."

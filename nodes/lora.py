@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _host
+from . import host_embedded as _host
 
 
 class LoraLoader:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..flux_core.weights.files import PICKLES
+from ..flux_core.weights.safetensors_file import PICKLES
 
 PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
 """The miniature's files, which come with the pack and are found in every host."""

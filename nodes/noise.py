@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..flux_core.pipeline import NOISE_CONVENTIONS
-from ._wires import SeededNoise
+from .wires import SeededNoise
 
 
 class Noise:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..flux_core.caching import BlockMemory
-from ..flux_core.solver import Report
+from ..flux_core.sampling.solver import Report
+from ..flux_core.sampling.step_cache import BlockMemory
 
 SHOWN_FROM = 1 << 26
 """Bytes of a load from which on it has a bar; a smaller one is over before anyone could read it.

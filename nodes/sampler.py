@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import _host
-from ._wires import with_samples
+from . import host_embedded as _host
+from .wires import with_samples
 
 
 class Sampler:

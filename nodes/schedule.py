@@ -1,9 +1,9 @@
-"""LATENT, steps -> SIGMAS. The mathematics is flux_core/schedule.py."""
+"""LATENT, steps -> SIGMAS. The mathematics is flux_core/sampling/schedule.py."""
 
 from __future__ import annotations
 
-from ..flux_core.schedule import FIXED_MU, SHIFTS, make_sigmas
-from ._wires import token_count
+from ..flux_core.sampling.schedule import FIXED_MU, SHIFTS, make_sigmas
+from .wires import token_count
 
 
 class Schedule:

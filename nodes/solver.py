@@ -1,9 +1,9 @@
-"""Name, or a method's own settings -> SAMPLER. The mathematics is flux_core/solver/."""
+"""Name, or a method's own settings -> SAMPLER. The mathematics is flux_core/sampling/solver/."""
 
 from __future__ import annotations
 
-from ..flux_core.solver import SOLVERS, DormandPrince, EulerAncestral, solver_named
-from . import _host
+from ..flux_core.sampling.solver import SOLVERS, DormandPrince, EulerAncestral, solver_named
+from . import host_embedded as _host
 
 
 class ODESolver:

@@ -1,9 +1,9 @@
-"""MODEL -> MODEL that skips steps whose result is known well enough. The work is flux_core/caching.py's."""
+"""MODEL -> MODEL that skips steps whose result is known well enough (flux_core/sampling/step_cache.py)."""
 
 from __future__ import annotations
 
-from ..flux_core.caching import METHODS, Caching
-from . import _host
+from ..flux_core.sampling.step_cache import METHODS, Caching
+from . import host_embedded as _host
 
 
 class StepCache:

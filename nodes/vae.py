@@ -1,9 +1,9 @@
-"""LATENT -> IMAGE and back. The network is flux_core/vae.py."""
+"""LATENT -> IMAGE and back. The network is flux_core/model/autoencoder.py."""
 
 from __future__ import annotations
 
-from . import _host
-from ._wires import checked_image, raw_samples
+from . import host_embedded as _host
+from .wires import checked_image, raw_samples
 
 
 class VAEDecode:

@@ -14,8 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..flux_core.model.spec import Conditioning
 from ..flux_core.pipeline import LATENT_CHANNELS, draw_noise
-from ..flux_core.spec import Conditioning
 
 Latent = dict[str, Any]
 Entries = list[Any]

@@ -18,17 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACK = sorted(path for part in ("flux_core", "nodes", "host") for path in (ROOT / part).rglob("*.py"))
 NODES = [path for path in PACK if path.is_relative_to(ROOT / "nodes")]
 HOST = [path for path in PACK if path.is_relative_to(ROOT / "host")]
-HOST_SIDES = {
-    "_host.py",
-    "_comfy.py",
-    "_comfy_lora.py",
-    "_comfy_modules.py",
-    "_comfy_sampling.py",
-    "_comfy_stored.py",
-    "_comfy_text.py",
-}
-"""The only files in nodes/ that know a host."""
-
 COMFY = {
     "comfy",
     "comfy_api",
@@ -77,9 +66,10 @@ def test_the_pack_never_imports_itself_by_an_absolute_name(path: Path) -> None:
 def test_only_the_host_files_of_nodes_know_a_host(path: Path) -> None:
     names = set(imports(parsed(path)))
     known = {name for name in names if name.split(".")[0] in COMFY or name.startswith("..host")}
-    if path.name in HOST_SIDES:
+    if path.name.startswith("host_"):
         assert not known & set(imports(parsed(path), at_import=True)), "a host is imported inside functions"
-        assert not any(name.startswith("..host") for name in known) or path.name == "_host.py"
+        embedded = any(name.startswith("..host") for name in known)
+        assert not embedded or path.name == "host_embedded.py"
     else:
         assert not known
         assert {name for name in names if name.startswith("..")} <= {

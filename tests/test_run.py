@@ -35,7 +35,7 @@ PACK = {
     "host/render.py": RENDER,
     "flux_core/__init__.py": "",
     "flux_core/train/__init__.py": "",
-    "flux_core/train/cli.py": "def main(argv): print('train', argv)",
+    "miniature/cli.py": "def main(argv): print('train', argv)",
     "benchmarks/full_size.py": FULL_SIZE,
     "benchmarks/speed.py": '"""How fast."""\nNEEDS = "test"\ndef main(argv): print("fast")',
     "benchmarks/threads.py": THREADS,

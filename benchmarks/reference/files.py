@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...flux_core.dequantise import BLOCK_TYPES
-from ...flux_core.transformer import FluxTransformer
+from ...flux_core.model.transformer import FluxTransformer
+from ...flux_core.quant.gguf import BLOCK_TYPES
 from .models import flux_transformer
 from .stored import QUANTISABLE, fp8, int8, nested_nf4, nf4, random_blocks
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ...flux_core.dequantise import BLOCK_TYPES
+from ...flux_core.quant.gguf import BLOCK_TYPES
 from .files import FORMS, State, gguf_numbers, quantised_safetensors
 from .models import diffusers_state_dict
 from .small import Small

@@ -12,9 +12,9 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from ...flux_core.spec import Conditioning, FluxSpec
-from ...flux_core.transformer import FluxTransformer, position_ids
-from ...flux_core.vae import SCALE, SHIFT, AutoEncoder, AutoEncoderSpec
+from ...flux_core.model.autoencoder import SCALE, SHIFT, AutoEncoder, AutoEncoderSpec
+from ...flux_core.model.spec import Conditioning, FluxSpec
+from ...flux_core.model.transformer import FluxTransformer, position_ids
 
 SPEC = FluxSpec(64, 2, 2, 3, context_in=24, vec_in=20, guidance_embed=True)
 AE_SPEC = AutoEncoderSpec(ch=8, ch_mult=(1, 2, 2, 2), num_res_blocks=2)

@@ -16,9 +16,9 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
+from ...flux_core.model.autoencoder import AutoEncoder
+from ...flux_core.model.transformer import FluxTransformer, pack
 from ...flux_core.pipeline import Models, draw_noise, text_to_image
-from ...flux_core.transformer import FluxTransformer, pack
-from ...flux_core.vae import AutoEncoder
 from .files import WIDE, State
 from .models import (
     autoencoder,

@@ -7,8 +7,8 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from ...flux_core.dequantise import BLOCK_TYPES
-from ...flux_core.forms import Blocks, FourBit, Joined, Plain, Scaled, Stored
+from ...flux_core.quant.formats import Blocks, FourBit, Joined, Plain, Scaled, Stored
+from ...flux_core.quant.gguf import BLOCK_TYPES
 
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

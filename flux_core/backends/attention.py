@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import attention_cpu
-from .spec import FluxSpec
+from ..model.spec import FluxSpec
+from . import cpu_attention as attention_cpu
 
 _CUDNN, _FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 _EFFICIENT, _PLAIN = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH

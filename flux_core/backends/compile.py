@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lora.attach import shallow_copy
-from .transformer import FluxTransformer
+from ..lora.attach import shallow_copy
+from ..model.transformer import FluxTransformer
 
 LIMIT = 64
 """Compilations that are kept of all models; torch's own limit, 8, is two models with their LoRAs."""

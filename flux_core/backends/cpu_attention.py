@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packed import can_pack, mkl_is_slow
+from .cpu_linear import can_pack, mkl_is_slow
 
 SCORES = 3 << 17
 """Scores that are worked on at a time, where they are not those of fewer than QUERIES queries."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .stored import KeptLinear
+from ..quant.linear import KeptLinear
 
 LEVELS = 127
 """The largest code: from -127 to 127, so that a number and its negative have codes that are equally exact."""

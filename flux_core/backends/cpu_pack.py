@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from .forms import Joined, Plain, Scaled, has_fp8
+from ..memory import GIB
+from ..model.layers import Modulation, SingleStreamBlock
+from ..model.transformer import FluxTransformer
+from ..quant.formats import Joined, Plain, Scaled, has_fp8
+from ..quant.linear import StoredLinear, computing_dtype, device_of
+from .cpu_linear import Int8Linear, PackedLinear, can_pack, has_avx512, mkl_is_slow
 from .fp8 import FP8, STEP, Fp8Linear, can_multiply, in_fp8
-from .layers import Modulation, SingleStreamBlock
-from .packed import Int8Linear, PackedLinear, can_pack, has_avx512, mkl_is_slow
-from .stored import StoredLinear, computing_dtype, device_of
-from .streaming import GIB
-from .transformer import FluxTransformer
 
 LINEAR = (nn.Linear, StoredLinear)
 Place = tuple[nn.Module, str, "nn.Linear | StoredLinear"]

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .forms import Joined, Plain, Scaled, Stored
-from .stored import StoredLinear
+from ..quant.formats import Joined, Plain, Scaled, Stored
+from ..quant.linear import StoredLinear
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max

@@ -14,7 +14,7 @@
   likelihood.py            log p of a sample by the divergence along the ODE
 
 Time is FLUX's throughout: 0 is data, 1 is noise, and on the rectified path it is sigma. ODEs are solved by
-flux_core.solver. What `__all__` names is public.
+flux_core.sampling.solver. What `__all__` names is public.
 """
 
 from .bridge import as_rectified, transfer

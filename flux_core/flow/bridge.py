@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..spec import Velocity
+from ..model.spec import Velocity
 from .path import Path, RectifiedPath, time_for
 from .prediction import Network, as_velocity, convert
 

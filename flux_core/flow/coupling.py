@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..solver import Solver, integrate
-from ..spec import Velocity
+from ..model.spec import Velocity
+from ..sampling.solver import Solver, integrate
 
 Coupling = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(x0 [B, ...], noise [B, ...]) -> the same rows, paired: x0 and noise of the same shapes."""

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..solver import SOLVERS, Solver, integrate
-from ..spec import Velocity
+from ..model.spec import Velocity
+from ..sampling.solver import SOLVERS, Solver, integrate
 
 PROBES = ("rademacher", "gaussian")
 """Random directions of Hutchinson's estimate; Rademacher's has the smaller variance."""

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..spec import Velocity
+from ..model.spec import Velocity
 from .path import Path, Time, time_for
 
 KINDS = ("velocity", "score", "noise", "data")

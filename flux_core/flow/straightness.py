@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..solver import SOLVERS, Solver, Step, integrate
-from ..spec import Velocity
+from ..model.spec import Velocity
+from ..sampling.solver import SOLVERS, Solver, Step, integrate
 
 
 class PathRecorder:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..schedule import shift_sigmas
+from ..sampling.schedule import shift_sigmas
 
 
 class TimeDistribution(Protocol):

@@ -15,8 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import TextEncoders
-from ..transformer import FluxTransformer
+from ..model.text_encoders import TextEncoders
+from ..model.transformer import FluxTransformer
 from .blocks import parse_blocks
 from .file import Entry, LoraFile
 from .fit import why_not

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..spec import FluxSpec
+from ..model.spec import FluxSpec
 from ..weights import read_metadata, read_state_dict
 from .adapters import Adapter
 from .foreign import seems_for, what_it_is

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..spec import FLUX_DEV, FluxSpec
+from ..model.spec import FLUX_DEV, FluxSpec
 from ..weights import kind_of
 
 _BEGIN = r"(?:^|[._])"

@@ -16,9 +16,9 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..layers import RMSNorm
-from ..spec import FluxSpec
-from ..transformer import FluxTransformer
+from ..model.layers import RMSNorm
+from ..model.spec import FluxSpec
+from ..model.transformer import FluxTransformer
 
 TRANSFORMER, CLIP, T5 = "transformer", "clip_l", "t5xxl"
 """The parts that a LoRA can change; the encoders' names are ComfyUI's."""

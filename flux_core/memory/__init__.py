@@ -8,8 +8,8 @@ How weights come near depends on where the model computes, and is a `Mover`: the
 CPU (paging.py), two buffers on a CUDA device, filled by a stream of their own (staging.py).
 """
 
-from .memory import GIB, LIMITS, fits, free_memory, limit_of
-from .parts import Mover, Streaming
+from .limits import GIB, LIMITS, fits, free_memory, limit_of
 from .plan import stream
+from .streaming import Mover, Streaming
 
 __all__ = ["GIB", "LIMITS", "Mover", "Streaming", "fits", "free_memory", "limit_of", "stream"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .parts import weights_of
+from .streaming import weights_of
 
 Range = tuple[int, int]
 """Addresses, from and before."""

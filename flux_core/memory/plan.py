@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..transformer import FluxTransformer
-from .memory import free_memory
+from ..model.transformer import FluxTransformer
+from .limits import free_memory
 from .paging import Pager
-from .parts import Streaming, places, put, weights_of
 from .staging import Stager
+from .streaming import Streaming, places, put, weights_of
 
 
 def stream(model: FluxTransformer, device: torch.device | str, limit: int | None) -> FluxTransformer:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Modulation
-from .parts import Place, places, put
+from ..model.layers import Modulation
+from .streaming import Place, places, put
 
 ALIGNED = 256
 """Bytes to a multiple of which a tensor begins in a buffer: what CUDA's own allocations keep."""

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from ..layers import Modulation
+from ..model.layers import Modulation
 
 Part = TypeVar("Part", bound=nn.Module)
 Place = tuple[dict[str, Tensor | None], str, Tensor]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vae import Downsample, Upsample
+from ..model.autoencoder import Downsample, Upsample
 
 HALO = 2
 """Rows above those being overwritten that can still be read as they were: what two convolutions need."""

@@ -23,9 +23,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .streaming import free_memory
+from ..model.autoencoder import AutoEncoder, Downsample, Level, ResnetBlock, Upsample, activated
+from . import free_memory
 from .strips import Moments, Source, Stored, Upsampled, convolved, halved
-from .vae import AutoEncoder, Downsample, Level, ResnetBlock, Upsample, activated
 
 LIMIT = 1_700_000_000
 """Bytes of activations to which a CPU keeps by strips."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import attention_cpu
+from ..backends import cpu_attention as attention_cpu
 from .spec import Shaped
 
 SCALE = 0.3611

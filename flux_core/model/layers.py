@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import attention
-from .packed import ReorderedLinear, gelu
+from ..backends.attention import attention
+from ..backends.cpu_linear import ReorderedLinear, gelu
+from ..quant.linear import computing_dtype, device_of, weight_count
 from .spec import FluxSpec
-from .stored import computing_dtype, device_of, weight_count
 
 __all__ = [
     "Chunks",

@@ -42,13 +42,13 @@ class Streamer(Protocol):
 
 
 class Runner(Protocol):
-    """Calls a block with its inputs (flux_core/compiling.py: its compiled twin)."""
+    """Calls a block with its inputs (flux_core/backends/compile.py: its compiled twin)."""
 
     def __call__(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, ...]) -> Any: ...
 
 
 class Memory(Protocol):
-    """Knows from earlier steps what the blocks after the first add to the image (flux_core/caching.py)."""
+    """Knows from earlier steps what the blocks after the first add to the image (step_cache.py)."""
 
     def guess(self, sigma: float, change: Tensor) -> Tensor | None: ...
 
@@ -147,8 +147,8 @@ def position_ids(text_length: int, h: int, w: int) -> Tensor:
 class FluxTransformer(nn.Module):
     """FLUX.1's velocity network (black-forest-labs/flux, src/flux/model.py: Flux), sized by `spec`.
 
-    With `streaming` (flux_core.streaming.stream sets it) it may be larger than the memory; with `runner`
-    (flux_core.compiling.compile_blocks sets it) its blocks are compiled.
+    With `streaming` (flux_core.memory.stream sets it) it may be larger than the memory; with `runner`
+    (flux_core.backends.compile.compile_blocks sets it) its blocks are compiled.
     """
 
     streaming: Streamer | None = None

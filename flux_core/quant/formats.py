@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .dequantise import BLOCK_TYPES, dequantise
+from .gguf import BLOCK_TYPES, dequantise
 
 SLICE = 1 << 20
 """Numbers that are unpacked at a time: what is made on the way stays small, and in the processor's cache."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .forms import Stored
+from .formats import Stored
 
 
 class KeptLinear(nn.Module, ABC):

@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conditioning import TextEncoders
-from ..schedule import make_sigmas
-from ..spec import Conditioning
-from ..transformer import FluxTransformer
+from ...miniature.text_encoders import random_caption
+from ..model.spec import Conditioning
+from ..model.text_encoders import TextEncoders
+from ..model.transformer import FluxTransformer
+from ..sampling.schedule import make_sigmas
 from .flow import draw_sigmas, predict
 from .loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
 from .reflow import PairSet, fold_guidance, pseudo_huber
-from .text import random_caption
 
 STEPS = 4
 STARTS = (3, 1, 1, 1)

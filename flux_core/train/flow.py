@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conditioning import TextEncoders
-from ..spec import Conditioning, FluxSpec
-from ..transformer import FluxTransformer, pack, unpack
-from .data import CELLS, LatentSet
+from ...miniature.data import CELLS, LatentSet
+from ...miniature.scene import COLOURS, SHAPES
+from ..model.spec import Conditioning, FluxSpec
+from ..model.text_encoders import TextEncoders
+from ..model.transformer import FluxTransformer, pack, unpack
 from .loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
-from .world import COLOURS, SHAPES
 
 MINI = FluxSpec(hidden_size=192, num_heads=3, depth=2, depth_single=5, context_in=192, vec_in=192)
 

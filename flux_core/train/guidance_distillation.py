@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conditioning import TextEncoders
-from ..spec import Conditioning
-from ..transformer import FluxTransformer
-from .data import LatentSet
+from ...miniature.data import LatentSet
+from ..model.spec import Conditioning
+from ..model.text_encoders import TextEncoders
+from ..model.transformer import FluxTransformer
 from .flow import draw_sigmas, predict
 from .loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, repeat_text, train
 

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..spec import Conditioning
-from ..transformer import FluxTransformer
+from ..model.spec import Conditioning
+from ..model.transformer import FluxTransformer
 from ..weights import read_metadata
 from .checkpoint import (
     Average,

@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import TextEncoders
-from ..layers import sinusoidal_embedding
+from ...miniature.data import SHAPES_OF_PICTURES
+from ...miniature.evaluate import Sampling, draw_latents
+from ...miniature.scene import Scene
+from ...miniature.text_encoders import random_caption
+from ..model.layers import sinusoidal_embedding
+from ..model.spec import Conditioning
+from ..model.text_encoders import TextEncoders
+from ..model.transformer import FluxTransformer
 from ..pipeline import draw_noise
-from ..spec import Conditioning
-from ..transformer import FluxTransformer
 from ..weights import read_state_dict
 from .checkpoint import ProgressLine, write_safetensors
-from .data import SHAPES_OF_PICTURES
-from .evaluate import Sampling, draw_latents
 from .flow import predict
 from .loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
-from .text import random_caption
-from .world import Scene
 
 CHUNK = 256
 """Pairs in one file: what a killed run loses at most."""

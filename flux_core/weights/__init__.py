@@ -13,11 +13,11 @@
 No numerics live here, and no pickle is ever opened.
 """
 
-from .about import describe
-from .files import read_state_dict
+from .checkpoint import read_metadata, read_weights
+from .describe import describe
 from .kinds import kind_of
 from .loaders import load_autoencoder, load_transformer
-from .source import read_metadata, read_weights
+from .safetensors_file import read_state_dict
 from .text import load_text_encoders
 
 __all__ = [

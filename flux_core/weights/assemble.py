@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forms import FourBit, Scaled
-from .source import Weight, WeightFile
+from ..quant.formats import FourBit, Scaled
+from .checkpoint import Weight, WeightFile
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 INT8 = "int8_tensorwise"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..forms import Stored
-from .files import TRANSFORMER_PREFIXES, checked, read_state_dict, safetensors_metadata
+from ..quant.formats import Stored
 from .gguf_file import is_gguf, read_gguf
+from .safetensors_file import TRANSFORMER_PREFIXES, checked, read_state_dict, safetensors_metadata
 
 Weight = Tensor | Stored
 """A tensor as a file has it."""

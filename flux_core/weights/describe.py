@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..forms import DTYPE_NAMES, Joined
-from ..spec import FLUX_DEV, FluxSpec
+from ..model.spec import FLUX_DEV, FluxSpec
+from ..quant.formats import DTYPE_NAMES, Joined
+from .assemble import assemble
+from .checkpoint import CLIP_PART, T5_PART, TRANSFORMER_PART, VAE_PART, Part, Weight, WeightFile, read_weights
 from .diffusers import transformer_names
 from .kinds import DIFFUSERS_TRANSFORMER, TRANSFORMER, kind_of
-from .quantised import assemble
-from .source import CLIP_PART, T5_PART, TRANSFORMER_PART, VAE_PART, Part, Weight, WeightFile, read_weights
 
 PARTS: dict[str, Part] = {
     "transformer": TRANSFORMER_PART,

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..forms import Joined, Plain, Stored
-from .source import Weight
+from ..quant.formats import Joined, Plain, Stored
+from .checkpoint import Weight
 
 OUTER = {
     "x_embedder": "img_in",

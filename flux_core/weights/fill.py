@@ -14,9 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..forms import FP8, Joined, Plain, Stored
-from ..stored import StoredLinear
-from .source import Weight
+from ..quant.formats import FP8, Joined, Plain, Stored
+from ..quant.linear import StoredLinear
+from .checkpoint import Weight
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..forms import Blocks, Stored
+from ..quant.formats import Blocks, Stored
 from .gguf_header import check_gguf
 
 if TYPE_CHECKING:

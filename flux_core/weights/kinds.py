@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..spec import Shaped
+from ..model.spec import Shaped
 
 PREFIX = re.compile(r"(model\.diffusion_model|diffusion_model|first_stage_model|vae)\.")
 """What may stand before the names in all-in-one checkpoints, and does not count."""

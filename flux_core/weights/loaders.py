@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from ..spec import FluxSpec
-from ..streaming import stream
-from ..transformer import FluxTransformer
-from ..vae import AutoEncoder, AutoEncoderSpec, channels_last
+from ..memory import stream
+from ..model.autoencoder import AutoEncoder, AutoEncoderSpec, channels_last
+from ..model.spec import FluxSpec
+from ..model.transformer import FluxTransformer
+from .assemble import assemble
+from .checkpoint import TRANSFORMER_PART, VAE_PART, Weight, read_weights
 from .diffusers import autoencoder_names, transformer_names
 from .fill import fill
 from .kinds import AUTOENCODER, DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE, TRANSFORMER, Kind, expect, kind_of
-from .quantised import assemble
-from .source import TRANSFORMER_PART, VAE_PART, Weight, read_weights
 
 LATENT_CHANNELS = 16
 MAX_BLOCKS = 1000
@@ -40,7 +40,7 @@ def load_transformer(
     Its sizes are read off the tensors, its dtype is the file's unless `dtype` is given (`choose_dtype` tells
     what mixed and quantised files become). Quantised weights stay as they are, in `StoredLinear` layers.
     `on_progress` hears bytes done and bytes in all. With a `limit`, bytes of weights that may be kept on the
-    device, a larger model is streamed (flux_core.streaming). Raises what `read_weights` raises, and
+    device, a larger model is streamed (flux_core.memory). Raises what `read_weights` raises, and
     ValueError for another kind of model, for missing or unknown tensors and for shapes that don't fit each
     other.
     """

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..conditioning import T5_LENGTH, TextEncoders, clip_of_size, t5_of_size
+from ..model.text_encoders import T5_LENGTH, TextEncoders, clip_of_size, t5_of_size
+from .assemble import assemble
+from .checkpoint import CLIP_PART, T5_PART, Weight, WeightFile, read_weights
 from .fill import fill
 from .kinds import CLIP, T5, T5_GGUF, expect, kind_of
 from .loaders import sizes_of
-from .quantised import assemble
-from .source import CLIP_PART, T5_PART, Weight, WeightFile, read_weights
 from .tokenizer import CLIP_ENCODER, EMBEDDED, T5_ENCODER, find_tokenizer
 
 if TYPE_CHECKING:

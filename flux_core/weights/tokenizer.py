@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .checkpoint import WeightFile
 from .gguf_file import gguf_value, open_gguf
-from .source import WeightFile
 from .spiece import CLIP_END, T5_END, clip_from_files, t5_from_spiece, t5_tokenizer
 
 EMBEDDED = "spiece_model"

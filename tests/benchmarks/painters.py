@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 from rectiflux.benchmarks.prompts import Prompt
-from rectiflux.flux_core.train.draw import draw
-from rectiflux.flux_core.train.world import COLOURS, SHAPES, Item, Scene
+from rectiflux.miniature.draw import draw
+from rectiflux.miniature.scene import COLOURS, SHAPES, Item, Scene
 
 
 def whole(told: Scene, rng: random.Random) -> Scene:

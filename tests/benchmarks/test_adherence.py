@@ -16,7 +16,7 @@ import pytest
 from rectiflux.benchmarks.adherence import first_pictures, main
 from rectiflux.benchmarks.painting import Painted, figures_of, judge_pictures
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories, parse_prompt
-from rectiflux.flux_core.train.world import Scene
+from rectiflux.miniature.scene import Scene
 
 from ..nodes.tiny import NAMES, SPEC, write_models, write_transformer
 from .painters import paint_falsely, paint_truly

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.benchmarks import caching
-from rectiflux.flux_core.caching import METHODS
+from rectiflux.flux_core.sampling.step_cache import METHODS
 
 NUMBERS = torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0))
 

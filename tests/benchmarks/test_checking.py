@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from rectiflux.benchmarks.checking import any_scene, check_the_autoencoder, check_the_checker, near_misses
-from rectiflux.flux_core.train.autoencoder import new_autoencoder
-from rectiflux.flux_core.train.world import BACKGROUNDS
+from rectiflux.miniature.autoencoder import new_autoencoder
+from rectiflux.miniature.scene import BACKGROUNDS
 
 
 def test_the_checker_is_measured_on_all_that_can_be_drawn() -> None:

@@ -20,9 +20,9 @@ from rectiflux.benchmarks.family import HUES, TITLES, evenly, last_line, main, t
 from rectiflux.benchmarks.members import WAYS, Member, files_of_way, seconds_of, straightness_of
 from rectiflux.benchmarks.painting import load_models
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories
+from rectiflux.flux_core.model.spec import Velocity
 from rectiflux.flux_core.pipeline import draw_noise, guided_velocity
-from rectiflux.flux_core.spec import Velocity
-from rectiflux.flux_core.train.world import Scene
+from rectiflux.miniature.scene import Scene
 from torch import Tensor
 
 from ..nodes.tiny import SPEC, write_models, write_transformer

@@ -14,7 +14,7 @@ import torch
 from rectiflux.benchmarks import fidelity
 from rectiflux.benchmarks.fidelity import Row, extremes, psnr
 from rectiflux.benchmarks.reference.formats import FORMATS
-from rectiflux.flux_core.dequantise import BLOCK_TYPES
+from rectiflux.flux_core.quant.gguf import BLOCK_TYPES
 from rectiflux.flux_core.weights import diffusers as names
 
 LAST = r"worst_relative_error (\d\.\de-\d\d) lowest_psnr (\d+\.\d)"

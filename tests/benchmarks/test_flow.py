@@ -15,14 +15,8 @@ from rectiflux.benchmarks.flow import Examiner, Sizes, sample
 from rectiflux.benchmarks.methods import TITLES, EndTimes, Laboratory, Method, Plan, posterior_mean
 from rectiflux.benchmarks.planar import DATA, RING, Recipe, noise
 from rectiflux.benchmarks.theory import orders
-from rectiflux.flux_core.flow import (
-    LinearBetaPath,
-    RectifiedPath,
-    as_velocity,
-)
-from rectiflux.flux_core.flow import (
-    Path as FlowPath,
-)
+from rectiflux.flux_core.flow import LinearBetaPath, RectifiedPath, as_velocity
+from rectiflux.flux_core.flow import Path as FlowPath
 from torch import Generator, Tensor
 
 PLAN = Plan({key: Recipe(3, batch=32) for key in TITLES}, width=8, depth=1, chain=40, matched=32, pairs=64)

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rectiflux.benchmarks import footprint, full_size, random_file
-from rectiflux.flux_core.spec import FLUX_DEV
-from rectiflux.flux_core.stored import StoredLinear
+from rectiflux.flux_core.model.spec import FLUX_DEV
+from rectiflux.flux_core.quant.linear import StoredLinear
 from rectiflux.flux_core.weights import describe, load_transformer
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rectiflux.benchmarks import prompts as prompts_module
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories, parse_prompt, read_prompts
-from rectiflux.flux_core.train.world import HELD_OUT_COUNTS, HELD_OUT_PAIRS, Item, Scene
+from rectiflux.miniature.scene import HELD_OUT_COUNTS, HELD_OUT_PAIRS, Item, Scene
 
 
 def test_every_category_has_fifty_prompts_and_more() -> None:

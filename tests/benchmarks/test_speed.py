@@ -13,7 +13,7 @@ import torch
 from rectiflux.benchmarks import speed, speed_blocks, speed_models, turns
 from rectiflux.benchmarks.speed_settings import Settings, Skipped
 from rectiflux.benchmarks.turns import Clock, Ratio, compare
-from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec
+from rectiflux.flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
 
 RATIO = re.compile(r"^ratio (\S+) (\d+\.\d{3})$", re.MULTILINE)
 

@@ -17,9 +17,9 @@ from rectiflux.benchmarks.speed_gpu import Group, Plan, full_size
 from rectiflux.benchmarks.speed_inputs import Inputs, random_model
 from rectiflux.benchmarks.speed_settings import Settings, Skipped, Told
 from rectiflux.benchmarks.turns import Clock, Ratio
-from rectiflux.flux_core.packing import quantise_to_fp8
-from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
-from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.backends.cpu_pack import quantise_to_fp8
+from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

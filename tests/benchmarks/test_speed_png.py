@@ -15,9 +15,9 @@ from rectiflux.benchmarks import speed_png
 from rectiflux.benchmarks.speed_png import Sizes, png
 from rectiflux.benchmarks.speed_settings import Outcome, Settings, Skipped, Told
 from rectiflux.benchmarks.turns import Clock, Ratio
-from rectiflux.flux_core.spec import FLUX_SCHNELL, FluxSpec
-from rectiflux.flux_core.transformer import FluxTransformer
-from rectiflux.flux_core.vae import AutoEncoderSpec
+from rectiflux.flux_core.model.autoencoder import AutoEncoderSpec
+from rectiflux.flux_core.model.spec import FLUX_SCHNELL, FluxSpec
+from rectiflux.flux_core.model.transformer import FluxTransformer
 
 MODELS = Path(rectiflux.__file__).parent / "models"
 TINY = Sizes(

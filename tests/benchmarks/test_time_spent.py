@@ -14,7 +14,7 @@ from rectiflux.benchmarks.speed_inputs import Inputs, random_model
 from rectiflux.benchmarks.speed_settings import Settings
 from rectiflux.benchmarks.time_spent import divided
 from rectiflux.benchmarks.turns import Clock
-from rectiflux.flux_core.spec import FluxSpec
+from rectiflux.flux_core.model.spec import FluxSpec
 
 TINY = FluxSpec(64, 1, 1, 1, context_in=16, vec_in=8, guidance_embed=True)
 

@@ -41,7 +41,7 @@ def main(pack: str, model: str, lora: str, form: str) -> dict[str, Any]:
     import comfy.sd
     import comfy.utils
 
-    host = importlib.import_module("pack.nodes._host")
+    host = importlib.import_module("pack.nodes.host_embedded")
     kind = {"fp8": stored.PatchedFp8Linear, "int8": stored.PatchedInt8Linear}[form]
     exact = host.load_model(Path(model), "auto", "auto").model.diffusion_model
     patcher = host.load_model(Path(model), form, "auto")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rectiflux.flux_core.spec import FluxSpec
+from rectiflux.flux_core.model.spec import FluxSpec
 from safetensors.torch import save_file
 from torch import Tensor
 

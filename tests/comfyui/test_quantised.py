@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rectiflux.host.files import Folders
-from rectiflux.nodes import _host
+from rectiflux.nodes import host_embedded as _host
 
 from ..nodes import graphs
 from ..nodes.tiny import NAMES

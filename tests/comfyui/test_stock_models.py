@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rectiflux.flux_core.solver import SOLVERS
+from rectiflux.flux_core.sampling.solver import SOLVERS
 from safetensors.torch import save_file
 
 from ..nodes import graphs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec
+from rectiflux.flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
 from safetensors.torch import save_file
 
 from ..nodes import graphs

@@ -11,11 +11,24 @@ from types import ModuleType
 
 import pytest
 from rectiflux import flux_core
-from rectiflux.flux_core import flow, lora, solver, weights
+from rectiflux.flux_core import flow, lora, weights
+from rectiflux.flux_core.sampling import solver
 
 ROOT = Path(flux_core.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-STAGES = ("conditioning", "schedule", "solver", "transformer", "vae")
+STAGES = ("text_encoders", "transformer", "autoencoder")
+MAY_IMPORT = {
+    "model": {"quant", "backends"},
+    "sampling": {"model"},
+    "quant": set(),
+    "backends": {"model", "quant", "lora", "memory"},
+    "memory": {"model", "quant"},
+    "weights": {"model", "quant", "memory"},
+    "lora": {"model", "quant", "weights"},
+    "flow": {"model", "sampling"},
+    "train": {"", "model", "sampling", "weights"},
+}
+"""What the files of a folder may import besides their own folder: "" is pipeline.py and its like."""
 OUTSIDE = {"torch", "einops", "safetensors", "tokenizers", "transformers", "numpy", "PIL"}
 ONLY_IN = {
     "scipy": ("flow", "train"),  # assignment: of a coupling, of what is seen to what was asked for
@@ -69,19 +82,26 @@ def test_the_library_knows_no_host(file: Path) -> None:
             assert top in outside or top in sys.stdlib_module_names, f"{file.name} imports {name}"
 
 
+def imported_folders(file: Path) -> set[str]:
+    """Folders of flux_core that a file imports from, its own left out; "" for a file beside the folders."""
+    depth = len(file.relative_to(ROOT).parts)
+    found = {name[depth:] for name in imports(file) if name.startswith("." * depth)}
+    folders = {name.split(".")[0] for name in found}
+    return {name if (ROOT / name).is_dir() else "" for name in folders}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_folders_import_only_those_below_them(folder: str) -> None:
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        below = imported_folders(file) if file.relative_to(ROOT).parts[0] == folder else set()
+        assert below <= MAY_IMPORT[folder] | {folder}, f"{file.relative_to(ROOT)} imports {below}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_do_not_import_each_other(stage: str) -> None:
-    """A stage that is a folder may also import its own files."""
-    files = sorted((ROOT / stage).glob("*.py")) or [ROOT / f"{stage}.py"]
-    own, up = ({f".{file.stem}" for file in files}, "..") if len(files) > 1 else (set(), ".")
-    relative = {name for file in files for name in imports(file) if name.startswith(".")}
-    assert relative - own <= {f"{up}{part}" for part in ("spec", "layers", "attention_cpu")}
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "flow").glob("*.py")), ids=lambda file: file.name)
-def test_the_theory_stands_on_the_solver_and_the_schedule_alone(file: Path) -> None:
-    """It runs over any velocity, so it knows nothing of the transformer or of pictures."""
-    assert {name for name in imports(file) if name.startswith("..")} <= {"..schedule", "..solver", "..spec"}
+    """Text encoders, transformer and autoencoder meet in pipeline.py; each stands on spec and layers alone."""
+    others = {f".{name}" for name in STAGES if name != stage}
+    assert not imports(ROOT / "model" / f"{stage}.py") & others
 
 
 def test_importing_the_library_leaves_slow_packages_for_later() -> None:

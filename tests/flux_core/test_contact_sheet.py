@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rectiflux.flux_core.sheet import PAPER, side_by_side
+from rectiflux.flux_core.contact_sheet import PAPER, side_by_side
 
 
 def test_pictures_stand_whole_in_their_columns_and_rows() -> None:

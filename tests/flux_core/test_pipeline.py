@@ -25,7 +25,9 @@ from rectiflux.benchmarks.reference.text import (
     t5_model,
     tokenizer,
 )
-from rectiflux.flux_core.conditioning import TextEncoders
+from rectiflux.flux_core.model.spec import Conditioning
+from rectiflux.flux_core.model.text_encoders import TextEncoders
+from rectiflux.flux_core.model.transformer import pack
 from rectiflux.flux_core.pipeline import (
     Models,
     draw_noise,
@@ -34,10 +36,8 @@ from rectiflux.flux_core.pipeline import (
     sample,
     text_to_image,
 )
-from rectiflux.flux_core.schedule import make_sigmas
-from rectiflux.flux_core.solver import SOLVERS, Step
-from rectiflux.flux_core.spec import Conditioning
-from rectiflux.flux_core.transformer import pack
+from rectiflux.flux_core.sampling.schedule import make_sigmas
+from rectiflux.flux_core.sampling.solver import SOLVERS, Step
 from torch import Tensor
 
 

@@ -6,13 +6,8 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, sample, text_to_image
-from rectiflux.flux_core.schedule import make_sigmas
-from rectiflux.flux_core.solver import (
-    SOLVERS,
-    DormandPrince,
-    EulerAncestral,
-    Report,
-)
+from rectiflux.flux_core.sampling.schedule import make_sigmas
+from rectiflux.flux_core.sampling.solver import SOLVERS, DormandPrince, EulerAncestral, Report
 
 from .test_pipeline import models
 

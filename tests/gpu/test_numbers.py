@@ -11,20 +11,26 @@ from rectiflux.benchmarks.painting import files_of
 from rectiflux.benchmarks.reference.models import autoencoder, flux_transformer, relative_error, text
 from rectiflux.benchmarks.reference.stored import every_form, random_blocks
 from rectiflux.benchmarks.speed_settings import MODELS
-from rectiflux.flux_core.attention import ATTENTIONS, PACKAGES, attention_told, importable, use_attention
-from rectiflux.flux_core.dequantise import BLOCK_TYPES
-from rectiflux.flux_core.forms import Blocks
-from rectiflux.flux_core.fp8 import can_multiply
+from rectiflux.flux_core.backends.attention import (
+    ATTENTIONS,
+    PACKAGES,
+    attention_told,
+    importable,
+    use_attention,
+)
+from rectiflux.flux_core.backends.cpu_pack import quantise_to_fp8
+from rectiflux.flux_core.backends.fp8 import can_multiply
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
-from rectiflux.flux_core.packing import quantise_to_fp8
+from rectiflux.flux_core.memory.tiling import bytes_in_one_piece, decode, encode
+from rectiflux.flux_core.model.transformer import FluxTransformer, pack
 from rectiflux.flux_core.pipeline import Models, text_to_image
-from rectiflux.flux_core.stored import StoredLinear
-from rectiflux.flux_core.tiling import bytes_in_one_piece, decode, encode
-from rectiflux.flux_core.transformer import FluxTransformer, pack
+from rectiflux.flux_core.quant.formats import Blocks
+from rectiflux.flux_core.quant.gguf import BLOCK_TYPES
+from rectiflux.flux_core.quant.linear import StoredLinear
 from rectiflux.flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from torch import Tensor
 
-from ..flux_core.test_compiling import keep_stored, lora_file, q4_k
+from ..flux_core.backends.test_compile import keep_stored, lora_file, q4_k
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIDE, LENGTH = 32, 40

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
-from rectiflux.flux_core import compiling
-from rectiflux.flux_core.compiling import compile_blocks
+from rectiflux.flux_core.backends import compile as compiling
+from rectiflux.flux_core.backends.compile import compile_blocks
+from rectiflux.flux_core.backends.cpu_pack import quantise_to_fp8
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
-from rectiflux.flux_core.packing import quantise_to_fp8
-from rectiflux.flux_core.transformer import FluxTransformer, Prepared, pack
+from rectiflux.flux_core.model.transformer import FluxTransformer, Prepared, pack
 from torch import Tensor
 
-from ..flux_core.test_compiling import keep_stored, lora_file, q4_k
+from ..flux_core.backends.test_compile import keep_stored, lora_file, q4_k
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 AGREES = {FP32: 1e-5, BF16: 2e-2, FP16: 3e-3}

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, text
-from rectiflux.flux_core.fp8 import Fp8Linear
+from rectiflux.flux_core.backends.cpu_pack import quantise_to_fp8
+from rectiflux.flux_core.backends.fp8 import Fp8Linear
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
-from rectiflux.flux_core.packing import quantise_to_fp8
+from rectiflux.flux_core.memory import Streaming, stream
+from rectiflux.flux_core.memory.staging import Stager
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import guided_velocity
-from rectiflux.flux_core.streaming import Streaming, stream
-from rectiflux.flux_core.streaming.staging import Stager
-from rectiflux.flux_core.transformer import FluxTransformer
 from torch import Tensor
 
-from ..flux_core.test_compiling import keep_stored, lora_file, q4_k
+from ..flux_core.backends.test_compile import keep_stored, lora_file, q4_k
 
 SIZES = {"hidden_size": 512, "num_heads": 4, "depth": 4, "depth_single": 8}
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2]

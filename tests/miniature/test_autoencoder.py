@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from rectiflux.flux_core import load_autoencoder, read_state_dict
-from rectiflux.flux_core.train import autoencoder
-from rectiflux.flux_core.train.autoencoder import draw_batch, psnr, to_pictures, to_tensor
-from rectiflux.flux_core.vae import AutoEncoder
+from rectiflux.flux_core.model.autoencoder import AutoEncoder
 from rectiflux.flux_core.weights import read_metadata
+from rectiflux.miniature import autoencoder
+from rectiflux.miniature.autoencoder import draw_batch, psnr, to_pictures, to_tensor
 
 
 def test_pictures_and_images_turn_into_each_other() -> None:

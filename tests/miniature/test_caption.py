@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from rectiflux.flux_core.train.caption import (
+from rectiflux.miniature.caption import (
     COLOUR_WORDS,
     GROUND_WORDS,
     NO_SHADOW,
@@ -23,7 +23,7 @@ from rectiflux.flux_core.train.caption import (
     plain,
     plural,
 )
-from rectiflux.flux_core.train.world import (
+from rectiflux.miniature.scene import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
-from rectiflux.flux_core.train.checker import inspect, judge, score, sharpness
-from rectiflux.flux_core.train.draw import draw, mask, outline, paint, room_light
-from rectiflux.flux_core.train.world import (
+from rectiflux.miniature.checker import inspect, judge, score, sharpness
+from rectiflux.miniature.draw import draw, mask, outline, paint, room_light
+from rectiflux.miniature.scene import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

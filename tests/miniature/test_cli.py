@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rectiflux.flux_core import load_autoencoder, load_text_encoders, load_transformer, preview
-from rectiflux.flux_core.train import cli, reflow
+from rectiflux.flux_core import load_autoencoder, load_text_encoders, load_transformer
+from rectiflux.flux_core.sampling import preview
+from rectiflux.flux_core.train import reflow
 from rectiflux.flux_core.train.flow import MINI
 from rectiflux.flux_core.weights import read_metadata
+from rectiflux.miniature import cli
 
 
 def test_an_unknown_stage_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

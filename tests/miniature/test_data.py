@@ -9,17 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.flux_core import read_state_dict
-from rectiflux.flux_core.train import data
-from rectiflux.flux_core.train.autoencoder import to_tensor
-from rectiflux.flux_core.train.draw import draw
-from rectiflux.flux_core.train.pca import encode_fast, linear_code
-from rectiflux.flux_core.train.world import (
-    COLOURS,
-    SHAPES,
-    Placed,
-    random_scene,
-)
-from rectiflux.flux_core.vae import AutoEncoder, to_model_space
+from rectiflux.flux_core.model.autoencoder import AutoEncoder, to_model_space
+from rectiflux.miniature import data
+from rectiflux.miniature.autoencoder import to_tensor
+from rectiflux.miniature.draw import draw
+from rectiflux.miniature.pca import encode_fast, linear_code
+from rectiflux.miniature.scene import COLOURS, SHAPES, Placed, random_scene
 
 SIZES = ((64, 32, 0.5), (32, 64, 0.5))
 

@@ -6,17 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from rectiflux.flux_core.train.draw import (
-    HORIZON,
-    SHADOW_LINE,
-    draw,
-    mask,
-    outline,
-    paint,
-    room_light,
-    shadow_of,
-)
-from rectiflux.flux_core.train.world import BACKGROUNDS, COLOURS, SHAPES, Item, Placed, Scene
+from rectiflux.miniature.draw import HORIZON, SHADOW_LINE, draw, mask, outline, paint, room_light, shadow_of
+from rectiflux.miniature.scene import BACKGROUNDS, COLOURS, SHAPES, Item, Placed, Scene
 
 WHOLE = Scene((Item("star", "red", "large"),), None, "top left", "navy")
 

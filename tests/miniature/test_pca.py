@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from einops import rearrange
-from rectiflux.flux_core.train.autoencoder import MINI_VAE, draw_batch
-from rectiflux.flux_core.train.pca import encode_fast, linear_code, principal, space_to_depth, write_encoder
-from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec, to_model_space
+from rectiflux.flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec, to_model_space
+from rectiflux.miniature.autoencoder import MINI_VAE, draw_batch
+from rectiflux.miniature.pca import encode_fast, linear_code, principal, space_to_depth, write_encoder
 
 
 @pytest.fixture(scope="module")

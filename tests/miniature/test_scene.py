@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rectiflux.flux_core.train.draw import outline
-from rectiflux.flux_core.train.world import (
+from rectiflux.miniature.draw import outline
+from rectiflux.miniature.scene import (
     APART,
     BACKGROUNDS,
     COLOURS,

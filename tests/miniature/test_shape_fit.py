@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rectiflux.flux_core.train.draw import mask
-from rectiflux.flux_core.train.outlines import distance_map, fit_outline, moments, perimeter
-from rectiflux.flux_core.train.world import SHAPES
+from rectiflux.miniature.draw import mask
+from rectiflux.miniature.scene import SHAPES
+from rectiflux.miniature.shape_fit import distance_map, fit_outline, moments, perimeter
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -13,11 +13,11 @@ import rectiflux
 import torch
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories
 from rectiflux.flux_core import load_autoencoder, load_text_encoders, load_transformer
-from rectiflux.flux_core.train.checker import judge, score
-from rectiflux.flux_core.train.evaluate import FAMILY, draw_captions
-from rectiflux.flux_core.train.sight import inspect
-from rectiflux.flux_core.train.world import COLOURS, SHAPES, Item, Scene
 from rectiflux.flux_core.weights import read_metadata
+from rectiflux.miniature.checker import judge, score
+from rectiflux.miniature.evaluate import FAMILY, draw_captions
+from rectiflux.miniature.scene import COLOURS, SHAPES, Item, Scene
+from rectiflux.miniature.scene_parser import inspect
 
 ROOT = Path(rectiflux.__file__).parent
 MODELS = ROOT / "models"

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from rectiflux.flux_core import load_text_encoders
-from rectiflux.flux_core.train import text
-from rectiflux.flux_core.train.caption import plain
-from rectiflux.flux_core.train.world import BACKGROUNDS, COLOURS, SHAPES, Item, Scene
+from rectiflux.miniature import text_encoders as text
+from rectiflux.miniature.caption import plain
+from rectiflux.miniature.scene import BACKGROUNDS, COLOURS, SHAPES, Item, Scene
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rectiflux.host.files import Folders
-from rectiflux.nodes import _host
+from rectiflux.nodes import host_embedded as _host
 
 from . import graphs
 from .test_nodes import FILES, call, latent

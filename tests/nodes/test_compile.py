@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rectiflux.flux_core import compiling
+from rectiflux.flux_core.backends import compile as compiling
 from rectiflux.host.files import Folders
 from torch import nn
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rectiflux.flux_core.spec import FLUX_DEV
-from rectiflux.flux_core.transformer import FluxTransformer
-from rectiflux.nodes import _comfy_lora
-from rectiflux.nodes._comfy_modules import ComfyNetwork
+from rectiflux.flux_core.model.spec import FLUX_DEV
+from rectiflux.flux_core.model.transformer import FluxTransformer
+from rectiflux.nodes import host_comfy_lora as _comfy_lora
+from rectiflux.nodes.host_comfy_network import ComfyNetwork
 
 from .tiny import SPEC
 

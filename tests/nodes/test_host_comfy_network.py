@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from rectiflux.flux_core import attention
-from rectiflux.flux_core.conditioning import OWN_LENGTH
+from rectiflux.flux_core.backends import attention
+from rectiflux.flux_core.model.spec import Conditioning, FluxSpec
+from rectiflux.flux_core.model.text_encoders import OWN_LENGTH
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import guided_velocity
-from rectiflux.flux_core.spec import Conditioning, FluxSpec
-from rectiflux.flux_core.transformer import FluxTransformer
-from rectiflux.nodes import _comfy_text
-from rectiflux.nodes._comfy_modules import RUNNER, ComfyNetwork
+from rectiflux.nodes import host_comfy_text as _comfy_text
+from rectiflux.nodes.host_comfy_network import RUNNER, ComfyNetwork
 
 from .tiny import random_weights
 

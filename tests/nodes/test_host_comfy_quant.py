@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.stored import every_form, fp8, weights
-from rectiflux.flux_core import compiling
-from rectiflux.flux_core.fp8 import Fp8Linear, in_fp8
+from rectiflux.flux_core.backends import compile as compiling
+from rectiflux.flux_core.backends.cpu_linear import Int8Linear
+from rectiflux.flux_core.backends.fp8 import Fp8Linear, in_fp8
 from rectiflux.flux_core.lora.arithmetic import LowRankStack
 from rectiflux.flux_core.lora.terms import Terms
-from rectiflux.flux_core.packed import Int8Linear
-from rectiflux.flux_core.stored import StoredLinear
-from rectiflux.flux_core.weights.source import WeightFile
-from rectiflux.nodes._comfy_stored import Patched, PatchedLinear, StoredWeight, keep_stored, run_block
-from rectiflux.nodes._comfy_text import comfy_reads
+from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.weights.checkpoint import WeightFile
+from rectiflux.nodes.host_comfy_quant import Patched, PatchedLinear, StoredWeight, keep_stored, run_block
+from rectiflux.nodes.host_comfy_text import comfy_reads
 from torch import Tensor, nn
 
 FORMS = every_form()

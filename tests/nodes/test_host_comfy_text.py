@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from rectiflux.nodes._comfy_text import whole
+from rectiflux.nodes.host_comfy_text import whole
 
 
 class Patcher:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from rectiflux.flux_core import packing
-from rectiflux.flux_core.fp8 import Fp8Linear
-from rectiflux.flux_core.packed import Int8Linear, PackedLinear
-from rectiflux.flux_core.stored import StoredLinear
-from rectiflux.flux_core.streaming import memory
+from rectiflux.flux_core.backends import cpu_pack as packing
+from rectiflux.flux_core.backends.cpu_linear import Int8Linear, PackedLinear
+from rectiflux.flux_core.backends.fp8 import Fp8Linear
+from rectiflux.flux_core.memory import limits as memory
+from rectiflux.flux_core.quant.linear import StoredLinear
 from rectiflux.host import context
 from rectiflux.host.files import Folders
-from rectiflux.nodes import NODE_CLASS_MAPPINGS, _host, _report
+from rectiflux.nodes import NODE_CLASS_MAPPINGS
+from rectiflux.nodes import host_embedded as _host
+from rectiflux.nodes import run_report as _report
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rectiflux.host.files import Folders
-from rectiflux.nodes import _host
+from rectiflux.nodes import host_embedded as _host
 from safetensors.torch import save_file
 
 from . import graphs

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from rectiflux import flux_core
-from rectiflux.flux_core import tiling
+from rectiflux.flux_core.memory import tiling
+from rectiflux.flux_core.model.autoencoder import to_model_space
 from rectiflux.flux_core.pipeline import Models, text_to_image
-from rectiflux.flux_core.vae import to_model_space
 from rectiflux.host import context
 from rectiflux.host.files import Folders
-from rectiflux.nodes import NODE_CLASS_MAPPINGS, _host, _wires
-from rectiflux.nodes._models import prefer
+from rectiflux.nodes import NODE_CLASS_MAPPINGS
+from rectiflux.nodes import host_embedded as _host
+from rectiflux.nodes import wires as _wires
+from rectiflux.nodes.model_files import prefer
 
 from . import graphs
 from .tiny import NAMES, TXT_LENGTH

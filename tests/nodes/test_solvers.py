@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from rectiflux.flux_core.pipeline import Models, text_to_image
-from rectiflux.flux_core.solver import SOLVERS, DormandPrince, EulerAncestral, Report
+from rectiflux.flux_core.sampling.solver import SOLVERS, DormandPrince, EulerAncestral, Report
 from rectiflux.host.files import Folders
-from rectiflux.nodes._report import Stopwatch, report_text
+from rectiflux.nodes.run_report import Stopwatch, report_text
 from rectiflux.nodes.solver import ODESolver
 
 from . import graphs

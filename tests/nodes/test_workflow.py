@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import rectiflux
 from PIL import Image
-from rectiflux.flux_core.train.evaluate import FAMILY
 from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
 from rectiflux.host.workflow import read_document, to_prompt
+from rectiflux.miniature.evaluate import FAMILY
 
 from . import graphs
 

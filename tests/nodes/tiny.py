@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rectiflux.flux_core.spec import FluxSpec
-from rectiflux.flux_core.transformer import FluxTransformer
-from rectiflux.flux_core.vae import AutoEncoder, AutoEncoderSpec
+from rectiflux.flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
+from rectiflux.flux_core.model.spec import FluxSpec
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn

@@ -17,15 +17,7 @@ included. On the way up the first velocity is asked for at sigma 0, if the path 
 from .adaptive import DormandPrince, dormand_prince_step
 from .base import Noise, Report, Solver, Step, integrate
 from .multistep import AdamsBashforth, CorrectedHeun, adams_bashforth_step
-from .onestep import (
-    OneStep,
-    StepFunction,
-    euler_step,
-    heun_step,
-    midpoint_step,
-    ralston3_step,
-    rk4_step,
-)
+from .onestep import OneStep, StepFunction, euler_step, heun_step, midpoint_step, ralston3_step, rk4_step
 from .stochastic import EulerAncestral, seeded_noise
 
 __all__ = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec import Velocity
+from ...model.spec import Velocity
 from .base import Noise, OnStep, Outcome, Solver, Step, in_double
 
 # Dormand and Prince 1980 (J. Comp. Appl. Math. 6, 19-26); Solving ODEs I, table II.5.2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec import Velocity
+from ...model.spec import Velocity
 
 Noise = Callable[[Tensor], Tensor]
 """x -> standard normal noise of its shape, dtype and device, new at every call; see `seeded_noise`."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..spec import Velocity
+from ...model.spec import Velocity
 from .base import Noise, OnStep, Outcome, Solver, march
 from .onestep import StepFunction, heun_step, midpoint_step
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec import Velocity
+from ...model.spec import Velocity
 from .base import Noise, OnStep, Outcome, Solver, march
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, text
-from rectiflux.flux_core import attention as module
-from rectiflux.flux_core.attention import (
+from rectiflux.flux_core.backends import attention as module
+from rectiflux.flux_core.backends.attention import (
     ATTENTIONS,
     ORDERS,
     attention,

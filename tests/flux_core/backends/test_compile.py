@@ -18,19 +18,20 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference import stored as reference
 from rectiflux.benchmarks.reference.models import flux_transformer, text
-from rectiflux.flux_core import compiling, packing
-from rectiflux.flux_core.caching import BlockMemory, Caching
-from rectiflux.flux_core.compiling import compile_blocks
-from rectiflux.flux_core.forms import Blocks, Stored
+from rectiflux.flux_core.backends import compile as compiling
+from rectiflux.flux_core.backends import cpu_pack as packing
+from rectiflux.flux_core.backends.compile import compile_blocks
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import sample
-from rectiflux.flux_core.solver import solver_named
-from rectiflux.flux_core.stored import StoredLinear
-from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.quant.formats import Blocks, Stored
+from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.sampling.solver import solver_named
+from rectiflux.flux_core.sampling.step_cache import BlockMemory, Caching
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .test_streaming import staged
+from ..memory.test_streaming import staged
 
 SIZES = {"hidden_size": 256, "num_heads": 4, "mlp_ratio": 1.0}
 """Q4_K needs rows of 256 numbers."""

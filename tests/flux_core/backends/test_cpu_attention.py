@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import relative_error
-from rectiflux.flux_core import attention_cpu as module
-from rectiflux.flux_core.attention import attention
-from rectiflux.flux_core.attention_cpu import attend, serves
-from rectiflux.flux_core.packed import can_pack
-from rectiflux.flux_core.vae import AttnBlock
+from rectiflux.flux_core.backends import cpu_attention as module
+from rectiflux.flux_core.backends.attention import attention
+from rectiflux.flux_core.backends.cpu_attention import attend, serves
+from rectiflux.flux_core.backends.cpu_linear import can_pack
+from rectiflux.flux_core.model.autoencoder import AttnBlock
 from torch import Tensor
 
 CPU = torch.device("cpu")

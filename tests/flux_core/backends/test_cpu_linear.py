@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.benchmarks.reference.stored import nf4, weights
-from rectiflux.flux_core import packed as module
-from rectiflux.flux_core import packing
-from rectiflux.flux_core.lora.linear import AdaptedLinear, dense_weight
-from rectiflux.flux_core.packed import (
+from rectiflux.flux_core.backends import cpu_linear as module
+from rectiflux.flux_core.backends import cpu_pack as packing
+from rectiflux.flux_core.backends.cpu_linear import (
     Int8Linear,
     PackedLinear,
     can_pack,
@@ -26,13 +25,14 @@ from rectiflux.flux_core.packed import (
     quantise_rows,
     weight_levels,
 )
-from rectiflux.flux_core.packing import int8_bytes, pack_weights, quantise_to_fp8, quantise_to_int8
-from rectiflux.flux_core.stored import StoredLinear, computing_dtype, device_of, weight_count
-from rectiflux.flux_core.streaming import Streaming
+from rectiflux.flux_core.backends.cpu_pack import int8_bytes, pack_weights, quantise_to_fp8, quantise_to_int8
+from rectiflux.flux_core.lora.linear import AdaptedLinear, dense_weight
+from rectiflux.flux_core.memory import Streaming
+from rectiflux.flux_core.quant.linear import StoredLinear, computing_dtype, device_of, weight_count
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).resolve().parents[2]
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # of the largest output; a rounding step of bfloat16
 
 
@@ -191,7 +191,7 @@ def test_whole_numbers_are_exact_in_int8(dtype: torch.dtype) -> None:
 
 ONE_INT8_PRODUCT = """
 import torch
-from rectiflux.flux_core.packed import Int8Linear
+from rectiflux.flux_core.backends.cpu_linear import Int8Linear
 Int8Linear(torch.randn(48, 64), None)(torch.randn(5, 64))
 """
 

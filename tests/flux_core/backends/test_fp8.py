@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.benchmarks.reference.stored import fp8, gguf, nf4, weights
-from rectiflux.flux_core import fp8 as module
-from rectiflux.flux_core.forms import Joined, Plain, Scaled
-from rectiflux.flux_core.fp8 import FP8, Fp8Linear, can_multiply, in_fp8, rows_in_fp8
+from rectiflux.flux_core.backends import fp8 as module
+from rectiflux.flux_core.backends.cpu_pack import fp8_bytes, pack_weights, quantise_to_fp8
+from rectiflux.flux_core.backends.fp8 import FP8, Fp8Linear, can_multiply, in_fp8, rows_in_fp8
 from rectiflux.flux_core.lora.adapters import LowRank
 from rectiflux.flux_core.lora.linear import AdaptedLinear, Part
-from rectiflux.flux_core.packing import fp8_bytes, pack_weights, quantise_to_fp8
-from rectiflux.flux_core.stored import StoredLinear, computing_dtype, device_of, weight_count
-from rectiflux.flux_core.streaming import Streaming
-from rectiflux.flux_core.streaming.parts import weights_of
-from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.memory import Streaming
+from rectiflux.flux_core.memory.streaming import weights_of
+from rectiflux.flux_core.model.transformer import FluxTransformer
+from rectiflux.flux_core.quant.formats import Joined, Plain, Scaled
+from rectiflux.flux_core.quant.linear import StoredLinear, computing_dtype, device_of, weight_count
 from torch import Tensor
 
 BF16 = torch.bfloat16

@@ -23,7 +23,7 @@ from rectiflux.flux_core.flow import (
     sample_sde,
     transfer,
 )
-from rectiflux.flux_core.solver import SOLVERS, integrate
+from rectiflux.flux_core.sampling.solver import SOLVERS, integrate
 from torch import Tensor
 
 from .closed_form import MIXTURE

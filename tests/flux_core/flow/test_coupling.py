@@ -10,7 +10,7 @@ import pytest
 import torch
 from rectiflux.flux_core.flow.coupling import independent, iterated_reflow, optimal_transport, reflow
 from rectiflux.flux_core.flow.straightness import transport_cost
-from rectiflux.flux_core.solver import SOLVERS
+from rectiflux.flux_core.sampling.solver import SOLVERS
 from torch import Tensor
 
 

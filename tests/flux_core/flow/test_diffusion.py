@@ -22,7 +22,7 @@ from rectiflux.flux_core.flow import (
     sample_ancestral,
     sample_sde,
 )
-from rectiflux.flux_core.solver import SOLVERS, integrate
+from rectiflux.flux_core.sampling.solver import SOLVERS, integrate
 from torch import Tensor
 
 ZERO, ONE = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)

@@ -20,7 +20,7 @@ from rectiflux.flux_core.flow import (
     log_likelihood,
     log_unit_gaussian,
 )
-from rectiflux.flux_core.solver import SOLVERS
+from rectiflux.flux_core.sampling.solver import SOLVERS
 from torch import Tensor
 
 from .closed_form import MIXTURE

@@ -6,13 +6,7 @@ import math
 
 import pytest
 import torch
-from rectiflux.flux_core.flow import (
-    CosinePath,
-    GaussianMixture,
-    LinearBetaPath,
-    Path,
-    RectifiedPath,
-)
+from rectiflux.flux_core.flow import CosinePath, GaussianMixture, LinearBetaPath, Path, RectifiedPath
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from rectiflux.flux_core.flow.straightness import PathRecorder, straightness, transport_cost
-from rectiflux.flux_core.solver import SOLVERS, integrate
+from rectiflux.flux_core.sampling.solver import SOLVERS, integrate
 from torch import Tensor
 
 NOISE = torch.randn(300, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

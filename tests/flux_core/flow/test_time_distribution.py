@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from rectiflux.flux_core.flow import LogitNormalTime, ModeTime, ShiftedTime, TimeDistribution, UniformTime
-from rectiflux.flux_core.schedule import shift_sigmas
+from rectiflux.flux_core.sampling.schedule import shift_sigmas
 from torch import Tensor
 
 DISTRIBUTIONS: dict[str, TimeDistribution] = {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch import Tensor, nn
 
 

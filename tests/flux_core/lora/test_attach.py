@@ -8,7 +8,7 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.flux_core.lora import AdaptedLinear, LoraUse, read_lora, with_lora
-from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch import Tensor
 
 from .files import Change, dotted, kohya, make_change, merged, peft, xlabs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rectiflux.flux_core.lora import parse_blocks
 from rectiflux.flux_core.lora.names import transformer_modules
-from rectiflux.flux_core.spec import FLUX_DEV
+from rectiflux.flux_core.model.spec import FLUX_DEV
 
 MODULES = transformer_modules(FLUX_DEV)
 

@@ -18,7 +18,7 @@ from rectiflux.benchmarks.reference.models import (
 )
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.lora.names import transformer_modules, transformer_targets
-from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch import Tensor, nn
 
 from .files import Change, dotted, kohya, make_change, merged, peft, xlabs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.models import SPEC, diffusers_state_dict, flux_transformer
 from rectiflux.flux_core.lora import read_lora
-from rectiflux.flux_core.spec import FLUX_DEV
+from rectiflux.flux_core.model.spec import FLUX_DEV
 from torch import Tensor
 
 

@@ -9,8 +9,8 @@ import torch
 from rectiflux.benchmarks.reference import stored as forms
 from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
-from rectiflux.flux_core.stored import Stored, StoredLinear
-from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.model.transformer import FluxTransformer
+from rectiflux.flux_core.quant.linear import Stored, StoredLinear
 from torch import Tensor, nn
 
 from .files import Change, kohya, merged

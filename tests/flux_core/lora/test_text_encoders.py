@@ -9,8 +9,8 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.benchmarks.reference.text import TXT_LENGTH, clip_model, t5_model, tokenizer
-from rectiflux.flux_core.conditioning import TextEncoders
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
+from rectiflux.flux_core.model.text_encoders import TextEncoders
 from torch import Tensor, nn
 
 from .files import Change, kohya, make_change, peft

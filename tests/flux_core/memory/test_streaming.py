@@ -12,11 +12,12 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.files import WIDE, gguf_numbers, quantised_safetensors, wide_transformer
 from rectiflux.benchmarks.reference.models import flux_transformer, text
+from rectiflux.flux_core.memory import Streaming, limit_of, paging, plan, stream
+from rectiflux.flux_core.memory import limits as memory
+from rectiflux.flux_core.memory.staging import Stager
+from rectiflux.flux_core.memory.streaming import Place, places, weights_of
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import guided_velocity
-from rectiflux.flux_core.streaming import Streaming, limit_of, memory, paging, plan, stream
-from rectiflux.flux_core.streaming.parts import Place, places, weights_of
-from rectiflux.flux_core.streaming.staging import Stager
-from rectiflux.flux_core.transformer import FluxTransformer
 from rectiflux.flux_core.weights import load_transformer
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import autoencoder, relative_error
-from rectiflux.flux_core import strips, tiling
-from rectiflux.flux_core.strips import Moments, Stored, Upsampled, convolved
-from rectiflux.flux_core.vae import AutoEncoder, Upsample, activated
+from rectiflux.flux_core.memory import strips, tiling
+from rectiflux.flux_core.memory.strips import Moments, Stored, Upsampled, convolved
+from rectiflux.flux_core.model.autoencoder import AutoEncoder, Upsample, activated
 from torch import Tensor
 
 SIZES = [(1, 5, 7), (2, 12, 9), (1, 1, 20), (3, 16, 2)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import AE_SPEC, autoencoder, diffusers_autoencoder, relative_error
-from rectiflux.flux_core.vae import (
+from rectiflux.flux_core.model.autoencoder import (
     AutoEncoder,
     AutoEncoderSpec,
     Upsample,

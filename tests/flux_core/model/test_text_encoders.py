@@ -14,7 +14,7 @@ from rectiflux.benchmarks.reference.text import (
     save_text_encoders,
     t5_model,
 )
-from rectiflux.flux_core.conditioning import OWN_LENGTH, TextEncoders, clip_of_size, t5_of_size
+from rectiflux.flux_core.model.text_encoders import OWN_LENGTH, TextEncoders, clip_of_size, t5_of_size
 from rectiflux.flux_core.weights import load_text_encoders
 
 

@@ -13,9 +13,9 @@ from rectiflux.benchmarks.reference.models import (
     flux_transformer,
     relative_error,
 )
-from rectiflux.flux_core.layers import RMSNorm, rope_table, rotate
-from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec
-from rectiflux.flux_core.transformer import FluxTransformer, pack, position_ids, unpack
+from rectiflux.flux_core.model.layers import RMSNorm, rope_table, rotate
+from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec
+from rectiflux.flux_core.model.transformer import FluxTransformer, pack, position_ids, unpack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

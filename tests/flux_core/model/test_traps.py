@@ -22,10 +22,10 @@ from rectiflux.benchmarks.reference.models import (
     text,
 )
 from rectiflux.benchmarks.reference.text import CLIP_WIDTH, T5_WIDTH, clip_model, t5_model, tokenizer
-from rectiflux.flux_core.conditioning import OWN_LENGTH, TextEncoders
+from rectiflux.flux_core.model.spec import FluxSpec
+from rectiflux.flux_core.model.text_encoders import OWN_LENGTH, TextEncoders
+from rectiflux.flux_core.model.transformer import FluxTransformer, pack
 from rectiflux.flux_core.pipeline import Models, draw_noise, text_to_image
-from rectiflux.flux_core.spec import FluxSpec
-from rectiflux.flux_core.transformer import FluxTransformer, pack
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from rectiflux.benchmarks.reference.stored import QUANTISABLE, packed, random_blocks
-from rectiflux.flux_core.dequantise import BLOCK_TYPES, dequantise
+from rectiflux.flux_core.quant.gguf import BLOCK_TYPES, dequantise
 
 
 def expected(data: np.ndarray, kind: str) -> torch.Tensor:

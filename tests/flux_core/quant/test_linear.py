@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.stored import every_form, nf4, weights
-from rectiflux.flux_core import forms as forms_module
-from rectiflux.flux_core import stored as stored_module
-from rectiflux.flux_core.forms import FP8, Plain, Scaled, Stored, as_bytes, has_fp8
-from rectiflux.flux_core.fp8 import Fp8Linear, in_fp8
-from rectiflux.flux_core.packing import check_fp8
-from rectiflux.flux_core.stored import (
+from rectiflux.flux_core.backends.cpu_pack import check_fp8
+from rectiflux.flux_core.backends.fp8 import Fp8Linear, in_fp8
+from rectiflux.flux_core.quant import formats as forms_module
+from rectiflux.flux_core.quant import linear as stored_module
+from rectiflux.flux_core.quant.formats import FP8, Plain, Scaled, Stored, as_bytes, has_fp8
+from rectiflux.flux_core.quant.linear import (
     StoredLinear,
     computing_dtype,
     device_of,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, text
 from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, latent_mask, sample
-from rectiflux.flux_core.schedule import make_sigmas
-from rectiflux.flux_core.solver import SOLVERS, Solver, Step
+from rectiflux.flux_core.sampling.schedule import make_sigmas
+from rectiflux.flux_core.sampling.solver import SOLVERS, Solver, Step
 
 ALL = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rectiflux.flux_core import preview
+from rectiflux.flux_core.sampling import preview
 
 
 def linear_pairs() -> tuple[torch.Tensor, torch.Tensor, preview.Factors]:

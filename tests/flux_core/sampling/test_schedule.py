@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from rectiflux.flux_core.schedule import SHIFTS, make_sigmas, mu_for_tokens, shift_sigmas
+from rectiflux.flux_core.sampling.schedule import SHIFTS, make_sigmas, mu_for_tokens, shift_sigmas
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 9216, 16384)
 

@@ -9,10 +9,10 @@ import pytest
 import rectiflux
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, text
-from rectiflux.flux_core.caching import METHODS, BlockMemory, Caching
 from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, sample
-from rectiflux.flux_core.schedule import make_sigmas
-from rectiflux.flux_core.solver import solver_named
+from rectiflux.flux_core.sampling.schedule import make_sigmas
+from rectiflux.flux_core.sampling.solver import solver_named
+from rectiflux.flux_core.sampling.step_cache import METHODS, BlockMemory, Caching
 from rectiflux.flux_core.weights import load_text_encoders, load_transformer
 from torch import Tensor
 

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, read_state_dict
-from rectiflux.flux_core.spec import Conditioning
-from rectiflux.flux_core.train import data, decide, evaluate, guidance, loop, reading, reflow, schnell
+from rectiflux.flux_core.model.autoencoder import AutoEncoder
+from rectiflux.flux_core.model.spec import Conditioning
+from rectiflux.flux_core.train import distribution_matching as schnell
+from rectiflux.flux_core.train import guidance_distillation as guidance
+from rectiflux.flux_core.train import loop, reflow
 from rectiflux.flux_core.train.flow import predict
-from rectiflux.flux_core.train.text import WIDTH, make_encoders
-from rectiflux.flux_core.train.world import COLOURS, HELD_OUT_PAIRS, Item, Scene
-from rectiflux.flux_core.vae import AutoEncoder
+from rectiflux.miniature import data, evaluate
+from rectiflux.miniature import front_distillation as reading
+from rectiflux.miniature import seed_conditioning as decide
+from rectiflux.miniature.scene import COLOURS, HELD_OUT_PAIRS, Item, Scene
+from rectiflux.miniature.text_encoders import WIDTH, make_encoders
 
 TINY = FluxSpec(hidden_size=64, num_heads=1, depth=1, depth_single=1, context_in=WIDTH, vec_in=WIDTH)
 SIZES = ((64, 32, 1.0),)

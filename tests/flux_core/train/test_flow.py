@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, pack, unpack
-from rectiflux.flux_core.spec import Conditioning
-from rectiflux.flux_core.train import data, flow
-from rectiflux.flux_core.train.text import WIDTH, make_encoders
-from rectiflux.flux_core.train.world import COLOURS, SHAPES
-from rectiflux.flux_core.vae import AutoEncoder
+from rectiflux.flux_core.model.autoencoder import AutoEncoder
+from rectiflux.flux_core.model.spec import Conditioning
+from rectiflux.flux_core.train import flow
+from rectiflux.miniature import data
+from rectiflux.miniature.scene import COLOURS, SHAPES
+from rectiflux.miniature.text_encoders import WIDTH, make_encoders
 
 TINY = FluxSpec(hidden_size=64, num_heads=1, depth=1, depth_single=2, context_in=WIDTH, vec_in=WIDTH)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from rectiflux.flux_core import FluxSpec, FluxTransformer, load_transformer, read_state_dict
-from rectiflux.flux_core.spec import Conditioning
+from rectiflux.flux_core.model.spec import Conditioning
 from rectiflux.flux_core.train import loop
 from rectiflux.flux_core.weights import read_metadata
 

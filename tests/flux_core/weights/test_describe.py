@@ -10,9 +10,9 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.files import gguf_numbers, quantised_safetensors, wide_transformer
 from rectiflux.benchmarks.reference.models import autoencoder, diffusers_state_dict, flux_transformer
-from rectiflux.flux_core.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
+from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.weights import describe
-from rectiflux.flux_core.weights.about import variant_of
+from rectiflux.flux_core.weights.describe import variant_of
 from safetensors.torch import save_file
 
 

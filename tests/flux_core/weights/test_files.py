@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.flux_core.weights import read_metadata, read_state_dict
-from rectiflux.flux_core.weights.files import DTYPES
+from rectiflux.flux_core.weights.safetensors_file import DTYPES
 from safetensors.torch import save_file
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}

@@ -27,10 +27,10 @@ from rectiflux.benchmarks.reference.models import (
     relative_error,
     text,
 )
-from rectiflux.flux_core import forms as forms_module
-from rectiflux.flux_core.dequantise import BLOCK_TYPES
-from rectiflux.flux_core.stored import StoredLinear
-from rectiflux.flux_core.transformer import FluxTransformer
+from rectiflux.flux_core.model.transformer import FluxTransformer
+from rectiflux.flux_core.quant import formats as forms_module
+from rectiflux.flux_core.quant.gguf import BLOCK_TYPES
+from rectiflux.flux_core.quant.linear import StoredLinear
 from rectiflux.flux_core.weights import fill as fill_module
 from rectiflux.flux_core.weights import load_autoencoder, load_transformer
 from safetensors.torch import load_file, save_file

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from rectiflux.benchmarks.reference.stored import packed
-from rectiflux.flux_core.forms import Blocks
+from rectiflux.flux_core.quant.formats import Blocks
 from rectiflux.flux_core.weights import load_transformer, read_metadata, read_weights
 
 F32, Q4_0, IQ1_S = 0, 2, 19

@@ -8,13 +8,13 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.models import autoencoder, flux_transformer
 from rectiflux.benchmarks.reference.text import save_text_encoders
+from rectiflux.flux_core.weights import checkpoint as source_module
 from rectiflux.flux_core.weights import (
     load_autoencoder,
     load_text_encoders,
     load_transformer,
     read_state_dict,
 )
-from rectiflux.flux_core.weights import source as source_module
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

@@ -16,7 +16,7 @@ from rectiflux.benchmarks.reference.text import (
     t5_state,
     tokenizer,
 )
-from rectiflux.flux_core.stored import StoredLinear
+from rectiflux.flux_core.quant.linear import StoredLinear
 from rectiflux.flux_core.weights import describe, load_text_encoders
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5EncoderModel

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rectiflux.flux_core.spec import Velocity
+from rectiflux.flux_core.model.spec import Velocity
 from torch import Tensor
 
 

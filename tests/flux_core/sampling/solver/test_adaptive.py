@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rectiflux.flux_core.schedule import make_sigmas
-from rectiflux.flux_core.solver import DormandPrince, Report, Step, dormand_prince_step, integrate
-from rectiflux.flux_core.solver.adaptive import ERROR, NODES, STAGES, landing_step
+from rectiflux.flux_core.sampling.schedule import make_sigmas
+from rectiflux.flux_core.sampling.solver import DormandPrince, Report, Step, dormand_prince_step, integrate
+from rectiflux.flux_core.sampling.solver.adaptive import ERROR, NODES, STAGES, landing_step
 from torch import Tensor
 
 from .problems import BENT, FLOW, SWINGING, Problem, doubles

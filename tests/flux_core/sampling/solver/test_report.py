@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rectiflux.flux_core.schedule import make_sigmas
-from rectiflux.flux_core.solver import SOLVERS, DormandPrince, EulerAncestral, Report, integrate, seeded_noise
+from rectiflux.flux_core.sampling.schedule import make_sigmas
+from rectiflux.flux_core.sampling.solver import (
+    SOLVERS,
+    DormandPrince,
+    EulerAncestral,
+    Report,
+    integrate,
+    seeded_noise,
+)
 from torch import Tensor
 
 from .problems import BENT, doubles

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rectiflux.flux_core.schedule import make_sigmas, mu_for_tokens, shift_sigmas
-from rectiflux.flux_core.solver import (
+from rectiflux.flux_core.sampling.schedule import make_sigmas, mu_for_tokens, shift_sigmas
+from rectiflux.flux_core.sampling.solver import (
     SOLVERS,
     AdamsBashforth,
     DormandPrince,

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from rectiflux.flux_core.pipeline import draw_noise
-from rectiflux.flux_core.schedule import make_sigmas
-from rectiflux.flux_core.solver import SOLVERS, EulerAncestral, integrate, seeded_noise
-from rectiflux.flux_core.solver.stochastic import renoising
+from rectiflux.flux_core.sampling.schedule import make_sigmas
+from rectiflux.flux_core.sampling.solver import SOLVERS, EulerAncestral, integrate, seeded_noise
+from rectiflux.flux_core.sampling.solver.stochastic import renoising
 from torch import Tensor
 
 from .problems import BENT, doubles, gaussian

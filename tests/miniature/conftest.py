@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable
 
 import pytest
-from rectiflux.flux_core.train import autoencoder
-from rectiflux.flux_core.vae import AutoEncoder
+from rectiflux.flux_core.model.autoencoder import AutoEncoder
+from rectiflux.miniature import autoencoder
 
 
 @pytest.fixture(scope="session")
