@@ -99,7 +99,7 @@ def test_folders_import_only_those_below_them(folder: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_do_not_import_each_other(stage: str) -> None:
-    """Text encoders, transformer and autoencoder meet in pipeline.py; each stands on spec and layers alone."""
+    """Text encoders, transformer and autoencoder meet in pipeline.py; each stands on spec and layers."""
     others = {f".{name}" for name in STAGES if name != stage}
     assert not imports(ROOT / "model" / f"{stage}.py") & others
 
