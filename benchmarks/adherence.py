@@ -34,7 +34,7 @@ from ..flux_core.model.autoencoder import AutoEncoder
 from ..flux_core.pipeline import latent_size
 from ..flux_core.sampling.schedule import SHIFTS
 from ..flux_core.sampling.solver import solver_named
-from ..flux_core.train.checkpoint import ProgressLine
+from ..flux_core.train.progress import ProgressLine
 from ..miniature.evaluate import FAMILY, Sampling, sheet
 from .checking import check_the_autoencoder, check_the_checker
 from .painting import Files, Painter, figures_of, files_of, judge_pictures, load_models, paint

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from ..flux_core.train.checkpoint import ProgressLine
+from ..flux_core.train.progress import ProgressLine
 from .chart import Chart, Line, draw_charts, reaching
 from .members import SIDE, STRAIGHT_STEPS, Member, load_members, seconds_of, straightness_of
 from .painting import figures_of, judge_pictures

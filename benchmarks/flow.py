@@ -32,7 +32,7 @@ from torch import Generator, Tensor
 from ..flux_core.flow import energy_distance, energy_floor, straightness, transport_cost
 from ..flux_core.model.spec import Velocity
 from ..flux_core.sampling.solver import SOLVERS, integrate
-from ..flux_core.train.checkpoint import ProgressLine
+from ..flux_core.train.progress import ProgressLine
 from .methods import TITLES, Laboratory, Method, Plan
 from .planar import DATA, Draw, Recipe, noise
 from .plot import Block, Panel, draw_sheet

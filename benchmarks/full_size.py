@@ -31,7 +31,7 @@ import torch
 
 from ..flux_core.memory import LIMITS
 from ..flux_core.model.spec import FluxSpec
-from ..flux_core.train.checkpoint import ProgressLine
+from ..flux_core.train.progress import ProgressLine
 from .footprint import measure
 from .random_file import ENDINGS, FORMATS, SPEC, OnProgress, bytes_of
 from .report import add_json, parser_of, positive, write_report

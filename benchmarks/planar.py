@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..flux_core.flow import GaussianMixture
-from ..flux_core.train.checkpoint import Average
+from ..flux_core.train.checkpoint import WeightAverage
 
 RING = GaussianMixture.ring(components=8, radius=4.0, std=0.2)
 
@@ -86,14 +86,14 @@ def train(
 ) -> PlaneNetwork:
     """The network, trained on `loss` (of the network and a batch size: [B]), with its averaged weights."""
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.rate, betas=(0.9, 0.99), fused=True)
-    average = Average(network, recipe.average)
+    average = WeightAverage(network, recipe.average)
     for step in range(recipe.steps):
         share = min(1.0, (step + 1) / recipe.warmup) * (1 + math.cos(math.pi * step / recipe.steps)) / 2
         optimizer.param_groups[0]["lr"] = recipe.rate * share
         optimizer.zero_grad()
         loss(network, recipe.batch).mean().backward()
         optimizer.step()
-        average.update(network)
+        average.update()
         progress()
     network.load_state_dict(average.values)
     return network.requires_grad_(False)

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from ..flux_core.model.autoencoder import SCALE, AutoEncoder, AutoEncoderSpec
 from ..flux_core.train.checkpoint import (
-    Average,
-    ProgressLine,
+    TrainingState,
+    WeightAverage,
     load_checkpoint,
-    refuse_nan,
     save_checkpoint,
-    set_rate,
     write_safetensors,
 )
+from ..flux_core.train.loop import check_finite, set_rate
 from ..flux_core.train.muon import Muon
+from ..flux_core.train.progress import ProgressLine
 from .draw import draw
 from .pca import encode_fast, linear_code, write_encoder
 from .scene import random_scene
@@ -100,11 +100,11 @@ def train_decoder(
     kernels = [p for name, p in decoder.named_parameters() if p.ndim == 4 and not name.startswith("conv_")]
     rest = [p for p in decoder.parameters() if all(p is not kernel for kernel in kernels)]
     optimizers = [Muon(kernels, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0)]
-    average = Average(decoder, 0.995)
+    state = TrainingState({"decoder": decoder}, optimizers, rng, WeightAverage(decoder, 0.995))
     checkpoint = out.with_name(out.name + ".checkpoint")
     step = 0
     if checkpoint.exists():
-        step = load_checkpoint(checkpoint, {"decoder": decoder}, average, optimizers, rng)
+        step = load_checkpoint(checkpoint, state)
     line, quality = ProgressLine(steps, step), math.nan
     while step < steps:
         set_rate(optimizers, lr * min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps)))
@@ -121,18 +121,20 @@ def train_decoder(
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        average.update(decoder)
+        state.average.update()
         step += 1
-        refuse_nan(error, step)
+        check_finite(error, step)
         if step % save_every == 0 or step == steps:
-            quality = save_autoencoder(model, average, held_out, out, step)
-            save_checkpoint(checkpoint, step, {"decoder": decoder}, average, optimizers, rng)
+            quality = save_autoencoder(model, state.average, held_out, out, step)
+            save_checkpoint(checkpoint, step, state)
         known = "" if math.isnan(quality) else f", held-out pictures at {quality:.2f} dB"
         line.update(step, f"pixel error {error.item():.5f}{known}")
 
 
 @torch.no_grad()
-def save_autoencoder(model: AutoEncoder, average: Average, held_out: Tensor, out: Path, step: int) -> float:
+def save_autoencoder(
+    model: AutoEncoder, average: WeightAverage, held_out: Tensor, out: Path, step: int
+) -> float:
     """Write encoder and averaged decoder; returns the PSNR in dB of held-out pictures, coded and decoded."""
     tensors = model.state_dict() | {f"decoder.{name}": value for name, value in average.values.items()}
     shadow = AutoEncoder(model.spec)

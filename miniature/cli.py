@@ -17,38 +17,42 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ..flux_core.model.autoencoder import AutoEncoder
 from ..flux_core.model.spec import FluxSpec
 from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.train.checkpoint import write_safetensors
-from ..flux_core.train.distribution_matching import SchnellRecipe, train_schnell
-from ..flux_core.train.flow import MINI, FlowRecipe, train_flow
+from ..flux_core.train.distribution_matching import (
+    MatchingData,
+    MatchingRecipe,
+    train_distribution_matching,
+)
+from ..flux_core.train.flow import FlowRecipe
 from ..flux_core.train.guidance_distillation import GuidanceRecipe, train_guidance
-from ..flux_core.train.loop import Recipe, device
-from ..flux_core.train.reflow import ReflowRecipe, fold_guidance, train_reflow, write_pairs
+from ..flux_core.train.loop import Preview, Recipe, TrainingRun, device
+from ..flux_core.train.pairs import PairSet
+from ..flux_core.train.reflow import ReflowRecipe, fold_guidance, train_reflow
 from ..flux_core.weights import load_autoencoder
 from .autoencoder import MINI_VAE, new_autoencoder, train_decoder
-from .data import write_latents
+from .base import MINI, train_base
+from .data import LatentSet, write_latents
 from .evaluate import FAMILY, Decode, Sampling, shown_by
 from .export import export
 from .folder import Folder, read_encoders, read_transformer
 from .front_distillation import ReadRecipe, train_reading
+from .pairs import PairRecipe, write_pairs
 from .pca import decode_fast, linear_code
 from .seed_conditioning import DecideRecipe, full_caption, open_caption, train_decide
-from .text_encoders import train_text
+from .text_encoders import random_caption, train_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {
     "base": ("text", "data"),
     "autoencoder": ("data",),
@@ -139,10 +143,8 @@ def read_written(folder: Folder) -> AutoEncoder:
     return autoencoder
 
 
-def shown(
-    folder: Folder, spec: FluxSpec, encoders: TextEncoders, sampling: Sampling
-) -> Callable[[dict[str, Tensor]], np.ndarray]:
-    """What a stage's weights paint, decoded as well as can be so far."""
+def preview_of(folder: Folder, spec: FluxSpec, encoders: TextEncoders, sampling: Sampling) -> Preview:
+    """A stage's preview, decoded by the trained autoencoder if there is one, else by the linear code."""
     decode: Decode
     if folder.file("autoencoder").exists():
         decode = load_autoencoder(folder.file("autoencoder"), dtype=torch.float32).decode
@@ -151,6 +153,13 @@ def shown(
         decode = partial(decode_fast, code=code)
 
     return shown_by(spec, encoders, decode, sampling)
+
+
+def run_of(stage: str, args: argparse.Namespace, preview: Preview | None = None) -> TrainingRun:
+    """A stage's output, steps and seed."""
+    return TrainingRun(
+        Folder(args.dir).file(stage), getattr(args, f"{stage}_steps"), seed=args.seed, preview=preview
+    )
 
 
 def run_text(folder: Folder, args: argparse.Namespace) -> None:
@@ -165,15 +174,9 @@ def run_data(folder: Folder, args: argparse.Namespace) -> None:
 
 def run_base(folder: Folder, args: argparse.Namespace) -> None:
     encoders = read_encoders(folder)
-    train_flow(
-        folder.file("base"),
-        folder.file("data"),
-        encoders,
-        args.base_steps,
-        seed=args.seed,
-        recipe=recipe_of(FlowRecipe, args),
-        picture=shown(folder, MINI, encoders, Sampling(8, cfg_scale=3.5)),
-    )
+    preview = preview_of(folder, MINI, encoders, Sampling(8, cfg_scale=3.5))
+    recipe = recipe_of(FlowRecipe, args)
+    train_base(run_of("base", args, preview), folder.file("data"), encoders, recipe)
 
 
 def run_autoencoder(folder: Folder, args: argparse.Namespace) -> None:
@@ -184,91 +187,54 @@ def run_guidance(folder: Folder, args: argparse.Namespace) -> None:
     encoders = read_encoders(folder)
     teacher = read_transformer(folder.file("base"))
     spec = replace(teacher.spec, guidance_embed=True)
-    train_guidance(
-        folder.file("guidance"),
-        folder.file("data"),
-        encoders,
-        teacher,
-        args.guidance_steps,
-        seed=args.seed,
-        recipe=recipe_of(GuidanceRecipe, args),
-        picture=shown(folder, spec, encoders, Sampling(8, guidance=3.5)),
-    )
+    preview = preview_of(folder, spec, encoders, Sampling(8, guidance=3.5))
+    data, recipe = LatentSet(folder.file("data")), recipe_of(GuidanceRecipe, args)
+    train_guidance(run_of("guidance", args, preview), data, encoders, teacher, recipe)
 
 
 def run_pairs(folder: Folder, args: argparse.Namespace) -> None:
     teacher = read_transformer(folder.file("base")).to(device())
-    encoders = read_encoders(folder)
-    write_pairs(folder.file("pairs").parent, teacher, encoders, args.pairs, seed=args.seed, bf16=args.bf16)
+    recipe = PairRecipe(seed=args.seed, bf16=args.bf16)
+    write_pairs(folder.file("pairs").parent, teacher, read_encoders(folder), args.pairs, recipe)
 
 
 def run_reflow(folder: Folder, args: argparse.Namespace) -> None:
     encoders = read_encoders(folder)
-    student = fold_guidance(read_transformer(folder.file("guidance")), SchnellRecipe.guidance)
-    train_reflow(
-        folder.file("reflow"),
-        folder.file("pairs").parent,
-        encoders,
-        student,
-        args.reflow_steps,
-        seed=args.seed,
-        recipe=recipe_of(ReflowRecipe, args),
-        picture=shown(folder, student.spec, encoders, Sampling(4, shift="none")),
-    )
+    student = fold_guidance(read_transformer(folder.file("guidance")), MatchingRecipe.guidance)
+    preview = preview_of(folder, student.spec, encoders, Sampling(4, shift="none"))
+    pairs, recipe = PairSet(folder.file("pairs").parent), recipe_of(ReflowRecipe, args)
+    train_reflow(run_of("reflow", args, preview), pairs, encoders, student, recipe)
 
 
 def run_schnell(folder: Folder, args: argparse.Namespace) -> None:
     encoders = read_encoders(folder)
     student, teacher = (read_transformer(folder.file(stage)) for stage in ("reflow", "guidance"))
-    train_schnell(
-        folder.file("schnell"),
-        folder.file("pairs").parent,
-        encoders,
-        student,
-        teacher,
-        args.schnell_steps,
-        seed=args.seed,
-        recipe=recipe_of(SchnellRecipe, args),
-        picture=shown(folder, student.spec, encoders, Sampling(1, shift="none")),
-    )
+    preview = preview_of(folder, student.spec, encoders, Sampling(1, shift="none"))
+    data = MatchingData(PairSet(folder.file("pairs").parent), lambda rng: random_caption(rng)[1])
+    recipe = recipe_of(MatchingRecipe, args)
+    train_distribution_matching(run_of("schnell", args, preview), data, encoders, student, teacher, recipe)
 
 
 def run_reading(folder: Folder, args: argparse.Namespace) -> None:
-    train_reading(
-        folder.file("reading"),
-        read_encoders(folder),
-        read_transformer(folder.file("schnell")),
-        args.reading_steps,
-        seed=args.seed,
-        recipe=recipe_of(ReadRecipe, args),
-    )
+    student = read_transformer(folder.file("schnell"))
+    train_reading(run_of("reading", args), read_encoders(folder), student, recipe_of(ReadRecipe, args))
 
 
 def run_decide(folder: Folder, args: argparse.Namespace) -> None:
     encoders = read_encoders(folder)
-    student, painter = (read_transformer(folder.file(stage)) for stage in ("reading", "schnell"))
-    pairs = folder.path / "decided"
-    write_pairs(
-        pairs,
-        painter.to(device()),
-        encoders,
-        args.pairs,
-        args.seed + 1,
-        FAMILY["schnell"],
+    student, teacher = (read_transformer(folder.file(stage)) for stage in ("reading", "schnell"))
+    own = PairRecipe(
+        sampling=FAMILY["schnell"],
+        draw_caption=open_caption,
+        teacher_prompt=full_caption,
+        seed=args.seed + 1,
         bf16=args.bf16,
-        ask=open_caption,
-        tell=full_caption,
     )
-    train_decide(
-        folder.file("decide"),
-        pairs,
-        encoders,
-        student,
-        args.decide_steps,
-        seed=args.seed,
-        recipe=recipe_of(DecideRecipe, args),
-        picture=shown(folder, student.spec, encoders, Sampling(1, shift="none")),
-    )
+    pairs = folder.path / "decided"
+    write_pairs(pairs, teacher.to(device()), encoders, args.pairs, own)
+    preview = preview_of(folder, student.spec, encoders, Sampling(1, shift="none"))
+    recipe = recipe_of(DecideRecipe, args)
+    train_decide(run_of("decide", args, preview), PairSet(pairs), encoders, student, recipe)
 
 
 def run_export(folder: Folder, args: argparse.Namespace) -> None:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..flux_core.model.autoencoder import AutoEncoder, to_model_space
-from ..flux_core.train.checkpoint import ProgressLine, write_safetensors
+from ..flux_core.train.checkpoint import write_safetensors
+from ..flux_core.train.data import LatentBatch
+from ..flux_core.train.progress import ProgressLine
 from ..flux_core.weights import read_state_dict
 from .autoencoder import to_tensor
 from .caption import caption
@@ -40,8 +42,10 @@ from .scene import (
     told,
 )
 
-SHAPES_OF_PICTURES = ((128, 128, 0.64), (160, 112, 0.18), (112, 160, 0.18))
-"""Widths, heights and shares of the pictures: FLUX is trained on many aspect ratios of about one area."""
+ImageSize = tuple[int, int, float]
+"""Width, height, and share of the images that have them."""
+IMAGE_SIZES: tuple[ImageSize, ...] = ((128, 128, 0.64), (160, 112, 0.18), (112, 160, 0.18))
+"""Several aspect ratios of about one area, as FLUX is trained on."""
 TOKEN = 16
 """Pixels along the side of a token's square."""
 CELLS = 4
@@ -58,6 +62,12 @@ _COLUMNS: tuple[tuple[str, ...], ...] = (
     tuple(PLACES),
     tuple(BACKGROUNDS),
 )
+
+
+def draw_size(rng: random.Random, sizes: Sequence[ImageSize] = IMAGE_SIZES) -> tuple[int, int]:
+    """A random (width, height), each with its share."""
+    width, height, _ = rng.choices(sizes, [share for *_, share in sizes])[0]
+    return width, height
 
 
 def to_numbers(scene: Scene) -> list[int]:
@@ -103,7 +113,7 @@ def write_latents(
     count: int,
     seed: int = 0,
     workers: int | None = None,
-    sizes: Sequence[tuple[int, int, float]] = SHAPES_OF_PICTURES,
+    sizes: Sequence[ImageSize] = IMAGE_SIZES,
 ) -> None:
     """Draw about `count` random scenes; write latents (model space, float16), scenes, token labels to `path`.
 
@@ -162,7 +172,7 @@ class LatentSet:
         ]
         self.weights = [len(part["latents"]) for part in self.parts]
 
-    def batch(self, size: int, rng: random.Random, empty_share: float) -> tuple[Tensor, list[str], Tensor]:
+    def batch(self, size: int, rng: random.Random, empty_share: float) -> LatentBatch:
         """(latents [size, 16, h, w] float32, captions, token labels uint8 [size, N, 18]), at random.
 
         All of one size. Each caption tells what `world.told` chooses; some are empty, for guidance.
@@ -172,4 +182,4 @@ class LatentSet:
         captions = []
         for row in part["scenes"][picks].tolist():
             captions.append("" if rng.random() < empty_share else caption(told(from_numbers(row), rng), rng))
-        return part["latents"][picks].float(), captions, part["tokens"][picks]
+        return LatentBatch(part["latents"][picks].float(), captions, part["tokens"][picks])

@@ -51,7 +51,7 @@ leaves one square in four a pixel too wide or high, it leaves one in ten.
 
 
 @torch.no_grad()
-def draw_latents(
+def generate_latents(
     transformer: FluxTransformer,
     positive: Conditioning,
     negative: Conditioning,
@@ -97,7 +97,7 @@ def draw_captions(
         part = list(captions[start : start + batch])
         noise = draw_noise(seed + start, len(part), *latent_size(width, height))
         empty = encoders.encode([""] * len(part))
-        latents = draw_latents(transformer, encoders.encode(part), empty, sampling, noise)
+        latents = generate_latents(transformer, encoders.encode(part), empty, sampling, noise)
         pictures += list(to_pictures(decode(to_vae_space(latents))))
         if on_batch is not None:
             on_batch(len(pictures))

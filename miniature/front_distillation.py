@@ -8,10 +8,8 @@ in an hour.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +18,19 @@ from torch import Tensor, nn
 from ..flux_core.model.spec import Conditioning
 from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import FluxTransformer, pack
-from ..flux_core.train.loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
-from .data import SHAPES_OF_PICTURES
+from ..flux_core.train.checkpoint import TrainingState, WeightAverage
+from ..flux_core.train.loop import (
+    Losses,
+    Recipe,
+    TrainingRun,
+    autocast,
+    compiled,
+    descend,
+    device,
+    make_optimizers,
+    train,
+)
+from .data import IMAGE_SIZES, ImageSize, draw_size
 from .scene import COLOURS, Scene
 from .seed_conditioning import decided, full_caption, in_order, open_caption
 
@@ -37,6 +46,7 @@ class ReadRecipe(Recipe):
     warmup: int = 30
     decay_share: float = 0.0
     average: float = 0.9
+    sizes: tuple[ImageSize, ...] = IMAGE_SIZES
 
 
 def open_colours(scenes: Sequence[Scene], noise: Tensor) -> Tensor:
@@ -106,25 +116,21 @@ def _distance(states: Tensor, wanted: Tensor) -> Tensor:
 
 
 def train_reading(
-    out: Path,
+    run: TrainingRun,
     encoders: TextEncoders,
     student: FluxTransformer,
-    steps: int,
-    *,
-    seed: int = 0,
     recipe: ReadRecipe = ReadRecipe(),
 ) -> None:
-    """Teach the front of `student` to read the noise, and write `out`; see loop.train for resuming."""
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
+    """Distill the front of `student` and write run.out; see train.loop for resuming and errors."""
+    rng = run.seeded()
     teacher = FluxTransformer(student.spec)
     teacher.load_state_dict(student.state_dict())
     tutor = Tutor(student, teacher).to(device())
-    optimizers = make_optimizers(tutor, recipe.lr, torch.bfloat16 if recipe.bf16 else torch.float32)
+    optimizers = make_optimizers(tutor, recipe)
     loss_of = compiled(tutor, recipe)
 
     def update() -> Losses:
-        width, height, _ = rng.choices(SHAPES_OF_PICTURES, [share for *_, share in SHAPES_OF_PICTURES])[0]
+        width, height = draw_size(rng, recipe.sizes)
         noise = torch.randn(recipe.batch, 16, height // 8, width // 8)
         scenes, captions = zip(*(open_caption(rng, OPEN) for _ in range(recipe.batch)), strict=True)
         text = encoders.encode(list(captions))
@@ -135,5 +141,6 @@ def train_reading(
         descend(loss, tutor, optimizers)
         return {"loss": loss.detach()}
 
-    trained = {"student": student, "readers": tutor.readers}
-    train(out, steps, student, trained, optimizers, rng, recipe, update)
+    modules = {"student": student, "readers": tutor.readers}
+    state = TrainingState(modules, optimizers, rng, WeightAverage(student, recipe.average))
+    train(run, recipe, state, update)

@@ -21,21 +21,29 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..flux_core.model.spec import Conditioning
 from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import FluxTransformer
+from ..flux_core.train.checkpoint import TrainingState, WeightAverage
 from ..flux_core.train.distribution_matching import STEPS, rollout
-from ..flux_core.train.flow import predict
-from ..flux_core.train.loop import Losses, Recipe, autocast, compiled, descend, device, make_optimizers, train
-from ..flux_core.train.reflow import PairSet, pseudo_huber
+from ..flux_core.train.flow import predict_velocity
+from ..flux_core.train.loop import (
+    Losses,
+    Recipe,
+    TrainingRun,
+    autocast,
+    compiled,
+    descend,
+    device,
+    make_optimizers,
+    train,
+)
+from ..flux_core.train.pairs import PairSet
+from ..flux_core.train.reflow import pseudo_huber
 from .caption import caption, plain
 from .scene import Item, Scene, random_scene, told
 
@@ -113,35 +121,29 @@ class DecideLesson(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, latents: Tensor, text: Conditioning) -> Tensor:
         """Distance of the picture predicted from states x [B, 16, h, w] at sigma [B] from `latents`."""
-        denoised = x - sigma[:, None, None, None] * predict(self.student, x, sigma, text)
+        denoised = x - sigma[:, None, None, None] * predict_velocity(self.student, x, sigma, text)
         return pseudo_huber(denoised - latents, self.turn)
 
 
 def train_decide(
-    out: Path,
-    pairs: Path,
+    run: TrainingRun,
+    pairs: PairSet,
     encoders: TextEncoders,
     student: FluxTransformer,
-    steps: int,
-    *,
-    seed: int = 0,
     recipe: DecideRecipe = DecideRecipe(),
-    picture: Callable[[dict[str, Tensor]], np.ndarray] | None = None,
 ) -> None:
-    """Train for `steps` and write `out` (averaged weights); see loop.train for resuming and errors.
+    """Train `student` and write run.out; see train.loop for resuming and errors.
 
-    `pairs` are noise, captions that leave colours open, and what mini-schnell, as it was, painted of both
-    with the colours told.
+    `pairs` have captions that leave colors unspecified, and what the teacher generates from the same noise
+    when the prompt states the colors that the noise determines.
     """
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    data = PairSet(pairs)
+    rng = run.seeded()
     lesson = DecideLesson(student, recipe.huber).to(device())
-    optimizers = make_optimizers(student, recipe.lr, torch.bfloat16 if recipe.bf16 else torch.float32)
+    optimizers = make_optimizers(student, recipe)
     loss_of = compiled(lesson, recipe)
 
     def update() -> Losses:
-        noise, latents, captions = data.batch(recipe.batch, rng)
+        noise, latents, captions = pairs.batch(recipe.batch, rng)
         text = encoders.encode(captions)
         with autocast(recipe):
             x, sigma = rollout(student, noise.to(device()), text, rng.choices(range(STEPS), recipe.starts)[0])
@@ -149,4 +151,5 @@ def train_decide(
         descend(loss, student, optimizers)
         return {"loss": loss.detach()}
 
-    train(out, steps, student, {"student": student}, optimizers, rng, recipe, update, picture)
+    average = WeightAverage(student, recipe.average)
+    train(run, recipe, TrainingState({"student": student}, optimizers, rng, average), update)

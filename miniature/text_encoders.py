@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ..flux_core.model.text_encoders import TextEncoders
-from ..flux_core.train.checkpoint import ProgressLine, write_safetensors, write_text
+from ..flux_core.train.checkpoint import write_safetensors, write_text
+from ..flux_core.train.progress import ProgressLine
 from .caption import caption
 from .scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Item, Scene, random_scene, told
 

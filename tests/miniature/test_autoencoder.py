@@ -41,7 +41,7 @@ def test_a_killed_training_resumes_as_if_unbroken(
 ) -> None:
     """It is killed in step 3 of 4, after the checkpoint of step 2."""
     unbroken = train(new_autoencoder(), tmp_path / "a.safetensors", 4)
-    check = autoencoder.refuse_nan
+    check = autoencoder.check_finite
 
     def killed(loss: torch.Tensor, step: int) -> None:
         if step == 3:
@@ -49,7 +49,7 @@ def test_a_killed_training_resumes_as_if_unbroken(
         check(loss, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(autoencoder, "refuse_nan", killed)
+        patched.setattr(autoencoder, "check_finite", killed)
         with pytest.raises(KeyboardInterrupt):
             train(new_autoencoder(), tmp_path / "b.safetensors", 4)
     resumed = train(new_autoencoder(), tmp_path / "b.safetensors", 4)

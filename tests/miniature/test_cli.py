@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from rectiflux.flux_core import load_autoencoder, load_text_encoders, load_transformer
 from rectiflux.flux_core.sampling import preview
-from rectiflux.flux_core.train import reflow
-from rectiflux.flux_core.train.flow import MINI
 from rectiflux.flux_core.weights import read_metadata
 from rectiflux.miniature import cli
+from rectiflux.miniature.base import MINI
 
 
 def test_an_unknown_stage_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,9 +45,8 @@ def test_a_stage_without_the_ones_before_is_a_sentence(
 
 
 @pytest.mark.slow
-def test_all_stages_in_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_stages_in_little(tmp_path: Path) -> None:
     """A step or two of everything: a pro, a dev and a schnell in half precision, with their metadata."""
-    monkeypatch.setattr(reflow, "CHUNK", 4)
     steps = [f"--{stage}-steps=1" for stage in cli.STEPS]
     places = ["--dir", str(tmp_path / "work"), "--models", str(tmp_path / "models")]
     amounts = ["--pictures", "40", "--pairs", "1", "--batch", "2"]
