@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from ..flux_core.model.spec import FLUX_DEV, FluxSpec
 from ..flux_core.model.transformer import FluxTransformer
-from ..flux_core.quant.gguf import BLOCK_TYPES, dequantise
+from ..flux_core.quant.gguf import BLOCK_TYPES, dequantize
 from .reference.stored import random_blocks
 
 STD = 0.01
@@ -63,7 +63,7 @@ def blocks(kind: str) -> Random:
     """Blocks of a GGUF type, every bit random, with scales that make numbers of the usual size."""
     block = BLOCK_TYPES[kind]
     sample = torch.from_numpy(random_blocks(kind, 256, 16, largest=1e-4))
-    largest = 1e-4 * STD / float(dequantise(sample, kind).std())
+    largest = 1e-4 * STD / float(dequantize(sample, kind).std())
     data = random_blocks(kind, 1, POOL // block.size, largest=largest)
     return Random(memoryview(data.reshape(-1)), block.bytes, block.size)
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flux_core.backends.cpu_linear import Int8Linear
-from ..flux_core.backends.cpu_pack import pack_weights, quantise_to_int8
+from ..flux_core.backends.cpu_int8 import Int8Linear
+from ..flux_core.backends.cpu_pack import pack_weights
+from ..flux_core.backends.quantize import quantize_to_int8
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.sampling.schedule import make_sigmas
 from ..flux_core.weights import load_transformer
@@ -90,7 +91,7 @@ def _int8(
     model = FluxTransformer(model.spec).to(dtype).requires_grad_(False).eval()
     model.load_state_dict(state, assign=True)
     del state
-    quantise_to_int8(model)
+    quantize_to_int8(model)
     pack_weights(model)
     for side in sides:
         inputs = Inputs(model, side, length)

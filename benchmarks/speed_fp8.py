@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..flux_core.backends.cpu_pack import quantise_to_fp8
-from ..flux_core.backends.fp8 import Fp8Linear, in_fp8
+from ..flux_core.backends.fp8 import Fp8Linear, to_fp8
+from ..flux_core.backends.quantize import quantize_to_fp8
 from ..flux_core.model.spec import Conditioning
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import Models, draw_noise, guided_velocity
@@ -45,7 +45,7 @@ WHOLE = {"all blocks": ("double_blocks.*", "single_blocks.*"), "every layer": ("
 
 
 def fp8_error(settings: Settings) -> Iterator[Outcome]:
-    """A line for each kind of layer, for each single block, and for what quantise_to_fp8 chooses."""
+    """A line for each kind of layer, for each single block, and for what quantize_to_fp8 chooses."""
     try:
         models = load_models(files_of(settings.models, "dev"))
     except ValueError as error:
@@ -58,8 +58,8 @@ def fp8_error(settings: Settings) -> Iterator[Outcome]:
     for kind, patterns in {**KINDS, **single, **WHOLE}.items():
         yield Told(f"fp8: {kind} in fp8 {measure.error(measure.model(*patterns)):.3f}")
     chosen = measure.model()
-    quantise_to_fp8(chosen)
-    yield Told(f"fp8: what quantise_to_fp8 chooses {measure.error(chosen):.3f}")
+    quantize_to_fp8(chosen)
+    yield Told(f"fp8: what quantize_to_fp8 chooses {measure.error(chosen):.3f}")
 
 
 class Measure:
@@ -80,7 +80,7 @@ class Measure:
         twin = copy.deepcopy(self._exact).to(torch.bfloat16)
         for name, layer in list(twin.named_modules()):
             if isinstance(layer, nn.Linear) and any(fnmatch(name, pattern) for pattern in patterns):
-                twin.set_submodule(name, Fp8Linear(in_fp8(layer.weight), layer.bias, torch.bfloat16))
+                twin.set_submodule(name, Fp8Linear(to_fp8(layer.weight), layer.bias, torch.bfloat16))
         return twin
 
     def error(self, model: FluxTransformer) -> float:

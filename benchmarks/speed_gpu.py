@@ -17,7 +17,7 @@ from torch import nn
 
 from ..flux_core.backends.attention import attention_told
 from ..flux_core.backends.compile import compile_blocks
-from ..flux_core.backends.cpu_pack import quantise_to_fp8
+from ..flux_core.backends.quantize import quantize_to_fp8
 from ..flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.sampling.schedule import make_sigmas
@@ -108,7 +108,7 @@ class Group:
         compiled: Any = copy_with_same_weights(eager, self.spec)
         compiled.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=self.plan.backend)
         if self.form == "fp8":
-            quantise_to_fp8(model)
+            quantize_to_fp8(model)
         model, why = compiled_or_not(model)
         yield Told(f"{self.name}: ours is {f'eager, {why}' if why else 'compiled'}")
         for side in self.plan.sides:

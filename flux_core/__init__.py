@@ -11,7 +11,7 @@
   sheet.py         pictures side by side, with labels
   weights/         files in, modules out
   lora/            LoRAs in, a model with them attached out
-  stored.py        linear layers over weights as their file keeps them (forms.py, dequantise.py)
+  stored.py        linear layers over weights as their file keeps them (forms.py, dequantize.py)
   streaming/       a model larger than the memory: blocks come in just ahead of use
   caching.py       steps whose deeper blocks are forecast instead of computed
   attention.py     which backend computes attention, by the card and by what is installed

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..flux_core.backends.compile import check
-from ..flux_core.backends.cpu_pack import check_fp8, check_int8, quantise_to_fp8, quantise_to_int8
+from ..flux_core.backends.quantize import check_fp8, check_int8, quantize_to_fp8, quantize_to_int8
 from ..flux_core.memory import limit_of
 from ..flux_core.model.layers import weight_count
 from ..flux_core.model.spec import FluxSpec
 from ..flux_core.pipeline import LATENT_CHANNELS
-from ..flux_core.quant.linear import make_dense
+from ..flux_core.quant.linear import dequantize_layers
 from ..flux_core.sampling import preview
 from ..flux_core.sampling.step_cache import Caching
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
@@ -89,10 +89,12 @@ def load_model(
         network = load_transformer(path, chosen, on_progress=progress())
     limit = None if memory_limit == "auto" else limit_of(memory_limit, device)
     if form == "fp8":  # on the device that computes, where it is quick, one weight at a time
-        quantise_to_fp8(network, device, on_progress=progress(), then=management.unet_offload_device())
+        quantize_to_fp8(network, device, on_progress=progress(), then=management.unet_offload_device())
     elif form == "int8":
-        quantise_to_int8(network, limit, progress())
-    make_dense(network, network.dtype, "img_in")  # ComfyUI looks up its width, which a control LoRA changes
+        quantize_to_int8(network, limit, progress())
+    dequantize_layers(
+        network, network.dtype, "img_in"
+    )  # ComfyUI looks up its width, which a control LoRA changes
     stored = keep_stored(network)
     _use_comfy_layers(network, comfy.ops.disable_weight_init)
     config.set_inference_dtype(network.dtype, None)

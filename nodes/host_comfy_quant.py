@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..flux_core.backends.compile import run_compiled
-from ..flux_core.backends.cpu_linear import Int8Linear
+from ..flux_core.backends.cpu_int8 import Int8Linear
 from ..flux_core.backends.fp8 import Fp8Linear
 from ..flux_core.lora.arithmetic import LowRankStack
 from ..flux_core.lora.terms import Terms
-from ..flux_core.quant.formats import Plain
-from ..flux_core.quant.linear import KeptLinear, StoredLinear
+from ..flux_core.quant.formats import DenseWeight
+from ..flux_core.quant.linear import OpaqueWeightLinear, QuantizedLinear
 
 
 class StoredWeight(Tensor):
@@ -73,7 +73,7 @@ class StoredWeight(Tensor):
         return func(*args, **kwargs)
 
 
-class Patched(KeptLinear):
+class Patched(OpaqueWeightLinear):
     """A linear layer that keeps its weight in a form of its own, with ComfyUI's patches: LoRAs beside it, all
     else merged at every use.
 
@@ -145,11 +145,11 @@ class Patched(KeptLinear):
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
 
-class PatchedLinear(Patched, StoredLinear):
+class PatchedQuantizedLinear(Patched, QuantizedLinear):
     """The same of a layer whose weight stays as the file has it."""
 
-    def __init__(self, layer: StoredLinear) -> None:
-        StoredLinear.__init__(self, layer.stored, layer.bias, layer.dtype)
+    def __init__(self, layer: QuantizedLinear) -> None:
+        QuantizedLinear.__init__(self, layer.stored, layer.bias, layer.dtype)
         self.begin()
 
     @property
@@ -162,11 +162,11 @@ class PatchedLinear(Patched, StoredLinear):
 
     def numbers(self, device: torch.device) -> Tensor:
         stored = self.stored.to(device)
-        weight = stored.dense(torch.float32)
-        return weight.clone() if isinstance(stored, Plain) else weight
+        weight = stored.dequantize(torch.float32)
+        return weight.clone() if isinstance(stored, DenseWeight) else weight
 
 
-class PatchedFp8Linear(PatchedLinear, Fp8Linear):
+class PatchedFp8Linear(PatchedQuantizedLinear, Fp8Linear):
     """The same of a layer that multiplies in fp8, but where patches are merged."""
 
 
@@ -224,7 +224,11 @@ def run_block(block: nn.Module, *inputs: Any) -> Any:
     return block(*inputs) if merging else run_compiled(block, *inputs)
 
 
-PATCHED = {StoredLinear: PatchedLinear, Fp8Linear: PatchedFp8Linear, Int8Linear: PatchedInt8Linear}
+PATCHED = {
+    QuantizedLinear: PatchedQuantizedLinear,
+    Fp8Linear: PatchedFp8Linear,
+    Int8Linear: PatchedInt8Linear,
+}
 
 
 def keep_stored(module: nn.Module) -> bool:

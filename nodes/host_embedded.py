@@ -21,13 +21,8 @@ from torch import Tensor
 from ..flux_core.backends.attention import attention_told
 from ..flux_core.backends.compile import compile_blocks
 from ..flux_core.backends.cpu_linear import can_pack
-from ..flux_core.backends.cpu_pack import (
-    check_int8,
-    fp8_bytes,
-    pack_weights,
-    quantise_to_fp8,
-    quantise_to_int8,
-)
+from ..flux_core.backends.cpu_pack import pack_weights
+from ..flux_core.backends.quantize import check_int8, fp8_bytes, quantize_to_fp8, quantize_to_int8
 from ..flux_core.lora import LoraUse, read_lora, with_lora, with_text_lora
 from ..flux_core.memory import fits, limit_of, stream, tiling
 from ..flux_core.model.autoencoder import AutoEncoder, to_model_space, to_vae_space
@@ -139,7 +134,7 @@ def _in_int8(path: Path, device: torch.device, memory_limit: str) -> FluxTransfo
     check_int8(device)
     dtype = torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
     network = load_transformer(path, dtype, device, _progress())
-    quantise_to_int8(network, limit_of(memory_limit, device), _progress())
+    quantize_to_int8(network, limit_of(memory_limit, device), _progress())
     return network
 
 
@@ -149,7 +144,7 @@ def _in_fp8(path: Path, device: torch.device, memory_limit: str) -> FluxTransfor
     dtype = torch.float32 if on_cpu and not can_pack(device, torch.bfloat16) else torch.bfloat16
     network = load_transformer(path, dtype, on_progress=_progress())
     fitting = limit is None or fp8_bytes(network) <= limit
-    quantise_to_fp8(network, device if fitting else None, limit if on_cpu else None, _progress())
+    quantize_to_fp8(network, device if fitting else None, limit if on_cpu else None, _progress())
     return network if on_cpu else stream(network, device, limit)
 
 

@@ -7,7 +7,14 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from ...flux_core.quant.formats import Blocks, FourBit, Joined, Plain, Scaled, Stored
+from ...flux_core.quant.formats import (
+    ConcatenatedWeight,
+    DenseWeight,
+    FourBitWeight,
+    GGUFWeight,
+    QuantizedWeight,
+    ScaledWeight,
+)
 from ...flux_core.quant.gguf import BLOCK_TYPES
 
 NF4 = [
@@ -54,28 +61,28 @@ def weights(rows: int = 48, width: int = 64, seed: int = 0) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def fp8(weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Scaled, Tensor]:
+def fp8(weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[ScaledWeight, Tensor]:
     """Codes with the scale of the largest weight, and the numbers that they stand for."""
     scale = weight.abs().max() / torch.finfo(dtype).max
     codes = (weight / scale).to(dtype)
-    return Scaled(codes, scale), codes.float() * scale
+    return ScaledWeight(codes, scale), codes.float() * scale
 
 
-def int8(weight: Tensor) -> tuple[Scaled, Tensor]:
+def int8(weight: Tensor) -> tuple[ScaledWeight, Tensor]:
     """Codes -127..127 with a scale for each row."""
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     codes = (weight / scale).round().to(torch.int8)
-    return Scaled(codes, scale), codes.float() * scale
+    return ScaledWeight(codes, scale), codes.float() * scale
 
 
-def gguf(weight: Tensor, kind: str = "Q4_0") -> tuple[Blocks, Tensor]:
+def gguf(weight: Tensor, kind: str = "Q4_0") -> tuple[GGUFWeight, Tensor]:
     """The package's bytes and the package's floats."""
     data = packed(weight.numpy(), kind)
     numbers = quants.dequantize(data, GGMLQuantizationType[kind])
-    return Blocks(torch.from_numpy(data), kind), torch.from_numpy(numbers)
+    return GGUFWeight(torch.from_numpy(data), kind), torch.from_numpy(numbers)
 
 
-def nf4(weight: Tensor, block: int = 64) -> tuple[FourBit, Tensor]:
+def nf4(weight: Tensor, block: int = 64) -> tuple[FourBitWeight, Tensor]:
     """The nearest level of each number over its block's largest, and the numbers that these stand for."""
     code = torch.tensor(NF4)
     flat = weight.reshape(-1)
@@ -85,10 +92,10 @@ def nf4(weight: Tensor, block: int = 64) -> tuple[FourBit, Tensor]:
     values = (code[numbers] * absmax[:, None]).view(-1)[: len(flat)].view(weight.shape)
     pairs = numbers.view(-1)[: len(flat)].view(-1, 2).to(torch.uint8)
     packed = (pairs[:, 0] << 4 | pairs[:, 1])[:, None]
-    return FourBit(packed, absmax, code, tuple(weight.shape), block), values
+    return FourBitWeight(packed, absmax, code, tuple(weight.shape), block), values
 
 
-def nested_nf4(weight: Tensor) -> tuple[FourBit, Tensor]:
+def nested_nf4(weight: Tensor) -> tuple[FourBitWeight, Tensor]:
     """NF4 whose scales are bytes themselves: eight to a unit here, 256 in files."""
     plain, _ = nf4(weight)
     offset = plain.absmax.mean()
@@ -103,24 +110,24 @@ def nested_nf4(weight: Tensor) -> tuple[FourBit, Tensor]:
     values = (plain.code[halves.long()] * spread).view(weight.shape)
     bytes_ = numbers.view(-1)[:count].to(torch.uint8)
     shape = tuple(weight.shape)
-    return FourBit(plain.packed, bytes_, plain.code, shape, 64, "nf4", units, levels, 8, offset), values
+    return FourBitWeight(plain.packed, bytes_, plain.code, shape, 64, "nf4", units, levels, 8, offset), values
 
 
-def every_form() -> dict[str, tuple[Stored, Tensor]]:
+def every_form() -> dict[str, tuple[QuantizedWeight, Tensor]]:
     """A weight [48, 64] in each form, with its numbers in float32."""
     weight = weights()
     bf16, half = weight.bfloat16(), weight.half()
     e5m2 = weight.to(torch.float8_e5m2)
-    parts = [gguf(weight[:16], "Q8_0"), fp8(weight[16:32]), (Plain(bf16[32:]), bf16[32:].float())]
+    parts = [gguf(weight[:16], "Q8_0"), fp8(weight[16:32]), (DenseWeight(bf16[32:]), bf16[32:].float())]
     return {
-        "bf16": (Plain(bf16), bf16.float()),
-        "fp16": (Plain(half), half.float()),
-        "fp8 e5m2": (Plain(e5m2), e5m2.float()),
+        "bf16": (DenseWeight(bf16), bf16.float()),
+        "fp16": (DenseWeight(half), half.float()),
+        "fp8 e5m2": (DenseWeight(e5m2), e5m2.float()),
         "fp8 e4m3fn scaled": fp8(weight),
         "int8 scaled": int8(weight),
         "GGUF Q4_0": gguf(weight),
         "GGUF Q5_1": gguf(weight, "Q5_1"),
         "bitsandbytes NF4": nf4(weight),
         "nested NF4": nested_nf4(weight),
-        "joined": (Joined(tuple(p for p, _ in parts)), torch.cat([n for _, n in parts])),
+        "joined": (ConcatenatedWeight(tuple(p for p, _ in parts)), torch.cat([n for _, n in parts])),
     }

@@ -9,7 +9,6 @@ Which layers of a model are packed is said in packing.py.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -19,13 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quant.linear import KeptLinear
-
-LEVELS = 127
-"""The largest code: from -127 to 127, so that a number and its negative have codes that are equally exact."""
-
-FEWER_LEVELS = 64
-"""The largest code of a weight on processors that add two products in 16 bits, which wider codes overflow."""
+from ..quant.linear import OpaqueWeightLinear
 
 SLICE = 1 << 17
 """Numbers that are worked on at a time where each is passed over more than once."""
@@ -78,44 +71,15 @@ def mkl_is_slow() -> bool:
     return has_avx512() and str(capabilities().get("cpu_name", "")).startswith("AMD")
 
 
-def weight_levels() -> int:
-    """The largest code that a weight may have here so that oneDNN's int8 sums are exact.
-
-    Without VNNI an x86 processor adds pairs of products in 16 bits, the inputs' codes shifted by 128: with
-    255 from there, 2 x 255 x 64 is the most that they hold (oneDNN's guide, "Nuances of int8 computations").
-    """
-    return _levels_tried() if can_pack(torch.device("cpu"), torch.int8) else LEVELS
-
-
-@functools.cache
-def _levels_tried() -> int:
-    most = torch.full((16, 64), LEVELS, dtype=torch.int8)
-    blocks = torch.ops.onednn.qlinear_prepack(most, None)
-    y = _int8_sums(most, blocks, torch.ones(16), torch.zeros(16, dtype=torch.int32), torch.float32)
-    return LEVELS if bool((y == 64 * LEVELS**2).all()) else FEWER_LEVELS
-
-
-def _int8_sums(codes: Tensor, blocks: Tensor, scale: Tensor, zeros: Tensor, out: torch.dtype) -> Tensor:
-    """scale (codes . weight's codes) [N, out], by oneDNN.
-
-    It is handed the inputs' codes as numbers without sign, 128 more than they are: so it is quick everywhere.
-    Signed ones it multiplies a thousand times as slowly on processors with VNNI and without AMX.
-    """
-    unsigned = codes.view(torch.uint8) ^ 128
-    return torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, 128, blocks, scale, zeros, None, 1.0, 0, out, "none", [], ""
-    )
-
-
-class ReorderedLinear(KeptLinear):
+class CPULinear(OpaqueWeightLinear):
     """What the layers here share: a bias, a weight that `_keep` keeps, and GELU (tanh) of the outputs.
 
-    The first `plain` outputs, all of them unless given, are those that `plain_and_gelu` leaves as they are.
+    The first `qkv_dim` outputs, all of them unless given, are those that `split_gelu` leaves as they are.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, plain: int | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, qkv_dim: int | None = None) -> None:
         super().__init__(weight.shape[0], weight.shape[1], weight.dtype)
-        self.plain = weight.shape[0] if plain is None else plain
+        self.qkv_dim = weight.shape[0] if qkv_dim is None else qkv_dim
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(weight), requires_grad=False)
         self._keep(weight.detach())
 
@@ -127,16 +91,16 @@ class ReorderedLinear(KeptLinear):
         """GELU of the outputs."""
         return F.gelu(self(x), approximate="tanh")
 
-    def plain_and_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The first `plain` outputs as they are, and the rest through GELU."""
+    def split_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first `qkv_dim` outputs as they are, and the rest through GELU."""
         y = self(x)
-        return y[..., : self.plain], F.gelu(y[..., self.plain :], approximate="tanh")
+        return y[..., : self.qkv_dim], F.gelu(y[..., self.qkv_dim :], approximate="tanh")
 
     @property
     def device(self) -> torch.device:
         return self._device
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReorderedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CPULinear:
         """What `to`, `cuda` and `half` come down to."""
         super()._apply(fn, recurse)
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
@@ -149,10 +113,10 @@ class ReorderedLinear(KeptLinear):
         destination[f"{prefix}weight"] = self.dense_weight(self.dtype)
 
 
-class PackedLinear(ReorderedLinear):
+class PackedLinear(CPULinear):
     """A linear layer with its weight in oneDNN's blocks, exact.
 
-    With `plain` below the number of outputs these are kept apart from the rest. Where nothing can be packed
+    With `qkv_dim` below the number of outputs these are kept apart from the rest. Where nothing can be packed
     (another device or dtype) the weight stays in rows, and for inputs that want a gradient it is put back in
     rows at each call. No gradient reaches the weight.
     """
@@ -177,10 +141,10 @@ class PackedLinear(ReorderedLinear):
             return self._gelu_product(0, x)
         return super().gelu(x)
 
-    def plain_and_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def split_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if len(self._kept) == 2 and self._reads(x):
             return self._product(0, x), self._gelu_product(1, x)
-        return super().plain_and_gelu(x)
+        return super().split_gelu(x)
 
     def extra_repr(self) -> str:
         form = "oneDNN's blocks" if self.packed else "rows"
@@ -191,7 +155,7 @@ class PackedLinear(ReorderedLinear):
         self._kept: list[Blocks | Tensor] = [weight]
         if can_pack(weight.device, weight.dtype):
             reorder = torch.ops.mkldnn._reorder_linear_weight
-            parts = [weight[: self.plain], weight[self.plain :]]
+            parts = [weight[: self.qkv_dim], weight[self.qkv_dim :]]
             self._kept = [Blocks(reorder(part.contiguous(), None)) for part in parts if len(part)]
 
     def _reads(self, x: Tensor) -> bool:
@@ -213,10 +177,10 @@ class PackedLinear(ReorderedLinear):
     def _product(self, part: int, x: Tensor, after: str = "none", how: str = "") -> Tensor:
         bias, blocks = self.bias, self._kept[part]
         if bias is not None and len(self._kept) == 2:
-            bias = bias[: self.plain] if part == 0 else bias[self.plain :]
+            bias = bias[: self.qkv_dim] if part == 0 else bias[self.qkv_dim :]
         assert isinstance(blocks, Blocks)
         if torch.compiler.is_compiling():
-            outputs = self.plain if part == 0 else self.out_features - self.plain
+            outputs = self.qkv_dim if part == 0 else self.out_features - self.qkv_dim
             return _packed_product(x, blocks.number, bias, outputs, after, how)
         return torch.ops.mkldnn._linear_pointwise(x, blocks.opaque, bias, after, [], how)
 
@@ -233,106 +197,6 @@ def _packed_product(
 @_packed_product.register_fake
 def _(x: Tensor, number: Tensor, bias: Tensor | None, outputs: int, after: str, how: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
-
-
-class Int8Linear(ReorderedLinear):
-    """A linear layer that multiplies in int8: y = s_x s_w (q_x . q_w) + b, with 32-bit sums.
-
-    The weight is quantised once, its scale s_w one for each row; the inputs at each call, s_x one for each
-    token: the largest magnitude over the largest code, 127, for weights `weight_levels` (dynamic W8A8;
-    Dettmers et al., arXiv:2208.07339, eq. 5, without the part for outliers). A row or token of zeros has
-    scale 0 and codes 0. What is lost grows with the ratio of the largest to the usual magnitude in a row or
-    token, and is 1.6 times as much where weights have 64 levels.
-    """
-
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The numbers that the codes stand for."""
-        return (self.codes.float() * self.scale[:, None]).to(dtype)
-
-    @property
-    def codes(self) -> Tensor:
-        """The weight's codes [out, in], int8."""
-        codes = self._codes
-        return codes.opaque.to_dense().mT.contiguous() if isinstance(codes, Blocks) else codes
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias)
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in] times the transpose of the weight, plus a bias [out]: [..., out]."""
-        if x.device.type != "cpu" or x.requires_grad:
-            return F.linear(x, self.dense_weight(x.dtype), bias)
-        codes, scale = quantise_rows(x.reshape(-1, self.in_features))
-        y, scale = self._sums(codes, x.dtype), scale[:, None]
-        out = None if torch.compiler.is_compiling() else y  # new memory takes longer than the sums
-        y = torch.mul(y, scale, out=out) if bias is None else torch.addcmul(bias, y, scale, out=out)
-        return y.unflatten(0, x.shape[:-1])
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return gelu_in_slices(self(x))
-
-    def plain_and_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self(x)
-        return y[..., : self.plain], gelu_in_slices(y[..., self.plain :])
-
-    def _sums(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """s_w (q_x . q_w) [N, out] in `dtype`."""
-        if not isinstance(self._codes, Blocks):
-            return (torch.ops.aten._int_mm(codes, self._codes.mT) * self.scale).to(dtype)
-        out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        if torch.compiler.is_compiling():
-            return _int8_product(codes, self._codes.number, self.scale, self._zeros, out).to(dtype)
-        return _int8_sums(codes, self._codes.opaque, self.scale, self._zeros, out).to(dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, int8, computed in {self.dtype}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        """Codes and scales stay what they are through every change of dtype."""
-        nn.Module._apply(self, fn, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        if probe.device != self.device:
-            self._place(self.codes.to(probe.device), self.scale.to(probe.device))
-        self._dtype, self._device = probe.dtype, probe.device
-        return self
-
-    def _keep(self, weight: Tensor) -> None:
-        super()._keep(weight)
-        self._place(*quantise_rows(weight.float(), weight_levels()))
-
-    def _place(self, codes: Tensor, scale: Tensor) -> None:
-        self._codes: Blocks | Tensor = codes
-        self.scale = scale
-        if can_pack(codes.device, torch.int8):
-            self._codes = Blocks(torch.ops.onednn.qlinear_prepack(codes, None))
-            self._zeros = torch.zeros(len(codes), dtype=torch.int32)
-
-
-@torch.library.custom_op("rectiflux::int8_product", mutates_args=())
-def _int8_product(codes: Tensor, number: Tensor, scale: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """`_int8_sums` with numbered blocks, for compiled code."""
-    return _int8_sums(codes, _BLOCKS[int(number)].opaque, scale, zeros, dtype)
-
-
-@_int8_product.register_fake
-def _(codes: Tensor, number: Tensor, scale: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(codes.shape[0], scale.shape[0], dtype=dtype)
-
-
-def quantise_rows(x: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
-    """Codes [N, C], int8, and scales [N] in x's dtype, of numbers [N, C], x about scale * code.
-
-    A row's scale is its largest magnitude over the largest code, `levels`; the nearest code, of two equally
-    near the even one.
-    """
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = x.new_empty(len(x))
-    for rows in _slices(x):
-        part = x[rows]
-        scale[rows] = torch.maximum(part.amax(-1), -part.amin(-1)) / levels
-        inverse = torch.where(scale[rows] > 0, 1 / scale[rows].float(), 0.0)
-        codes[rows] = (part * inverse[:, None]).round_().clamp_(-levels, levels)
-    return codes, scale
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ in bf16, a mean over sigmas 1, 0.9, 0.7, 0.5, 0.3, 0.1, with one kind of layer i
   single blocks  linear1 0.040, linear2 0.035; both of one block 0.015, 0.019, 0.023, 0.028, last 0.036
   modulations    0.019
   kept in bf16   img_in 0.052, final_layer 0.030, the last single block
-  all that packing.quantise_to_fp8 chooses: 0.050 (with the last single block 0.062, with every layer 0.086)
+  all that packing.quantize_to_fp8 chooses: 0.050 (with the last single block 0.062, with every layer 0.086)
 
 Modulations serve memory, not speed: they are 27 % of FLUX.1 [dev].
 """
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant.formats import Joined, Plain, Scaled, Stored
-from ..quant.linear import StoredLinear
+from ..quant.formats import ConcatenatedWeight, DenseWeight, QuantizedWeight, ScaledWeight
+from ..quant.linear import QuantizedLinear
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -38,20 +38,20 @@ STEP = 16
 """Sides of a weight must be multiples of it: what the cards' products read at a time."""
 
 
-class Fp8Linear(StoredLinear):
+class Fp8Linear(QuantizedLinear):
     """A linear layer that multiplies in fp8 where the card can, and gives the same numbers where it cannot.
 
-    Its weight is a `Scaled` of float8_e4m3fn codes [out, in] and scales [out, 1]. For inputs that want a
-    gradient, and once it has been on a device without fp8, the weight is made dense. No gradient reaches the
-    weight.
+    Its weight is a `ScaledWeight` of float8_e4m3fn codes [out, in] and scales [out, 1]. For inputs that need
+    a gradient, and once it has been on a device without fp8, the weight is dequantized. No gradient reaches
+    the weight.
     """
 
     stored_codes: Tensor
     stored_scale: Tensor
 
-    def __init__(self, stored: Scaled, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, stored: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         scale = stored.scale.float().expand(stored.shape[0], 1).contiguous()
-        super().__init__(Scaled(stored.codes.contiguous(), scale), bias, dtype)
+        super().__init__(ScaledWeight(stored.codes.contiguous(), scale), bias, dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.requires_grad or self.stored_codes.dtype != FP8:
@@ -61,11 +61,11 @@ class Fp8Linear(StoredLinear):
         if torch.compiler.is_compiling() and not can_multiply(x.device):
             y = _as_numbers(inputs, *weight, bias)
         else:
-            y = multiply(rows_in_fp8(inputs), weight, bias, x.dtype)
+            y = multiply(quantize_rows_fp8(inputs), weight, bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [N, C], float8_e4m3fn, and scales [N, 1], float32, of numbers [N, C], x about scale * code."""
     scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).float().clamp_min(SMALLEST) / LARGEST
     return (x / scale).to(FP8), scale  # in float32, which is the scale's
@@ -83,14 +83,18 @@ def multiply(
     if can_multiply(x_codes.device):
         return _product(x, weight, None if bias is None else bias.to(torch.bfloat16)).to(dtype)
     numbers = torch.float32 if x_codes.device.type == "cpu" else torch.bfloat16
-    y = F.linear(Plain(x_codes).dense(numbers), Plain(codes).dense(numbers)).float() * x_scale * scale.t()
+    y = (
+        F.linear(DenseWeight(x_codes).dequantize(numbers), DenseWeight(codes).dequantize(numbers)).float()
+        * x_scale
+        * scale.t()
+    )
     return (y if bias is None else y + bias).to(dtype)
 
 
 @torch.library.custom_op("rectiflux::fp8_as_numbers", mutates_args=())
 def _as_numbers(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x times a weight in fp8, for compiled code where the card cannot: neither can its compiler read fp8."""
-    return multiply(rows_in_fp8(x), (codes, scale), bias, x.dtype)
+    return multiply(quantize_rows_fp8(x), (codes, scale), bias, x.dtype)
 
 
 @_as_numbers.register_fake
@@ -126,7 +130,7 @@ def _tried(device: torch.device) -> bool:
         return False
     ones = torch.ones(STEP, STEP, device=device)
     try:
-        y = _product(rows_in_fp8(ones), rows_in_fp8(ones), ones[0].to(torch.bfloat16))
+        y = _product(quantize_rows_fp8(ones), quantize_rows_fp8(ones), ones[0].to(torch.bfloat16))
         return bool((y == STEP + 1).all())
     except (RuntimeError, AttributeError) as error:
         what = (str(error).splitlines() or ["no reason given"])[0]
@@ -134,16 +138,18 @@ def _tried(device: torch.device) -> bool:
         return False
 
 
-def in_fp8(weight: Tensor | Stored) -> Scaled:
+def to_fp8(weight: Tensor | QuantizedWeight) -> ScaledWeight:
     """A weight [out, in] in fp8; where a file has float8_e4m3fn its own codes, so that nothing is lost."""
-    if isinstance(weight, Joined):
-        parts = [in_fp8(part) for part in weight.parts]
+    if isinstance(weight, ConcatenatedWeight):
+        parts = [to_fp8(part) for part in weight.parts]
         scales = [part.scale.float().expand(part.shape[0], 1) for part in parts]
-        return Scaled(
+        return ScaledWeight(
             torch.cat([part.codes.view(torch.uint8) for part in parts]).view(FP8), torch.cat(scales)
         )
-    if isinstance(weight, Scaled) and weight.codes.dtype == FP8:
+    if isinstance(weight, ScaledWeight) and weight.codes.dtype == FP8:
         return weight
-    if isinstance(weight, Plain) and weight.values.dtype == FP8:
-        return Scaled(weight.values, torch.ones((), device=weight.device))
-    return Scaled(*rows_in_fp8(weight if isinstance(weight, Tensor) else weight.dense(torch.float32)))
+    if isinstance(weight, DenseWeight) and weight.values.dtype == FP8:
+        return ScaledWeight(weight.values, torch.ones((), device=weight.device))
+    return ScaledWeight(
+        *quantize_rows_fp8(weight if isinstance(weight, Tensor) else weight.dequantize(torch.float32))
+    )

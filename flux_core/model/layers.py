@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..backends.attention import attention
-from ..backends.cpu_linear import ReorderedLinear, gelu
-from ..quant.linear import computing_dtype, device_of, weight_count
+from ..backends.cpu_linear import CPULinear, gelu
+from ..quant.linear import compute_dtype, device_of, weight_count
 from .spec import FluxSpec
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "gated",
     "gated_and_normed",
     "gelu_behind",
-    "computing_dtype",
+    "compute_dtype",
     "device_of",
     "modulated_norm",
     "queries_keys_values",
@@ -237,15 +237,15 @@ def _mlp(hidden: int, mlp: int) -> nn.Sequential:
 def feed_forward(mlp: nn.Sequential, x: Tensor) -> Tensor:
     """What `mlp` gives, its GELU within the first layer where that layer can."""
     first, last = mlp[0], mlp[2]
-    if isinstance(first, ReorderedLinear):
+    if isinstance(first, CPULinear):
         return last(first.gelu(x))
     return last(gelu(first(x))) if _plainly_on_cpu(x) else mlp(x)
 
 
 def gelu_behind(layer: nn.Module, x: Tensor, plain: int) -> tuple[Tensor, Tensor]:
     """A linear layer's first `plain` outputs as they are, and the rest through GELU."""
-    if isinstance(layer, ReorderedLinear) and layer.plain == plain:
-        return layer.plain_and_gelu(x)
+    if isinstance(layer, CPULinear) and layer.qkv_dim == plain:
+        return layer.split_gelu(x)
     y = layer(x)
     return y[..., :plain], F.gelu(y[..., plain:], approximate="tanh")
 
@@ -303,7 +303,7 @@ class SingleStreamBlock(nn.Module):
         """x [B, L + N, hidden] -> the same shape."""
         shift, scale, gate = mod
         inner, plain = modulated_norm(x, shift, scale), 3 * x.shape[-1]
-        if _plainly_on_cpu(x) and not isinstance(self.linear1, ReorderedLinear):
+        if _plainly_on_cpu(x) and not isinstance(self.linear1, CPULinear):
             return gated(x, gate, self.linear2(self._joint(self.linear1(inner), plain, rope)))
         qkv, mlp = gelu_behind(self.linear1, inner, plain)
         attn = self._attend(qkv, rope)

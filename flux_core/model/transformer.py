@@ -25,7 +25,7 @@ from .layers import (
     Modulation,
     Rope,
     SingleStreamBlock,
-    computing_dtype,
+    compute_dtype,
     device_of,
     rope_table,
     sinusoidal_embedding,
@@ -170,7 +170,7 @@ class FluxTransformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the tokens are computed in."""
-        return computing_dtype(self.img_in)
+        return compute_dtype(self.img_in)
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +183,7 @@ class FluxTransformer(nn.Module):
 
         A model with a guidance embedder needs guidance (ValueError); one without ignores it.
         """
-        dtype = computing_dtype(self.time_in.in_layer)
+        dtype = compute_dtype(self.time_in.in_layer)
         vec = self.time_in(sinusoidal_embedding(sigma).to(dtype)) + self.vector_in(pooled.to(dtype))
         if self.guidance_in is None:
             return vec

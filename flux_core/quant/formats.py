@@ -1,7 +1,7 @@
 """The forms that files keep weights in, and how each becomes numbers.
 
-A `Stored` is a weight in one of them. The tensors inside may be the mapped file itself: holding one copies
-nothing, and each `dense` makes one weight's numbers.
+A `QuantizedWeight` is a weight in one of them. The tensors inside may be the mapped file itself: holding one
+copies nothing, and each `dequantize` makes the values of one weight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .gguf import BLOCK_TYPES, dequantise
+from .gguf import BLOCK_TYPES, dequantize
 
 SLICE = 1 << 20
 """Numbers that are unpacked at a time: what is made on the way stays small, and in the processor's cache."""
@@ -45,7 +45,7 @@ def has_fp8(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class Stored(ABC):
+class QuantizedWeight(ABC):
     """A weight as its file has it: tensors, and how they become numbers."""
 
     @property
@@ -59,7 +59,7 @@ class Stored(ABC):
         """The format's name: "bf16", "fp8 e4m3fn scaled", "GGUF Q4_K", ..."""
 
     @abstractmethod
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The numbers, rounded once, from float32 to `dtype`."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -67,11 +67,11 @@ class Stored(ABC):
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Stored:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """The same weight with its tensors elsewhere."""
         return replace(self, **tensors)
 
-    def to(self, device: torch.device) -> Stored:
+    def to(self, device: torch.device) -> QuantizedWeight:
         """The same weight with its tensors on a device."""
         kept = self.fit_for(device)
         if kept.device == device:
@@ -79,13 +79,13 @@ class Stored(ABC):
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.tensors().items()}
         return kept.with_tensors(moved)
 
-    def fit_for(self, device: torch.device) -> Stored:
+    def fit_for(self, device: torch.device) -> QuantizedWeight:
         """The same weight, where it is, in a form that a device can hold."""
-        return self if has_fp8(device) else as_bytes(self)
+        return self if has_fp8(device) else fp8_as_bytes(self)
 
-    def rows(self, start: int, stop: int) -> Stored:
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
         """The weight's rows from `start` up to before `stop`."""
-        return Plain(self.dense(torch.float32)[start:stop])
+        return DenseWeight(self.dequantize(torch.float32)[start:stop])
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -130,7 +130,7 @@ def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plain(Stored):
+class DenseWeight(QuantizedWeight):
     """Floating-point numbers of any dtype, fp8 among them, computed in another."""
 
     values: Tensor
@@ -143,17 +143,17 @@ class Plain(Stored):
     def label(self) -> str:
         return DTYPE_NAMES.get(self.values.dtype, str(self.values.dtype))
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         if self.values.itemsize > 1 or not self.values.ndim:
             return self.values.to(dtype)
         return _in_slices(self.shape, dtype, self.device, lambda a, b: _floats(self.values[a:b]))
 
-    def rows(self, start: int, stop: int) -> Stored:
-        return Plain(self.values[start:stop])
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        return DenseWeight(self.values[start:stop])
 
 
 @dataclass(frozen=True)
-class Scaled(Stored):
+class ScaledWeight(QuantizedWeight):
     """Codes (fp8 or int8) [out, in] times a float32 scale: one for all, or [out, 1]."""
 
     codes: Tensor
@@ -167,13 +167,13 @@ class Scaled(Stored):
     def label(self) -> str:
         return f"{DTYPE_NAMES.get(self.codes.dtype, self.codes.dtype)} scaled"
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         def make(start: int, stop: int) -> Tensor:
             return self._numbers(start, stop) * self._scale(start, stop)
 
         return _in_slices(self.shape, dtype, self.device, make)
 
-    def rows(self, start: int, stop: int) -> Stored:
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
         return replace(self, codes=self.codes[start:stop], scale=self._scale(start, stop))
 
     def _numbers(self, start: int, stop: int) -> Tensor:
@@ -185,7 +185,7 @@ class Scaled(Stored):
 
 
 @dataclass(frozen=True)
-class Coded(Scaled):
+class LookupWeight(ScaledWeight):
     """fp8 for devices that have no such dtype: codes are bytes, numbers in a table [256]; under its label."""
 
     table: Tensor
@@ -199,21 +199,21 @@ class Coded(Scaled):
         return _looked_up(self.table, self.codes[start:stop])
 
 
-def as_bytes(stored: Stored) -> Stored:
+def fp8_as_bytes(stored: QuantizedWeight) -> QuantizedWeight:
     """The same weight without a tensor in fp8. Nothing is copied."""
-    if isinstance(stored, Joined):
-        return Joined(tuple(as_bytes(part) for part in stored.parts))
-    if isinstance(stored, Plain) and stored.values.dtype in FP8:
+    if isinstance(stored, ConcatenatedWeight):
+        return ConcatenatedWeight(tuple(fp8_as_bytes(part) for part in stored.parts))
+    if isinstance(stored, DenseWeight) and stored.values.dtype in FP8:
         codes, scale = stored.values, torch.ones((), device=stored.device)
-    elif isinstance(stored, Scaled) and stored.codes.dtype in FP8:
+    elif isinstance(stored, ScaledWeight) and stored.codes.dtype in FP8:
         codes, scale = stored.codes, stored.scale
     else:
         return stored
-    return Coded(codes.view(torch.uint8), scale, _table(codes.dtype).to(codes.device), stored.label)
+    return LookupWeight(codes.view(torch.uint8), scale, _table(codes.dtype).to(codes.device), stored.label)
 
 
 @dataclass(frozen=True)
-class Blocks(Stored):
+class GGUFWeight(QuantizedWeight):
     """Packed bytes [out, bytes a row] of a GGUF type."""
 
     packed: Tensor
@@ -229,21 +229,21 @@ class Blocks(Stored):
     def label(self) -> str:
         return f"GGUF {self.kind}"
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         if self.packed.ndim < 2:
-            return dequantise(self.packed, self.kind).to(dtype)
+            return dequantize(self.packed, self.kind).to(dtype)
 
         def make(start: int, stop: int) -> Tensor:
-            return dequantise(self.packed[start:stop], self.kind)
+            return dequantize(self.packed[start:stop], self.kind)
 
         return _in_slices(self.shape, dtype, self.device, make)
 
-    def rows(self, start: int, stop: int) -> Stored:
-        return Blocks(self.packed[start:stop], self.kind)
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        return GGUFWeight(self.packed[start:stop], self.kind)
 
 
 @dataclass(frozen=True)
-class FourBit(Stored):
+class FourBitWeight(QuantizedWeight):
     """bitsandbytes' 4-bit codes (NF4, FP4), two a byte, the first in the high half, blocks over flat numbers.
 
     A block's scale is `absmax` itself; or, where scales are quantised too, the byte `absmax` numbers a level
@@ -270,7 +270,7 @@ class FourBit(Stored):
     def label(self) -> str:
         return f"bitsandbytes {self.name.upper()}"
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         scales = self._scales()
         result = torch.empty(self.numel(), dtype=dtype, device=self.device)
         step = SLICE // self.block * self.block or self.block
@@ -283,7 +283,7 @@ class FourBit(Stored):
             result[start:stop] = self.code[numbers.int()] * spread
         return result.view(self.size)
 
-    def rows(self, start: int, stop: int) -> Stored:
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
         """As they are where they begin and end with a block, else as numbers."""
         width = self.numel() // self.size[0]
         first, last = start * width, stop * width
@@ -291,7 +291,7 @@ class FourBit(Stored):
             return super().rows(start, stop)
         packed = self.packed.view(-1)[first // 2 : (last + 1) // 2]
         scales = self._scales()[first // self.block : -(-last // self.block)]
-        return FourBit(packed, scales, self.code, (stop - start, *self.size[1:]), self.block, self.name)
+        return FourBitWeight(packed, scales, self.code, (stop - start, *self.size[1:]), self.block, self.name)
 
     def _scales(self) -> Tensor:
         """A float32 scale for every block."""
@@ -303,10 +303,10 @@ class FourBit(Stored):
 
 
 @dataclass(frozen=True)
-class Joined(Stored):
+class ConcatenatedWeight(QuantizedWeight):
     """Weights one below the other, for files that keep q, k and v apart: each part in a form of its own."""
 
-    parts: tuple[Stored, ...]
+    parts: tuple[QuantizedWeight, ...]
 
     @property
     def shape(self) -> torch.Size:
@@ -320,15 +320,15 @@ class Joined(Stored):
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}_{n}": t for i, part in enumerate(self.parts) for n, t in part.tensors().items()}
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Stored:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         moved = [
             part.with_tensors({name: tensors[f"{i}_{name}"] for name in part.tensors()})
             for i, part in enumerate(self.parts)
         ]
-        return Joined(tuple(moved))
+        return ConcatenatedWeight(tuple(moved))
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         result = torch.empty(self.shape, dtype=dtype, device=self.device)
         for part, rows in zip(self.parts, result.split([p.shape[0] for p in self.parts]), strict=True):
-            rows.copy_(part.dense(dtype))
+            rows.copy_(part.dequantize(dtype))
         return result

@@ -29,7 +29,7 @@ class BlockType:
     unpack: Callable[[Tensor], Tensor]
 
 
-def dequantise(packed: Tensor, kind: str) -> Tensor:
+def dequantize(packed: Tensor, kind: str) -> Tensor:
     """Numbers [..., N], float32, of packed bytes [..., N / size * bytes], uint8, of GGUF type `kind`.
 
     Raises KeyError for a type that is not in BLOCK_TYPES.

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .formats import Stored
+from .formats import QuantizedWeight
 
 
-class KeptLinear(nn.Module, ABC):
+class OpaqueWeightLinear(nn.Module, ABC):
     """A linear layer that keeps its weight in another form than a parameter."""
 
     bias: nn.Parameter | None
@@ -47,7 +47,7 @@ class KeptLinear(nn.Module, ABC):
         """The weight's numbers [out, in] in `dtype`, made anew."""
 
 
-class StoredLinear(KeptLinear):
+class QuantizedLinear(OpaqueWeightLinear):
     """A linear layer whose weight stays as the file has it and becomes numbers when it is used.
 
     What is kept are buffers, which may alias the mapped file. The layer moves between devices as any other,
@@ -55,12 +55,12 @@ class StoredLinear(KeptLinear):
     never what is kept. No gradient reaches the weight.
     """
 
-    def __init__(self, stored: Stored, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, stored: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(stored.shape[0], stored.shape[1], dtype)
         self._keep(stored)
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
 
-    def _keep(self, stored: Stored) -> None:
+    def _keep(self, stored: QuantizedWeight) -> None:
         """Keep a weight, in the place of one that was kept."""
         tensors = stored.tensors()
         self._form = stored.with_tensors({name: t.to("meta") for name, t in tensors.items()})
@@ -72,7 +72,7 @@ class StoredLinear(KeptLinear):
             self.register_buffer(name, tensor)
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> QuantizedWeight:
         """The weight as it is kept, where it is kept."""
         return _stored(self._form, self._kept())
 
@@ -81,16 +81,16 @@ class StoredLinear(KeptLinear):
         return next(self.buffers()).device
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.stored.dense(dtype)
+        return self.stored.dequantize(dtype)
 
-    def numbers_for(self, x: Tensor) -> Tensor:
+    def weight_for(self, x: Tensor) -> Tensor:
         """The weight [out, in] that x is multiplied by, in its dtype and where it is.
 
         What is kept elsewhere is brought over for this once.
         """
         if torch.compiler.is_compiling():
             return _dense(self._kept(), self._form_name, x.dtype, x.device)
-        return self.stored.to(x.device).dense(x.dtype)
+        return self.stored.to(x.device).dequantize(x.dtype)
 
     def _kept(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._names]
@@ -100,12 +100,12 @@ class StoredLinear(KeptLinear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., in] times the transpose of the weight, plus a bias [out] that is where x is: [..., out]."""
-        return F.linear(x, self.numbers_for(x), bias)
+        return F.linear(x, self.weight_for(x), bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._form.label}, computed in {self.dtype}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What `to`, `cuda` and `half` come down to. A fp8 code must not become a bf16 number on the way."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         stored = self.stored
@@ -118,11 +118,11 @@ class StoredLinear(KeptLinear):
         return self
 
 
-_FORMS: dict[str, Stored] = {}
+_FORMS: dict[str, QuantizedWeight] = {}
 """Forms without their tensors, by all that they say of a weight."""
 
 
-def _stored(form: Stored, kept: Sequence[Tensor]) -> Stored:
+def _stored(form: QuantizedWeight, kept: Sequence[Tensor]) -> QuantizedWeight:
     """A weight of a form, from its tensors in the form's order."""
     return form.with_tensors(dict(zip(form.tensors(), kept, strict=True)))
 
@@ -133,7 +133,7 @@ def _dense(kept: Sequence[Tensor], form: str, dtype: torch.dtype, device: torch.
 
     They would unroll the slices in which the numbers are made, and cannot read fp8 on every card.
     """
-    numbers = _stored(_FORMS[form], kept).to(device).dense(dtype)
+    numbers = _stored(_FORMS[form], kept).to(device).dequantize(dtype)
     return numbers.clone() if any(numbers is tensor for tensor in kept) else numbers
 
 
@@ -142,7 +142,7 @@ def _(kept: Sequence[Tensor], form: str, dtype: torch.dtype, device: torch.devic
     return torch.empty(_FORMS[form].shape, dtype=dtype, device=device)
 
 
-def make_dense(model: nn.Module, dtype: torch.dtype, only: str | None = None) -> None:
+def dequantize_layers(model: nn.Module, dtype: torch.dtype, only: str | None = None) -> None:
     """Put torch's linear layers, with their numbers in `dtype`, in the place of stored ones.
 
     In all of the model, or only in the place of its child of that name. For hosts that read or write a
@@ -150,7 +150,7 @@ def make_dense(model: nn.Module, dtype: torch.dtype, only: str | None = None) ->
     """
     for parent in list(model.modules()) if only is None else [model]:
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, StoredLinear) and only in (None, name):
+            if isinstance(layer, QuantizedLinear) and only in (None, name):
                 dense = nn.Linear(
                     layer.in_features, layer.out_features, layer.bias is not None, device="meta"
                 )
@@ -160,20 +160,20 @@ def make_dense(model: nn.Module, dtype: torch.dtype, only: str | None = None) ->
                 setattr(parent, name, dense.train(layer.training))
 
 
-def computing_dtype(layer: nn.Module) -> torch.dtype:
+def compute_dtype(layer: nn.Module) -> torch.dtype:
     """The dtype that a linear layer, kept in any form, computes in."""
-    return layer.dtype if isinstance(layer, KeptLinear) else _weight(layer).dtype
+    return layer.dtype if isinstance(layer, OpaqueWeightLinear) else _weight(layer).dtype
 
 
 def device_of(layer: nn.Module) -> torch.device:
     """The device that a linear layer, kept in any form, is on."""
-    return layer.device if isinstance(layer, KeptLinear) else _weight(layer).device
+    return layer.device if isinstance(layer, OpaqueWeightLinear) else _weight(layer).device
 
 
 def weight_count(module: nn.Module) -> int:
     """The numbers that a module holds, as parameters or otherwise; those on the meta device are none."""
     count = sum(p.numel() for p in module.parameters() if not p.is_meta)
-    layers = (layer for layer in module.modules() if isinstance(layer, KeptLinear))
+    layers = (layer for layer in module.modules() if isinstance(layer, OpaqueWeightLinear))
     return count + sum(
         layer.in_features * layer.out_features for layer in layers if layer.device.type != "meta"
     )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.formats import FourBit, Scaled
+from ..quant.formats import FourBitWeight, ScaledWeight
 from .checkpoint import Weight, WeightFile
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -52,7 +52,7 @@ def assemble(file: WeightFile) -> dict[str, Weight]:
             tensors[name] = _four_bit(tensors, name, weight, states[name], file.name)
         else:
             tensors[name] = _whole(tensors, layer, weight, told.get(layer), file.name)
-    if any(isinstance(tensor, (Scaled, FourBit)) for tensor in tensors.values()) or told:
+    if any(isinstance(tensor, (ScaledWeight, FourBitWeight)) for tensor in tensors.values()) or told:
         tensors = {n: t for n, t in tensors.items() if n.rsplit(".", 1)[-1] not in UNUSED}
     return tensors
 
@@ -61,7 +61,7 @@ def _whole(tensors: dict[str, Weight], layer: str, weight: Tensor, form: str | N
     """A layer's weight with what lies beside it, which is taken out of `tensors`."""
     if f"{layer}.SCB" in tensors and weight.dtype == torch.int8:
         scale = _float32(tensors.pop(f"{layer}.SCB"), layer, file) / 127
-        return Scaled(weight, _fitting(scale, weight, layer, file))
+        return ScaledWeight(weight, _fitting(scale, weight, layer, file))
     if form in FLOAT8:
         weight = weight.view(FLOAT8[form]) if weight.dtype == torch.uint8 else weight
     elif form == INT8:
@@ -72,7 +72,7 @@ def _whole(tensors: dict[str, Weight], layer: str, weight: Tensor, form: str | N
     name = next((f"{layer}.{scale}" for scale in SCALES if f"{layer}.{scale}" in tensors), None)
     if name is None or weight.dtype not in (*FLOAT8.values(), torch.int8):
         return weight
-    return Scaled(weight, _fitting(_float32(tensors.pop(name), layer, file), weight, layer, file))
+    return ScaledWeight(weight, _fitting(_float32(tensors.pop(name), layer, file), weight, layer, file))
 
 
 def _float32(scale: Weight, layer: str, file: str) -> Tensor:
@@ -135,7 +135,7 @@ def _json(text: str, what: str, file: str) -> dict[str, Any]:
     return value
 
 
-def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str, file: str) -> FourBit:
+def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str, file: str) -> FourBitWeight:
     """bitsandbytes' 4-bit weight (bitsandbytes/functional.py, QuantState.from_dict: the names)."""
     kind = state.rsplit("__", 1)[-1]
     described = tensors.pop(state)
@@ -148,7 +148,7 @@ def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str,
     try:
         if not isinstance(absmax, Tensor) or not isinstance(code, Tensor):
             raise ValueError
-        weight = FourBit(
+        weight = FourBitWeight(
             packed.view(torch.uint8).reshape(-1),
             absmax.reshape(-1) if absmax.dtype == torch.uint8 else absmax.float().reshape(-1),
             code.float(),
@@ -168,7 +168,7 @@ def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str,
     return weight
 
 
-def _check_four_bit(weight: FourBit) -> None:
+def _check_four_bit(weight: FourBitWeight) -> None:
     """Raise ValueError unless codes, scales and levels are as many as the shape needs."""
     count, block = prod(weight.size), weight.block  # torch's own count of numbers may overflow
     fits = (

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..quant.formats import Stored
+from ..quant.formats import QuantizedWeight
 from .gguf_file import is_gguf, read_gguf
 from .safetensors_file import TRANSFORMER_PREFIXES, checked, read_state_dict, safetensors_metadata
 
-Weight = Tensor | Stored
+Weight = Tensor | QuantizedWeight
 """A tensor as a file has it."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..model.spec import FLUX_DEV, FluxSpec
-from ..quant.formats import DTYPE_NAMES, Joined
+from ..quant.formats import DTYPE_NAMES, ConcatenatedWeight
 from .assemble import assemble
 from .checkpoint import CLIP_PART, T5_PART, TRANSFORMER_PART, VAE_PART, Part, Weight, WeightFile, read_weights
 from .diffusers import transformer_names
@@ -71,7 +71,7 @@ def format_of(file: WeightFile, tensors: Mapping[str, Weight]) -> str:
     """The format that most of the numbers are in."""
     counts: dict[str, int] = {}
     for tensor in tensors.values():
-        for part in tensor.parts if isinstance(tensor, Joined) else (tensor,):
+        for part in tensor.parts if isinstance(tensor, ConcatenatedWeight) else (tensor,):
             label = DTYPE_NAMES.get(part.dtype, str(part.dtype)) if isinstance(part, Tensor) else part.label
             counts[label] = counts.get(label, 0) + part.numel()
     most = max(counts, key=lambda label: counts[label], default="empty")

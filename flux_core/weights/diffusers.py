@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..quant.formats import Joined, Plain, Stored
+from ..quant.formats import ConcatenatedWeight, DenseWeight, QuantizedWeight
 from .checkpoint import Weight
 
 OUTER = {
@@ -111,7 +111,9 @@ def join(parts: list[Weight], file: str) -> Weight:
     plain = [part for part in parts if isinstance(part, Tensor)]
     if len(plain) == len(parts) and plain[0].ndim < 2:
         return torch.cat(plain)
-    return Joined(tuple(Plain(part) if isinstance(part, Tensor) else part for part in parts))
+    return ConcatenatedWeight(
+        tuple(DenseWeight(part) if isinstance(part, Tensor) else part for part in parts)
+    )
 
 
 def _swapped(tensor: Weight, name: str, file: str) -> Weight:
@@ -121,8 +123,8 @@ def _swapped(tensor: Weight, name: str, file: str) -> Weight:
         raise ValueError(
             f"{file} is damaged: {name} has {rows} rows, which have no halves; download it again"
         )
-    if isinstance(tensor, Stored):
-        return Joined((tensor.rows(rows // 2, rows), tensor.rows(0, rows // 2)))
+    if isinstance(tensor, QuantizedWeight):
+        return ConcatenatedWeight((tensor.rows(rows // 2, rows), tensor.rows(0, rows // 2)))
     return join([tensor[rows // 2 :], tensor[: rows // 2]], file)
 
 

@@ -1,6 +1,6 @@
 """Tensors into a module on the meta device: assigned as they lie in the file wherever that is possible.
 
-A linear layer whose weight is quantised becomes a `StoredLinear`, and so does, on a CPU, one whose numbers
+A linear layer whose weight is quantised becomes a `QuantizedLinear`, and so does, on a CPU, one whose numbers
 would have to be copied to be used (into another dtype, or to stand below each other), where that is much. All
 else becomes a parameter in the dtype to compute in.
 """
@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..quant.formats import FP8, Joined, Plain, Stored
-from ..quant.linear import StoredLinear
+from ..quant.formats import FP8, ConcatenatedWeight, DenseWeight, QuantizedWeight
+from ..quant.linear import QuantizedLinear
 from .checkpoint import Weight
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def fill(
     lazily = torch.device(device).type == "cpu" and copied > COPIED
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
     dense: dict[str, Tensor] = {}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, QuantizedWeight] = {}
     twins: dict[int, Tensor] = {}  # T5 has one embedding under two names
     for name, tensor in tensors.items():
         if name in linear and (_quantised(tensor) or (lazily and _needs_copy(tensor, dtype))):
@@ -58,7 +58,7 @@ def fill(
         elif id(tensor) in twins:
             dense[name] = twins[id(tensor)]
         else:
-            numbers = tensor.dense(dtype) if isinstance(tensor, Stored) else tensor
+            numbers = tensor.dequantize(dtype) if isinstance(tensor, QuantizedWeight) else tensor
             if numbers.dtype in FP8:
                 numbers = numbers.to(dtype)  # here, because not every device has fp8
             dense[name] = twins[id(tensor)] = numbers.to(device=device, dtype=dtype)
@@ -71,26 +71,26 @@ def fill(
     return model.to(device).requires_grad_(False).eval()  # .to moves buffers, which no file holds
 
 
-def _put(model: nn.Module, name: str, weight: Stored, dtype: torch.dtype) -> None:
+def _put(model: nn.Module, name: str, weight: QuantizedWeight, dtype: torch.dtype) -> None:
     """A stored layer in the place of torch's, with its bias."""
     parent, _, child = name.rpartition(".")
     bias = getattr(model.get_submodule(name), "bias", None)
-    setattr(model.get_submodule(parent), child, StoredLinear(weight, bias, dtype))
+    setattr(model.get_submodule(parent), child, QuantizedLinear(weight, bias, dtype))
 
 
-def _moved(tensor: Weight, device: torch.device | str) -> Stored:
-    return (Plain(tensor) if isinstance(tensor, Tensor) else tensor).to(torch.device(device))
+def _moved(tensor: Weight, device: torch.device | str) -> QuantizedWeight:
+    return (DenseWeight(tensor) if isinstance(tensor, Tensor) else tensor).to(torch.device(device))
 
 
 def _numbers(tensor: Weight) -> Tensor | None:
     """The tensor of numbers that torch computes with, or None for packed, scaled, joined and 8-bit ones."""
-    values = tensor.values if isinstance(tensor, Plain) else tensor
+    values = tensor.values if isinstance(tensor, DenseWeight) else tensor
     return values if isinstance(values, Tensor) and values.dtype in COMPUTABLE else None
 
 
 def _quantised(tensor: Weight) -> bool:
     """Whether a weight is kept in fewer bits than torch computes with."""
-    if isinstance(tensor, Joined):
+    if isinstance(tensor, ConcatenatedWeight):
         return any(_quantised(part) for part in tensor.parts)
     return _numbers(tensor) is None
 
@@ -113,7 +113,7 @@ def choose_dtype(tensors: Mapping[str, Weight], file: str, dtype: torch.dtype | 
             raise ValueError(
                 f"{file} is quantised ({name} is {tensor.dtype}); choose a bf16, fp16 or fp32 file"
             )
-        for part in tensor.parts if isinstance(tensor, Joined) else (tensor,):
+        for part in tensor.parts if isinstance(tensor, ConcatenatedWeight) else (tensor,):
             numbers = _numbers(part)
             kind = torch.bfloat16 if numbers is None else numbers.dtype
             counts[kind] = counts.get(kind, 0) + part.numel()

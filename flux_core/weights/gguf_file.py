@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..quant.formats import Blocks, Stored
+from ..quant.formats import GGUFWeight, QuantizedWeight
 from .gguf_header import check_gguf
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == MAGIC
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Tensor | Stored], dict[str, str]]:
+def read_gguf(path: Path) -> tuple[dict[str, Tensor | QuantizedWeight], dict[str, str]]:
     """Tensors by name, and the file's single values as text.
 
-    Numbers that torch knows are tensors, packed ones are `Blocks`; the memory of both is the mapped file.
+    Numbers that torch knows are tensors, packed ones are `GGUFWeight`; the memory of both is the mapped file.
     Raises ValueError for a file that is cut short, damaged, or of types that are not read.
     """
     reader = open_gguf(path)
-    tensors: dict[str, Tensor | Stored] = {}
+    tensors: dict[str, Tensor | QuantizedWeight] = {}
     for tensor in reader.tensors:
         kind, data = tensor.tensor_type.name, torch.from_numpy(tensor.data)
-        tensors[tensor.name] = data.view(FLOATS[kind]) if kind in FLOATS else Blocks(data, kind)
+        tensors[tensor.name] = data.view(FLOATS[kind]) if kind in FLOATS else GGUFWeight(data, kind)
     values = {key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1}
     return tensors, {key: str(value) for key, value in values.items()}
 

@@ -38,7 +38,7 @@ def load_transformer(
 
     BFL's or diffusers' names, alone or in an all-in-one checkpoint; safetensors or GGUF; shards in a folder.
     Its sizes are read off the tensors, its dtype is the file's unless `dtype` is given (`choose_dtype` tells
-    what mixed and quantised files become). Quantised weights stay as they are, in `StoredLinear` layers.
+    what mixed and quantised files become). Quantised weights stay as they are, in `QuantizedLinear` layers.
     `on_progress` hears bytes done and bytes in all. With a `limit`, bytes of weights that may be kept on the
     device, a larger model is streamed (flux_core.memory). Raises what `read_weights` raises, and
     ValueError for another kind of model, for missing or unknown tensors and for shapes that don't fit each

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rectiflux.benchmarks import footprint, full_size, random_file
 from rectiflux.flux_core.model.spec import FLUX_DEV
-from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.flux_core.weights import describe, load_transformer
 
 
@@ -26,11 +26,11 @@ def test_a_random_file_is_a_model_of_its_format(tmp_path: Path, form: str) -> No
     assert {"bf16": "bf16", "fp8": "fp8 e4m3fn", "Q4_K": "Q4_K"}[form] in describe(path)
     model = load_transformer(path)
     layer = model.double_blocks[0].img_mlp[0]  # type: ignore[index]
-    assert isinstance(layer, StoredLinear) == (form != "bf16")
-    weight = layer.dense_weight(torch.float32) if isinstance(layer, StoredLinear) else layer.weight.float()
+    assert isinstance(layer, QuantizedLinear) == (form != "bf16")
+    weight = layer.dense_weight(torch.float32) if isinstance(layer, QuantizedLinear) else layer.weight.float()
     assert float(weight.std()) == pytest.approx(random_file.STD, rel=0.3)
     other = model.double_blocks[1].img_mlp[0]  # type: ignore[index]
-    second = other.dense_weight(torch.float32) if isinstance(other, StoredLinear) else other.weight.float()
+    second = other.dense_weight(torch.float32) if isinstance(other, QuantizedLinear) else other.weight.float()
     assert not torch.equal(weight, second)
 
 

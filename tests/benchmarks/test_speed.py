@@ -89,7 +89,7 @@ def test_what_fp8_loses(capsys: pytest.CaptureFixture[str]) -> None:
     lines = re.findall(r"^fp8: (\D.*?) (0\.\d+)( of .*)?$", capsys.readouterr().out, re.MULTILINE)
     errors = {kind: float(error) for kind, error, _ in lines}
     assert len(errors) == 1 + 9 + 5 + 2 + 1
-    least, chosen = errors["bf16 throughout errs by"], errors["what quantise_to_fp8 chooses"]
+    least, chosen = errors["bf16 throughout errs by"], errors["what quantize_to_fp8 chooses"]
     assert 0.002 < least == min(errors.values())
     assert least < chosen < errors["all blocks in fp8"] < errors["every layer in fp8"] < 0.1
     assert errors["img_in in fp8"] > 0.8 * chosen

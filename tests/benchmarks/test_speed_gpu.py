@@ -17,7 +17,7 @@ from rectiflux.benchmarks.speed_gpu import Group, Plan, full_size
 from rectiflux.benchmarks.speed_inputs import Inputs, random_model
 from rectiflux.benchmarks.speed_settings import Settings, Skipped, Told
 from rectiflux.benchmarks.turns import Clock, Ratio
-from rectiflux.flux_core.backends.cpu_pack import quantise_to_fp8
+from rectiflux.flux_core.backends.quantize import quantize_to_fp8
 from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -144,13 +144,13 @@ def test_fp8_is_quantised_and_compiling_makes_a_copy(
 
     def quantised(model: FluxTransformer) -> int:
         calls.append("fp8")
-        return quantise_to_fp8(model)
+        return quantize_to_fp8(model)
 
     def compiled(model: FluxTransformer) -> FluxTransformer:
         calls.append("compile")
         return model
 
-    monkeypatch.setattr(speed_gpu, "quantise_to_fp8", quantised)
+    monkeypatch.setattr(speed_gpu, "quantize_to_fp8", quantised)
     monkeypatch.setattr(speed_gpu, "compile_blocks", compiled)
     monkeypatch.setattr(speed_gpu, "attention_told", lambda model: "magic")
     outcomes = list(full_size(settings_of(tmp_path), tiny(forms=("bf16", "fp8"))))

@@ -45,7 +45,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     comfy.utils.set_progress_bar_global_hook(lambda value, *_, **__: percents.append(value))
     sys.modules["pack.nodes.run_report"].SHOWN_FROM = 1
     patcher = ours.load_model(Path(model), None, "auto")
-    layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedLinear)}
+    layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedQuantizedLinear)}
     kept = {f"{n}.{k}": t.clone() for n, m in layers.items() for k, t in m.named_buffers()}
     addresses = {f"{n}.{k}": t.data_ptr() for n, m in layers.items() for k, t in m.named_buffers()}
     numbers = sum(p.nbytes for p in patcher.model.diffusion_model.parameters())

@@ -19,10 +19,10 @@ from torch.nn.functional import linear
 
 def twin_of(form: str, weight: Tensor, bias: Tensor) -> nn.Module:
     """The layer of flux_core of these numbers."""
-    fp8, packed = (importlib.import_module(f"pack.flux_core.{name}") for name in ("fp8", "packed"))
+    fp8, int8 = (importlib.import_module(f"pack.flux_core.backends.{name}") for name in ("fp8", "cpu_int8"))
     if form == "int8":
-        return packed.Int8Linear(weight, bias)
-    return fp8.Fp8Linear(fp8.in_fp8(weight), bias, torch.float32)
+        return int8.Int8Linear(weight, bias)
+    return fp8.Fp8Linear(fp8.to_fp8(weight), bias, torch.float32)
 
 
 def kept(form: str, layers: dict[str, Any]) -> list[Tensor]:

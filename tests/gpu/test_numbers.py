@@ -18,15 +18,15 @@ from rectiflux.flux_core.backends.attention import (
     importable,
     use_attention,
 )
-from rectiflux.flux_core.backends.cpu_pack import quantise_to_fp8
 from rectiflux.flux_core.backends.fp8 import can_multiply
+from rectiflux.flux_core.backends.quantize import quantize_to_fp8
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.memory.tiling import bytes_in_one_piece, decode, encode
 from rectiflux.flux_core.model.transformer import FluxTransformer, pack
 from rectiflux.flux_core.pipeline import Models, text_to_image
-from rectiflux.flux_core.quant.formats import Blocks
+from rectiflux.flux_core.quant.formats import GGUFWeight
 from rectiflux.flux_core.quant.gguf import BLOCK_TYPES
-from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def test_fp8_is_multiplied_where_the_card_can(
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     assert can_multiply(device) == (capability >= (8, 9) and torch.version.hip is None)
     quantised = copy.deepcopy(model)
-    assert quantise_to_fp8(quantised) > 0
+    assert quantize_to_fp8(quantised) > 0
     usual = relative_error(velocity(quantised, torch.device("cpu"), BF16), exact)
     found = relative_error(velocity(quantised, device, BF16), exact)
     assert 0.01 < found < 1.1 * usual
@@ -98,8 +98,8 @@ def test_fp8_is_multiplied_where_the_card_can(
 
 def test_fp8_is_quantised_on_the_card_as_on_a_cpu(model: FluxTransformer, device: torch.device) -> None:
     here, there = copy.deepcopy(model), copy.deepcopy(model)
-    quantise_to_fp8(here)
-    quantise_to_fp8(there, device, then=torch.device("cpu"))
+    quantize_to_fp8(here)
+    quantize_to_fp8(there, device, then=torch.device("cpu"))
     for ours, theirs in zip(here.buffers(), there.buffers(), strict=True):
         assert ours.dtype == theirs.dtype and theirs.device.type == "cpu"
         # a scale may be an ulp off, and then a code the next one
@@ -113,8 +113,8 @@ def test_stored_weights(form: str, dtype: torch.dtype, device: torch.device) -> 
     """Multiplied on the device, and there only for a product."""
     stored, numbers = every_form()[form]
     x = torch.randn(3, numbers.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = StoredLinear(stored, None, dtype)(x).float()
-    for layer in (StoredLinear(stored, None, dtype), StoredLinear(stored, None, dtype).to(device)):
+    expected = QuantizedLinear(stored, None, dtype)(x).float()
+    for layer in (QuantizedLinear(stored, None, dtype), QuantizedLinear(stored, None, dtype).to(device)):
         found = layer(x.to(device))
         assert found.device.type == device.type
         assert relative_error(found.float().cpu(), expected) < (1e-6 if dtype == FP32 else 2**-8)
@@ -123,7 +123,7 @@ def test_stored_weights(form: str, dtype: torch.dtype, device: torch.device) -> 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_every_kind_of_gguf(kind: str, device: torch.device) -> None:
     data = torch.from_numpy(random_blocks(kind, 8, 2))
-    here, there = Blocks(data, kind).dense(FP32), Blocks(data.to(device), kind).dense(FP32)
+    here, there = GGUFWeight(data, kind).dequantize(FP32), GGUFWeight(data.to(device), kind).dequantize(FP32)
     torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=0)
 
 

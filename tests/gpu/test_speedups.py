@@ -12,7 +12,7 @@ import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.flux_core.backends import compile as compiling
 from rectiflux.flux_core.backends.compile import compile_blocks
-from rectiflux.flux_core.backends.cpu_pack import quantise_to_fp8
+from rectiflux.flux_core.backends.quantize import quantize_to_fp8
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.model.transformer import FluxTransformer, Prepared, pack
 from torch import Tensor
@@ -112,7 +112,7 @@ def test_fp8_compiled(compiled: None, device: torch.device) -> None:
     """A code may change at a rounding, so the two agree to within the error of fp8 itself."""
     model = flux_transformer(**SIZES).to(device, BF16)
     exact = Run(model).velocities(model)
-    quantise_to_fp8(model)
+    quantize_to_fp8(model)
     run = Run(model)
     plain, found = run.velocities(model), run.velocities(compile_blocks(model))
     for ours, theirs, true in zip(found, plain, exact, strict=True):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, text
-from rectiflux.flux_core.backends.cpu_pack import quantise_to_fp8
 from rectiflux.flux_core.backends.fp8 import Fp8Linear
+from rectiflux.flux_core.backends.quantize import quantize_to_fp8
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.memory import Streaming, stream
 from rectiflux.flux_core.memory.staging import Stager
@@ -70,7 +70,7 @@ def test_no_more_than_its_share_is_on_the_card(card: torch.device) -> None:
 
 def test_codes_are_streamed(card: torch.device) -> None:
     model = model_in(torch.bfloat16)
-    quantise_to_fp8(model)
+    quantize_to_fp8(model)
     expected = velocities(copy.deepcopy(model).to(card))
     streamed = stream(model, card, bytes_of(model) // 2)
     assert any(isinstance(module, Fp8Linear) for module in streamed.modules())
@@ -86,7 +86,7 @@ def test_a_lora_attached_before_or_after(form: str, before: bool, card: torch.de
     if form == "Q4_K":
         keep_stored(model, q4_k)
     elif form == "fp8":
-        quantise_to_fp8(model)
+        quantize_to_fp8(model)
     plain = velocities(copy.deepcopy(model).to(card))
     expected = velocities(with_lora(copy.deepcopy(model).to(card), uses)[0])
     limit = bytes_of(model) // 3

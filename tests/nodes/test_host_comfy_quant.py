@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.stored import every_form, fp8, weights
 from rectiflux.flux_core.backends import compile as compiling
-from rectiflux.flux_core.backends.cpu_linear import Int8Linear
-from rectiflux.flux_core.backends.fp8 import Fp8Linear, in_fp8
+from rectiflux.flux_core.backends.cpu_int8 import Int8Linear
+from rectiflux.flux_core.backends.fp8 import Fp8Linear, to_fp8
 from rectiflux.flux_core.lora.arithmetic import LowRankStack
 from rectiflux.flux_core.lora.terms import Terms
-from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.flux_core.weights.checkpoint import WeightFile
-from rectiflux.nodes.host_comfy_quant import Patched, PatchedLinear, StoredWeight, keep_stored, run_block
+from rectiflux.nodes.host_comfy_quant import (
+    Patched,
+    PatchedQuantizedLinear,
+    StoredWeight,
+    keep_stored,
+    run_block,
+)
 from rectiflux.nodes.host_comfy_text import comfy_reads
 from torch import Tensor, nn
 
@@ -23,18 +29,18 @@ FORMS = every_form()
 BIAS = torch.linspace(-1, 1, 48)
 
 
-def layer(form: str) -> tuple[PatchedLinear, Tensor]:
+def layer(form: str) -> tuple[PatchedQuantizedLinear, Tensor]:
     """A layer of 48 outputs and 64 inputs inside a model, and its numbers."""
     stored, numbers = FORMS[form]
-    model = nn.Sequential(nn.Linear(3, 64), StoredLinear(stored, BIAS, torch.float32))
-    assert keep_stored(model) and isinstance(model[1], PatchedLinear) and type(model[0]) is nn.Linear
+    model = nn.Sequential(nn.Linear(3, 64), QuantizedLinear(stored, BIAS, torch.float32))
+    assert keep_stored(model) and isinstance(model[1], PatchedQuantizedLinear) and type(model[0]) is nn.Linear
     return model[1], numbers
 
 
 def quantised(form: str) -> tuple[Patched, nn.Module]:
     """A layer that multiplies in fp8 or int8, and flux_core's."""
     made = {
-        "fp8": lambda: Fp8Linear(in_fp8(weights()), BIAS, torch.float32),
+        "fp8": lambda: Fp8Linear(to_fp8(weights()), BIAS, torch.float32),
         "int8": lambda: Int8Linear(weights(), BIAS),
     }
     model = nn.Sequential(made[form]())
@@ -87,7 +93,7 @@ def test_a_weight_cannot_be_overwritten() -> None:
 
 def test_what_is_kept_elsewhere_is_brought_to_the_input() -> None:
     """A layer that ComfyUI left on the CPU computes on the device that the tokens are on."""
-    found = PatchedLinear(StoredLinear(fp8(weights())[0], BIAS, torch.float32))
+    found = PatchedQuantizedLinear(QuantizedLinear(fp8(weights())[0], BIAS, torch.float32))
     y = found(torch.empty(2, 64, device="meta"))
     assert (y.device.type, y.shape) == ("meta", (2, 48))
     assert found.device.type == "cpu"
@@ -100,7 +106,7 @@ def test_a_block_that_merges_patches_is_not_compiled(monkeypatch: pytest.MonkeyP
     expected = block(x)
     assert torch.equal(run_block(block, x), expected) and compiled == [block]
     found.patches = ["any patch"]
-    monkeypatch.setattr(found, "merged", lambda x: found.stored.dense(x.dtype))
+    monkeypatch.setattr(found, "merged", lambda x: found.stored.dequantize(x.dtype))
     assert torch.equal(run_block(block, x), expected) and compiled == [block]
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from rectiflux.flux_core.backends import cpu_pack as packing
-from rectiflux.flux_core.backends.cpu_linear import Int8Linear, PackedLinear
+from rectiflux.flux_core.backends.cpu_int8 import Int8Linear
+from rectiflux.flux_core.backends.cpu_linear import PackedLinear
 from rectiflux.flux_core.backends.fp8 import Fp8Linear
 from rectiflux.flux_core.memory import limits as memory
-from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.nodes import NODE_CLASS_MAPPINGS
@@ -128,7 +129,7 @@ def test_a_quantised_model_paints_what_its_numbers_paint(
     name, dense = quantised(models, form)
     assert name in _host.list_models("diffusion_models")
     model = call("RectifluxModelLoader", model_name=name, weight_dtype="auto")
-    assert any(isinstance(layer, StoredLinear) for layer in model.network.modules())
+    assert any(isinstance(layer, QuantizedLinear) for layer in model.network.modules())
     shown = picture(model=model_node(name))
     assert torch.equal(shown, picture(model=model_node(dense)))
     assert shown.std() > 0.08 and not torch.equal(shown, picture())
@@ -394,7 +395,7 @@ def test_on_a_card_fp8_is_made_there_or_streamed(
     cuda = torch.device("cuda")
     monkeypatch.setattr(_host, "_device", lambda: cuda)
     monkeypatch.setattr(_host, "limit_of", lambda choice, device: limit)
-    monkeypatch.setattr(_host, "quantise_to_fp8", lambda model, *how: asked.append(how[:2]))
+    monkeypatch.setattr(_host, "quantize_to_fp8", lambda model, *how: asked.append(how[:2]))
     monkeypatch.setattr(_host, "stream", lambda model, *how: asked.append(how) or model)
     name = quantised(models, "Q8_0")[1]
     network = call("RectifluxModelLoader", model_name=name, weight_dtype="fp8").network

@@ -20,12 +20,13 @@ from rectiflux.benchmarks.reference import stored as reference
 from rectiflux.benchmarks.reference.models import flux_transformer, text
 from rectiflux.flux_core.backends import compile as compiling
 from rectiflux.flux_core.backends import cpu_pack as packing
+from rectiflux.flux_core.backends import quantize
 from rectiflux.flux_core.backends.compile import compile_blocks
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import sample
-from rectiflux.flux_core.quant.formats import Blocks, Stored
-from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.quant.formats import GGUFWeight, QuantizedWeight
+from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.flux_core.sampling.solver import solver_named
 from rectiflux.flux_core.sampling.step_cache import BlockMemory, Caching
 from safetensors.torch import save_file
@@ -93,19 +94,19 @@ def assert_same(found: Tensor, expected: Tensor, of_largest: float = 1e-5) -> No
     assert (found - expected).abs().max() <= of_largest * expected.abs().max()
 
 
-def keep_stored(model: FluxTransformer, make: Callable[[nn.Linear, int], Stored]) -> FluxTransformer:
+def keep_stored(model: FluxTransformer, make: Callable[[nn.Linear, int], QuantizedWeight]) -> FluxTransformer:
     """The model with the layers of its single blocks in another form, each of other numbers."""
     for i, block in enumerate(model.single_blocks):
         for name in ("linear1", "linear2"):
             layer = getattr(block, name)
-            setattr(block, name, StoredLinear(make(layer, i), layer.bias, torch.float32))
+            setattr(block, name, QuantizedLinear(make(layer, i), layer.bias, torch.float32))
     return model
 
 
-def q4_k(layer: nn.Linear, seed: int) -> Stored:
+def q4_k(layer: nn.Linear, seed: int) -> QuantizedWeight:
     rows, width = layer.weight.shape
     data = reference.random_blocks("Q4_K", rows, width // 256, seed, largest=5e-4)
-    return Blocks(torch.from_numpy(data), "Q4_K")
+    return GGUFWeight(torch.from_numpy(data), "Q4_K")
 
 
 def lora_file(model: FluxTransformer, folder: Path, rank: int = 3) -> Path:
@@ -150,7 +151,7 @@ def test_a_batch_of_any_size_is_one_compilation(traced: Counting) -> None:
 def test_weights_stay_as_they_are_stored(traced: Counting) -> None:
     """Another block's scales and offsets are inputs, too."""
 
-    def make(layer: nn.Linear, number: int) -> Stored:
+    def make(layer: nn.Linear, number: int) -> QuantizedWeight:
         wide = layer.out_features > layer.in_features
         return (reference.nested_nf4 if wide else lambda w: reference.gguf(w, "Q8_0"))(layer.weight)[0]
 
@@ -159,7 +160,7 @@ def test_weights_stay_as_they_are_stored(traced: Counting) -> None:
     assert labels == ["bitsandbytes NF4", "GGUF Q8_0"]
     compiled = compile_blocks(model)
     found, graphs = traced.during(singles, compiled)
-    assert graphs == 1 and isinstance(compiled.single_blocks[0].linear1, StoredLinear)
+    assert graphs == 1 and isinstance(compiled.single_blocks[0].linear1, QuantizedLinear)
     assert_same(found, singles(model))
     found, graphs = traced.during(singles, compiled, 6)
     assert graphs == 0
@@ -211,8 +212,8 @@ def test_layers_that_are_one_operation(
     monkeypatch.setattr(packing, "SMALL", 1)
     change = {
         "packed": packing.pack_weights,
-        "int8": packing.quantise_to_int8,
-        "fp8": packing.quantise_to_fp8,
+        "int8": quantize.quantize_to_int8,
+        "fp8": quantize.quantize_to_fp8,
     }
     assert change[kind](model)
     compiled = compile_blocks(model)

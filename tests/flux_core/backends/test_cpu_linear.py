@@ -15,20 +15,16 @@ import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.benchmarks.reference.stored import nf4, weights
+from rectiflux.flux_core.backends import cpu_int8 as int8_module
 from rectiflux.flux_core.backends import cpu_linear as module
 from rectiflux.flux_core.backends import cpu_pack as packing
-from rectiflux.flux_core.backends.cpu_linear import (
-    Int8Linear,
-    PackedLinear,
-    can_pack,
-    gelu_in_slices,
-    quantise_rows,
-    weight_levels,
-)
-from rectiflux.flux_core.backends.cpu_pack import int8_bytes, pack_weights, quantise_to_fp8, quantise_to_int8
+from rectiflux.flux_core.backends.cpu_int8 import Int8Linear, max_weight_code, quantize_rows
+from rectiflux.flux_core.backends.cpu_linear import PackedLinear, can_pack, gelu_in_slices
+from rectiflux.flux_core.backends.cpu_pack import pack_weights
+from rectiflux.flux_core.backends.quantize import int8_bytes, quantize_to_fp8, quantize_to_int8
 from rectiflux.flux_core.lora.linear import AdaptedLinear, dense_weight
 from rectiflux.flux_core.memory import Streaming
-from rectiflux.flux_core.quant.linear import StoredLinear, computing_dtype, device_of, weight_count
+from rectiflux.flux_core.quant.linear import QuantizedLinear, compute_dtype, device_of, weight_count
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -41,17 +37,18 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def layer_of(
-    dtype: torch.dtype = torch.float32, plain: int | None = None
+    dtype: torch.dtype = torch.float32, qkv_dim: int | None = None
 ) -> tuple[PackedLinear, Tensor, Tensor]:
     weight, bias = drawn(48, 64, dtype=dtype), drawn(48, seed=1, dtype=dtype)
-    return PackedLinear(weight, bias, plain), weight, bias
+    return PackedLinear(weight, bias, qkv_dim), weight, bias
 
 
 @pytest.fixture(params=["packed", "in rows"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With oneDNN's operators, and as where they are missing."""
     if request.param == "in rows":
-        monkeypatch.setattr(module, "can_pack", lambda device, dtype: False)
+        for each in (module, int8_module):
+            monkeypatch.setattr(each, "can_pack", lambda device, dtype: False)
 
 
 # Exact layers
@@ -64,18 +61,18 @@ def pretend(avx512: bool, monkeypatch: pytest.MonkeyPatch, maker: str = "Intel")
 
 @pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("dtype", EXACT)
-@pytest.mark.parametrize("plain", [None, 16])
+@pytest.mark.parametrize("qkv_dim", [None, 16])
 @pytest.mark.parametrize("shape", [(64,), (0, 64), (5, 64), (2, 3, 64)])
 def test_it_is_a_linear_layer(
     dtype: torch.dtype,
-    plain: int | None,
+    qkv_dim: int | None,
     shape: tuple[int, ...],
     avx512: bool,
     either_way: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pretend(avx512, monkeypatch)
-    layer, weight, bias = layer_of(dtype, plain)
+    layer, weight, bias = layer_of(dtype, qkv_dim)
     x = drawn(*shape, seed=2, dtype=dtype)
     expected = F.linear(x, weight, bias)
     y = layer(x)
@@ -84,25 +81,25 @@ def test_it_is_a_linear_layer(
         assert relative_error(y, expected) <= EXACT[dtype]
         gelu = F.gelu(expected, approximate="tanh")
         assert relative_error(layer.gelu(x), gelu) <= EXACT[dtype]
-        first, rest = layer.plain_and_gelu(x)
-        assert first.shape[-1] == layer.plain
-        torch.testing.assert_close(first, y[..., : layer.plain], rtol=0, atol=0)
-        assert not rest.numel() or relative_error(rest, gelu[..., layer.plain :]) <= EXACT[dtype]
+        first, rest = layer.split_gelu(x)
+        assert first.shape[-1] == layer.qkv_dim
+        torch.testing.assert_close(first, y[..., : layer.qkv_dim], rtol=0, atol=0)
+        assert not rest.numel() or relative_error(rest, gelu[..., layer.qkv_dim :]) <= EXACT[dtype]
 
 
 def test_compilers_see_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the blocks' number; it gives what the layer gives, in a tensor of the size that it promises."""
     pretend(True, monkeypatch)
-    layer, _, bias = layer_of(plain=16)
+    layer, _, bias = layer_of(qkv_dim=16)
     x, rest = drawn(2, 3, 64, seed=2), layer._kept[1]
     asked = (x, rest.number, bias[16:], 32, "gelu", "tanh")
-    assert torch.equal(module._packed_product(*asked), layer.plain_and_gelu(x)[1])
+    assert torch.equal(module._packed_product(*asked), layer.split_gelu(x)[1])
     torch.library.opcheck(module._packed_product, asked, test_utils="test_faketensor")
     int8 = Int8Linear(drawn(48, 64), None)
-    codes, _ = quantise_rows(x[0])
+    codes, _ = quantize_rows(x[0])
     asked = (codes, int8._codes.number, int8.scale, int8._zeros, torch.float32)
-    assert torch.equal(module._int8_product(*asked), int8._sums(codes, torch.float32))
-    torch.library.opcheck(module._int8_product, asked, test_utils="test_faketensor")
+    assert torch.equal(int8_module._int8_product(*asked), int8._sums(codes, torch.float32))
+    torch.library.opcheck(int8_module._int8_product, asked, test_utils="test_faketensor")
 
 
 def test_copies_of_blocks_keep_their_number() -> None:
@@ -121,20 +118,20 @@ def test_cut_inputs_are_read_as_they_lie() -> None:
     assert relative_error(layer(x), F.linear(x, weight, bias)) <= 1e-6
 
 
-@pytest.mark.parametrize("plain", [None, 16])
-def test_the_numbers_come_back(plain: int | None, either_way: None) -> None:
-    layer, weight, bias = layer_of(plain=plain)
+@pytest.mark.parametrize("qkv_dim", [None, 16])
+def test_the_numbers_come_back(qkv_dim: int | None, either_way: None) -> None:
+    layer, weight, bias = layer_of(qkv_dim=qkv_dim)
     assert torch.equal(layer.dense_weight(torch.float32), weight)
     assert torch.equal(dense_weight(layer, torch.bfloat16), weight.bfloat16())
     assert torch.equal(layer.state_dict()["weight"], weight) and torch.equal(layer.state_dict()["bias"], bias)
     assert torch.equal(copy.deepcopy(layer).dense_weight(torch.float32), weight)
-    assert (computing_dtype(layer), device_of(layer)) == (torch.float32, CPU)
+    assert (compute_dtype(layer), device_of(layer)) == (torch.float32, CPU)
     assert weight_count(layer) == 48 * 64 + 48
     assert layer.weight.is_meta and layer.weight.shape == weight.shape
 
 
 def test_it_moves_as_a_layer_does() -> None:
-    layer, weight, _ = layer_of(plain=16)
+    layer, weight, _ = layer_of(qkv_dim=16)
     assert layer.packed and "oneDNN" in repr(layer)
     assert layer.half().dtype == torch.float16 and not layer.packed and "in rows" in repr(layer)
     assert torch.equal(layer.float().dense_weight(torch.float32), weight.half().float()) and layer.packed
@@ -160,7 +157,7 @@ def test_only_what_can_be_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_codes_are_rounded_shares_of_the_largest() -> None:
     """By hand: 254 / 127 is 2, so that 3 lies between 1 and 2 and goes to the even one, -5 to -2."""
-    codes, scale = quantise_rows(
+    codes, scale = quantize_rows(
         torch.tensor([[254.0, 3.0, -5.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.5, -127.0, 1.5, 2.5]])
     )
     assert codes.tolist() == [[127, 2, -2, 0], [0, 0, 0, 0], [0, -127, 2, 2]]
@@ -171,8 +168,8 @@ def test_an_int8_layer_computes_what_its_codes_say(either_way: None) -> None:
     """y = s_x s_w (q_x . q_w) + b, the sums exact in integers; float32 rounds three times."""
     weight, bias, x = drawn(48, 64), drawn(48, seed=1), drawn(2, 5, 64, seed=2)
     layer = Int8Linear(weight, bias)
-    qw, sw = quantise_rows(weight, weight_levels())
-    qx, sx = quantise_rows(x.flatten(0, 1))
+    qw, sw = quantize_rows(weight, max_weight_code())
+    qx, sx = quantize_rows(x.flatten(0, 1))
     expected = (qx.long() @ qw.long().T).double() * sx[:, None].double() * sw.double() + bias.double()
     assert torch.equal(layer.codes, qw) and torch.equal(layer.dense_weight(torch.float32), qw * sw[:, None])
     torch.testing.assert_close(layer(x).double(), expected.view(2, 5, 48), rtol=1e-6, atol=1e-6)
@@ -184,14 +181,14 @@ def test_an_int8_layer_computes_what_its_codes_say(either_way: None) -> None:
 def test_whole_numbers_are_exact_in_int8(dtype: torch.dtype) -> None:
     """With the largest code in every row the scales are 1, and nothing is lost."""
     weight = torch.zeros(3, 8)
-    weight[:, 0], weight[1, 1], weight[2, 3] = float(weight_levels()), 5.0, -2.0
+    weight[:, 0], weight[1, 1], weight[2, 3] = float(max_weight_code()), 5.0, -2.0
     x = torch.tensor([[0.0, 3.0, 0.0, 1.0, 127.0, 0.0, 0.0, 0.0]])
     assert Int8Linear(weight.to(dtype), None)(x.to(dtype)).tolist() == [[0.0, 15.0, -2.0]]
 
 
 ONE_INT8_PRODUCT = """
 import torch
-from rectiflux.flux_core.backends.cpu_linear import Int8Linear
+from rectiflux.flux_core.backends.cpu_int8 import (Int8Linear)
 Int8Linear(torch.randn(48, 64), None)(torch.randn(5, 64))
 """
 
@@ -225,11 +222,11 @@ def test_int8_errors_on_usual_and_on_outlying_weights() -> None:
     for w in (weight, outlying):
         y = F.linear(x, w)
         errors.append(float((Int8Linear(w, None)(x) - y).norm() / y.norm()))
-        step_w = w.abs().amax(1, keepdim=True) / weight_levels()
+        step_w = w.abs().amax(1, keepdim=True) / max_weight_code()
         step_x = x.abs().amax(1, keepdim=True) / 127
         noise = (x**2).sum() * (step_w**2).mean() / 12 * 96 + (step_x**2).mean() / 12 * 64 * (w**2).sum()
         assert errors[-1] == pytest.approx(float(noise**0.5 / y.norm()), rel=0.25)
-    assert errors[0] < 0.015 * 127 / weight_levels() and errors[1] > 2 * errors[0]
+    assert errors[0] < 0.015 * 127 / max_weight_code() and errors[1] > 2 * errors[0]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -243,10 +240,10 @@ def test_a_processor_that_overflows_is_found_out(monkeypatch: pytest.MonkeyPatch
     def saturating(codes: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.full((codes.shape[0], 16), 32767.0 * 32)
 
-    monkeypatch.setattr(module, "_int8_sums", saturating)
-    assert module._levels_tried.__wrapped__() == 64
-    monkeypatch.setattr(module, "_int8_sums", lambda codes, *_: torch.full((16, 16), 64 * 127.0**2))
-    assert module._levels_tried.__wrapped__() == 127
+    monkeypatch.setattr(int8_module, "_int8_sums", saturating)
+    assert int8_module._levels_tried.__wrapped__() == 64
+    monkeypatch.setattr(int8_module, "_int8_sums", lambda codes, *_: torch.full((16, 16), 64 * 127.0**2))
+    assert int8_module._levels_tried.__wrapped__() == 127
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -281,7 +278,7 @@ def test_int8_layers_keep_their_codes_through_every_dtype() -> None:
     codes = layer.codes
     assert torch.equal(layer.bfloat16().codes, codes) and layer.dtype == torch.bfloat16
     x = drawn(3, 64, dtype=torch.bfloat16)
-    first, rest = layer.plain_and_gelu(x)
+    first, rest = layer.split_gelu(x)
     y = layer(x)
     assert (
         torch.equal(first, y[:, :16]) and relative_error(rest, F.gelu(y[:, 16:], approximate="tanh")) < 0.01
@@ -358,7 +355,7 @@ def test_small_float32_weights_are_left_to_mkl(
     assert isinstance(model.img_in, PackedLinear) == (avx512 and maker == "AMD")  # 64 x 64
 
 
-@pytest.mark.parametrize("change", [pack_weights, quantise_to_int8, quantise_to_fp8])
+@pytest.mark.parametrize("change", [pack_weights, quantize_to_int8, quantize_to_fp8])
 def test_progress_ends_at_all_of_it(change: Callable[..., int]) -> None:
     heard: list[tuple[int, int]] = []
     change(network(), on_progress=lambda done, total: heard.append((done, total)))
@@ -367,13 +364,13 @@ def test_progress_ends_at_all_of_it(change: Callable[..., int]) -> None:
     assert heard[-1][0] == heard[-1][1] > 0
 
 
-@pytest.mark.parametrize("change", [pack_weights, quantise_to_int8, quantise_to_fp8])
+@pytest.mark.parametrize("change", [pack_weights, quantize_to_int8, quantize_to_fp8])
 def test_each_weight_goes_before_the_next_is_reordered(
     change: Callable[..., int], small_packed: None
 ) -> None:
     """So that memory does not double: when a layer is done, all weights of those before it are gone."""
     model = network()
-    old = [weakref.ref(layer) for _, _, layer in packing._layers(model, ends=False)]
+    old = [weakref.ref(layer) for _, _, layer in packing.layers_of(model, ends=False)]
     alive: list[int] = []
     changed = change(model, on_progress=lambda *_: alive.append(sum(one() is not None for one in old)))
     kept = sum(one() is not None for one in old)
@@ -384,14 +381,14 @@ def test_each_weight_goes_before_the_next_is_reordered(
 def test_quantised_weights_stay_and_streamed_models_are_left_alone(small_packed: None) -> None:
     model = network()
     block = model.single_blocks[0]
-    block.linear2 = StoredLinear(nf4(weights(256, 1280))[0], torch.zeros(256), torch.float32)
+    block.linear2 = QuantizedLinear(nf4(weights(256, 1280))[0], torch.zeros(256), torch.float32)
     kept = block.linear2
     model.streaming = Streaming(None)
     assert pack_weights(model) == 0
     with pytest.raises(
         ValueError, match="int8 needs a model that is not streamed, got one that is larger than"
     ):
-        quantise_to_int8(model)
+        quantize_to_int8(model)
     model.streaming = None
     assert pack_weights(model) == 8 + 2 * 2 - 1 and block.linear2 is kept
 
@@ -400,7 +397,7 @@ def test_int8_models() -> None:
     model = network()
     expected, needed = velocity(model), int8_bytes(model)
     quantised = sum(p.numel() for b in [*model.double_blocks, *model.single_blocks] for p in b.parameters())
-    assert quantise_to_int8(model) == 8 + 2 * 2
+    assert quantize_to_int8(model) == 8 + 2 * 2
     assert 0 < relative_error(velocity(model), expected) < 0.1
     held = sum(p.nbytes for p in model.parameters())
     codes = sum(layer.codes.nbytes for layer in model.modules() if isinstance(layer, Int8Linear))

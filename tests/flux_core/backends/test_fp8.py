@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
 from rectiflux.benchmarks.reference.stored import fp8, gguf, nf4, weights
 from rectiflux.flux_core.backends import fp8 as module
-from rectiflux.flux_core.backends.cpu_pack import fp8_bytes, pack_weights, quantise_to_fp8
-from rectiflux.flux_core.backends.fp8 import FP8, Fp8Linear, can_multiply, in_fp8, rows_in_fp8
+from rectiflux.flux_core.backends.cpu_pack import pack_weights
+from rectiflux.flux_core.backends.fp8 import FP8, Fp8Linear, can_multiply, quantize_rows_fp8, to_fp8
+from rectiflux.flux_core.backends.quantize import fp8_bytes, quantize_to_fp8
 from rectiflux.flux_core.lora.adapters import LowRank
 from rectiflux.flux_core.lora.linear import AdaptedLinear, Part
 from rectiflux.flux_core.memory import Streaming
 from rectiflux.flux_core.memory.streaming import weights_of
 from rectiflux.flux_core.model.transformer import FluxTransformer
-from rectiflux.flux_core.quant.formats import Joined, Plain, Scaled
-from rectiflux.flux_core.quant.linear import StoredLinear, computing_dtype, device_of, weight_count
+from rectiflux.flux_core.quant.formats import ConcatenatedWeight, DenseWeight, ScaledWeight
+from rectiflux.flux_core.quant.linear import QuantizedLinear, compute_dtype, device_of, weight_count
 from torch import Tensor
 
 BF16 = torch.bfloat16
@@ -32,7 +33,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def layer_of(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Fp8Linear, Tensor, Tensor]:
     weight, b = drawn(48, 64), drawn(48, seed=1)
-    return Fp8Linear(in_fp8(weight), b if bias else None, dtype), weight, b
+    return Fp8Linear(to_fp8(weight), b if bias else None, dtype), weight, b
 
 
 def twin(x: Tensor, weight: Tensor) -> Tensor:
@@ -69,10 +70,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_codes_are_rounded_shares_of_the_largest() -> None:
     """By hand: 448 / 448 is 1. From 16 to 32 codes are 2 apart: 19 goes to 20, whose code is even."""
-    codes, scale = rows_in_fp8(torch.tensor([[448.0, 19.0, -17.0, 0.4], [0.0, 0.0, 0.0, 0.0]]))
+    codes, scale = quantize_rows_fp8(torch.tensor([[448.0, 19.0, -17.0, 0.4], [0.0, 0.0, 0.0, 0.0]]))
     assert codes.float().tolist() == [[448.0, 20.0, -16.0, 0.40625], [0.0, 0.0, 0.0, 0.0]]
     assert float(scale[0]) == 1.0 and float(scale[1]) > 0
-    codes, scale = rows_in_fp8(torch.tensor([[-896.0, 3.0], [1e-20, 0.0]]))
+    codes, scale = quantize_rows_fp8(torch.tensor([[-896.0, 3.0], [1e-20, 0.0]]))
     assert codes.float().tolist() == [[-448.0, 1.5], [0.0, 0.0]] and float(scale[0]) == 2.0
 
 
@@ -80,7 +81,7 @@ def test_codes_are_rounded_shares_of_the_largest() -> None:
 def test_the_largest_of_a_row_never_overflows(seed: int) -> None:
     """What is above 464 would be no number."""
     x = drawn(2000, 5, seed=seed) * torch.logspace(-6, 6, 2000)[:, None]
-    codes, scale = rows_in_fp8(x)
+    codes, scale = quantize_rows_fp8(x)
     assert codes.float().isfinite().all() and (codes.float().abs().amax(1) == 448).all()
     bound = (x.abs() / 16).maximum(scale * 2**-10)
     assert ((codes.float() * scale - x).abs() <= bound * 1.0001).all()
@@ -137,23 +138,25 @@ def test_which_devices_can(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 
 
 def test_codes_of_files_are_handed_over() -> None:
-    """Plain and scaled, whole and in parts: the numbers stay exactly what they were."""
+    """DenseWeight and scaled, whole and in parts: the numbers stay exactly what they were."""
     scaled, numbers = fp8(drawn(48, 64))
     plain = drawn(48, 64).to(FP8)
-    rows = Scaled(plain, torch.linspace(0.5, 2, 48)[:, None])
-    joined = Joined((scaled, Plain(plain), rows))
+    rows = ScaledWeight(plain, torch.linspace(0.5, 2, 48)[:, None])
+    joined = ConcatenatedWeight((scaled, DenseWeight(plain), rows))
     expected = [
         (scaled, numbers),
-        (Plain(plain), plain.float()),
+        (DenseWeight(plain), plain.float()),
         (rows, plain.float() * rows.scale),
         (joined, torch.cat([numbers, plain.float(), plain.float() * rows.scale])),
     ]
     for stored, values in expected:
-        layer = Fp8Linear(in_fp8(stored), None, torch.float32)
+        layer = Fp8Linear(to_fp8(stored), None, torch.float32)
         assert torch.equal(layer.dense_weight(torch.float32), values)
         assert layer.stored_scale.shape == (len(values), 1)
-    assert in_fp8(scaled).codes.data_ptr() == scaled.codes.data_ptr()
-    assert torch.equal(in_fp8(Plain(drawn(48, 64).half())).codes, rows_in_fp8(drawn(48, 64).half())[0])
+    assert to_fp8(scaled).codes.data_ptr() == scaled.codes.data_ptr()
+    assert torch.equal(
+        to_fp8(DenseWeight(drawn(48, 64).half())).codes, quantize_rows_fp8(drawn(48, 64).half())[0]
+    )
 
 
 # A layer among others
@@ -162,7 +165,7 @@ def test_codes_of_files_are_handed_over() -> None:
 def test_it_is_kept_through_every_dtype() -> None:
     layer, weight, _ = layer_of()
     codes = layer.stored_codes
-    assert layer.bfloat16().dtype == computing_dtype(layer) == BF16 and layer.bias.dtype == BF16
+    assert layer.bfloat16().dtype == compute_dtype(layer) == BF16 and layer.bias.dtype == BF16
     assert layer.stored_codes is codes and layer.stored_scale.dtype == torch.float32
     assert (device_of(layer), weight_count(layer)) == (CPU, 48 * 64 + 48)
     assert torch.equal(copy.deepcopy(layer)(drawn(3, 64)), layer(drawn(3, 64)))
@@ -214,8 +217,8 @@ def test_fp8_models() -> None:
     """8 layers of the double block and 2 modulations, 2 of the first single block and one; no ends."""
     model = network()
     expected, needed = velocity(model), fp8_bytes(model)
-    assert quantise_to_fp8(model, CPU) == 8 + 2 + 2 + 1
-    assert quantise_to_fp8(model) == 0
+    assert quantize_to_fp8(model, CPU) == 8 + 2 + 2 + 1
+    assert quantize_to_fp8(model) == 0
     places = {
         name.rpartition(".")[0] for name, layer in model.named_modules() if isinstance(layer, Fp8Linear)
     }
@@ -235,14 +238,14 @@ def test_fp8_models() -> None:
 
 def test_what_is_quantised_in_one_place_is_kept_in_another() -> None:
     model = network()
-    quantise_to_fp8(model, CPU, then=torch.device("meta"))
+    quantize_to_fp8(model, CPU, then=torch.device("meta"))
     places = {layer.device.type for layer in model.modules() if isinstance(layer, Fp8Linear)}
     assert places == {"meta"} and model.device == CPU
 
 
 def test_a_block_can_be_streamed_with_its_codes() -> None:
     model = network()
-    quantise_to_fp8(model)
+    quantize_to_fp8(model)
     dtypes = [tensor.dtype for tensor in weights_of(model.single_blocks[0])]
     assert dtypes.count(FP8) == 2
 
@@ -251,13 +254,13 @@ def test_quantised_files_and_odd_sides_stay() -> None:
     model = network()
     block = model.single_blocks[0]
     stored = fp8(weights(64, 320))[0]
-    kept = StoredLinear(nf4(weights(448, 64))[0], torch.zeros(448), torch.float32)
-    block.linear1, block.linear2 = kept, StoredLinear(stored, torch.zeros(64), torch.float32)
+    kept = QuantizedLinear(nf4(weights(448, 64))[0], torch.zeros(448), torch.float32)
+    block.linear1, block.linear2 = kept, QuantizedLinear(stored, torch.zeros(64), torch.float32)
     mlp = model.double_blocks[0].img_mlp
-    mlp[0] = StoredLinear(gguf(weights(256, 64))[0], None, torch.float32)
+    mlp[0] = QuantizedLinear(gguf(weights(256, 64))[0], None, torch.float32)
     mlp[2] = torch.nn.Linear(256, 63)
     needed = fp8_bytes(model)
-    assert quantise_to_fp8(model) == 13 - 3
+    assert quantize_to_fp8(model) == 13 - 3
     assert block.linear1 is kept and isinstance(block.linear2, Fp8Linear)
     assert block.linear2.stored_codes.data_ptr() == stored.codes.data_ptr()
     scales = sum(m.stored_scale.nbytes for m in model.modules() if isinstance(m, Fp8Linear))
@@ -269,9 +272,9 @@ def test_what_cannot_be_quantised_says_why() -> None:
     with pytest.raises(
         ValueError, match=r"in fp8 the model takes 0\.0 GB, the memory limit is 0\.0 GB; raise"
     ):
-        quantise_to_fp8(model, limit=1 << 10)
+        quantize_to_fp8(model, limit=1 << 10)
     model.streaming = Streaming(None)
     with pytest.raises(
         ValueError, match="fp8 needs a model that is not streamed, got one that is larger than"
     ):
-        quantise_to_fp8(model)
+        quantize_to_fp8(model)

@@ -10,13 +10,13 @@ from rectiflux.benchmarks.reference import stored as forms
 from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.model.transformer import FluxTransformer
-from rectiflux.flux_core.quant.linear import Stored, StoredLinear
+from rectiflux.flux_core.quant.linear import QuantizedLinear, QuantizedWeight
 from torch import Tensor, nn
 
 from .files import Change, kohya, merged
 from .test_conventions import LINEAR, paint, whole
 
-FORMS: dict[str, Callable[[Tensor], tuple[Stored, Tensor]]] = {
+FORMS: dict[str, Callable[[Tensor], tuple[QuantizedWeight, Tensor]]] = {
     "fp8 scaled": forms.fp8,
     "int8 scaled": forms.int8,
     "GGUF Q4_0": forms.gguf,
@@ -36,7 +36,7 @@ def in_form(form: str, dtype: torch.dtype) -> tuple[FluxTransformer, FluxTransfo
         kept, numbers = FORMS[form](layer.weight)
         layer.weight.copy_(numbers)
         parent, _, last = name.rpartition(".")
-        setattr(stored.get_submodule(parent), last, StoredLinear(kept, layer.bias, dtype))
+        setattr(stored.get_submodule(parent), last, QuantizedLinear(kept, layer.bias, dtype))
     return stored, dense
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from rectiflux.benchmarks.reference.stored import QUANTISABLE, packed, random_blocks
-from rectiflux.flux_core.quant.gguf import BLOCK_TYPES, dequantise
+from rectiflux.flux_core.quant.gguf import BLOCK_TYPES, dequantize
 
 
 def expected(data: np.ndarray, kind: str) -> torch.Tensor:
@@ -24,7 +24,7 @@ def test_the_table_is_what_the_issue_asks_and_what_the_package_measures() -> Non
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_random_bytes(kind: str) -> None:
     data = random_blocks(kind, 6, 5)
-    ours = dequantise(torch.from_numpy(data), kind)
+    ours = dequantize(torch.from_numpy(data), kind)
     assert ours.dtype == torch.float32
     assert ours.shape == (6, 5 * BLOCK_TYPES[kind].size)
     assert ours.abs().max() > 0
@@ -36,7 +36,7 @@ def test_quantised_weights(kind: str) -> None:
     """The package's bytes for normal weights: the same floats, and near the weights themselves."""
     weights = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
     data = packed(weights, kind)
-    ours = dequantise(torch.from_numpy(data), kind)
+    ours = dequantize(torch.from_numpy(data), kind)
     assert torch.equal(ours, expected(data, kind))
     steps = {
         "F32": 1e30,
@@ -55,20 +55,20 @@ def test_quantised_weights(kind: str) -> None:
 def test_every_row_and_block_stands_alone(kind: str) -> None:
     """Rows can be cut, and bytes may lie anywhere in memory that is not a multiple of four."""
     data = torch.from_numpy(random_blocks(kind, 4, 3, seed=2))
-    whole = dequantise(data, kind)
+    whole = dequantize(data, kind)
     shifted = torch.cat([torch.zeros(2, dtype=torch.uint8), data.flatten()])[2:].view(data.shape)
     if kind != "F32":  # whose numbers torch wants at multiples of four
-        assert torch.equal(dequantise(shifted[1:3], kind), whole[1:3])
-    assert torch.equal(dequantise(data[2:], kind), whole[2:])
+        assert torch.equal(dequantize(shifted[1:3], kind), whole[1:3])
+    assert torch.equal(dequantize(data[2:], kind), whole[2:])
 
 
 def test_a_block_worked_by_hand() -> None:
     """Q4_0 with d = 0.5: nibbles 0..15 in the low halves, 15..0 in the high."""
     data = [*np.array([0.5], np.float16).view(np.uint8), *(i | (15 - i) << 4 for i in range(16))]
-    numbers = dequantise(torch.tensor(data, dtype=torch.uint8), "Q4_0")
+    numbers = dequantize(torch.tensor(data, dtype=torch.uint8), "Q4_0")
     assert numbers.tolist() == [(i - 8) / 2 for i in [*range(16), *range(15, -1, -1)]]
 
 
 def test_an_unknown_type_is_a_key_error() -> None:
     with pytest.raises(KeyError, match="IQ1_S"):
-        dequantise(torch.zeros(1, 50, dtype=torch.uint8), "IQ1_S")
+        dequantize(torch.zeros(1, 50, dtype=torch.uint8), "IQ1_S")

@@ -1,4 +1,4 @@
-"""Stored weights are worth what their files say, and layers over them compute with exactly those numbers."""
+"""Quantized weights have the values that their files specify; layers over them compute with exactly those."""
 
 from __future__ import annotations
 
@@ -6,57 +6,66 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.stored import every_form, nf4, weights
-from rectiflux.flux_core.backends.cpu_pack import check_fp8
-from rectiflux.flux_core.backends.fp8 import Fp8Linear, in_fp8
+from rectiflux.flux_core.backends.fp8 import Fp8Linear, to_fp8
+from rectiflux.flux_core.backends.quantize import check_fp8
 from rectiflux.flux_core.quant import formats as forms_module
 from rectiflux.flux_core.quant import linear as stored_module
-from rectiflux.flux_core.quant.formats import FP8, Plain, Scaled, Stored, as_bytes, has_fp8
+from rectiflux.flux_core.quant.formats import (
+    FP8,
+    DenseWeight,
+    QuantizedWeight,
+    ScaledWeight,
+    fp8_as_bytes,
+    has_fp8,
+)
 from rectiflux.flux_core.quant.linear import (
-    StoredLinear,
-    computing_dtype,
+    QuantizedLinear,
+    compute_dtype,
+    dequantize_layers,
     device_of,
-    make_dense,
     weight_count,
 )
 from torch import nn
 
 FORMS = every_form()
 FORMS |= {
-    f"{name} as bytes": (as_bytes(stored), numbers)
+    f"{name} as bytes": (fp8_as_bytes(stored), numbers)
     for name, (stored, numbers) in FORMS.items()
-    if as_bytes(stored) is not stored
+    if fp8_as_bytes(stored) is not stored
 }
 each_form = pytest.mark.parametrize(("stored", "numbers"), FORMS.values(), ids=FORMS)
 
 
 @each_form
-def test_numbers(stored: Stored, numbers: torch.Tensor) -> None:
+def test_numbers(stored: QuantizedWeight, numbers: torch.Tensor) -> None:
     """Exactly in float32; once rounded in bfloat16."""
     assert (stored.shape, stored.numel()) == (torch.Size([48, 64]), 48 * 64)
-    assert torch.equal(stored.dense(torch.float32), numbers)
-    assert torch.equal(stored.dense(torch.bfloat16), numbers.bfloat16())
+    assert torch.equal(stored.dequantize(torch.float32), numbers)
+    assert torch.equal(stored.dequantize(torch.bfloat16), numbers.bfloat16())
 
 
 @each_form
-def test_slices_do_not_show(stored: Stored, numbers: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_do_not_show(
+    stored: QuantizedWeight, numbers: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(forms_module, "SLICE", 5 * 64)
-    assert torch.equal(stored.dense(torch.float32), numbers)
+    assert torch.equal(stored.dequantize(torch.float32), numbers)
 
 
 @each_form
-def test_rows(stored: Stored, numbers: torch.Tensor) -> None:
+def test_rows(stored: QuantizedWeight, numbers: torch.Tensor) -> None:
     part = stored.rows(7, 31)
     assert part.shape == (24, 64)
-    assert torch.equal(part.dense(torch.float32), numbers[7:31])
+    assert torch.equal(part.dequantize(torch.float32), numbers[7:31])
 
 
 @each_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_layer_is_a_linear_layer_of_these_numbers(
-    stored: Stored, numbers: torch.Tensor, dtype: torch.dtype
+    stored: QuantizedWeight, numbers: torch.Tensor, dtype: torch.dtype
 ) -> None:
     bias = torch.linspace(-1, 1, 48)
-    layer = StoredLinear(stored, bias, dtype)
+    layer = QuantizedLinear(stored, bias, dtype)
     assert (layer.in_features, layer.out_features) == (64, 48)
     assert layer.bias is not None and layer.bias.dtype == dtype
     x = weights(5, seed=1).to(dtype)
@@ -66,9 +75,11 @@ def test_the_layer_is_a_linear_layer_of_these_numbers(
 
 @each_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compilers_see_one_operation(stored: Stored, numbers: torch.Tensor, dtype: torch.dtype) -> None:
+def test_compilers_see_one_operation(
+    stored: QuantizedWeight, numbers: torch.Tensor, dtype: torch.dtype
+) -> None:
     """It makes the layer's numbers, in memory of its own, of the shape that it promises."""
-    layer = StoredLinear(stored, None, dtype)
+    layer = QuantizedLinear(stored, None, dtype)
     asked = (layer._kept(), layer._form_name, dtype, torch.device("cpu"))
     found = stored_module._dense(*asked)
     assert torch.equal(found, numbers.to(dtype))
@@ -77,17 +88,17 @@ def test_compilers_see_one_operation(stored: Stored, numbers: torch.Tensor, dtyp
 
 
 @each_form
-def test_a_change_of_dtype_leaves_what_is_kept(stored: Stored, numbers: torch.Tensor) -> None:
-    layer = nn.Sequential(StoredLinear(stored, torch.zeros(48), torch.float32)).to(torch.bfloat16)[0]
+def test_a_change_of_dtype_leaves_what_is_kept(stored: QuantizedWeight, numbers: torch.Tensor) -> None:
+    layer = nn.Sequential(QuantizedLinear(stored, torch.zeros(48), torch.float32)).to(torch.bfloat16)[0]
     kept = {name: tensor.data_ptr() for name, tensor in stored.tensors().items()}
-    assert (layer.dtype, computing_dtype(layer), layer.bias.dtype) == (torch.bfloat16,) * 3
+    assert (layer.dtype, compute_dtype(layer), layer.bias.dtype) == (torch.bfloat16,) * 3
     assert {name: tensor.data_ptr() for name, tensor in layer.stored.tensors().items()} == kept
     assert torch.equal(layer.dense_weight(torch.float32), numbers)
     assert layer.float().dtype == torch.float32
 
 
 def test_a_layer_can_be_emptied_and_counted() -> None:
-    layer = StoredLinear(nf4(weights())[0], torch.zeros(48), torch.float32)
+    layer = QuantizedLinear(nf4(weights())[0], torch.zeros(48), torch.float32)
     assert device_of(layer) == torch.device("cpu")
     assert weight_count(nn.Sequential(layer, nn.Linear(3, 2))) == 48 * 64 + 48 + 3 * 2 + 2
     layer.to("meta")
@@ -106,12 +117,12 @@ def test_bytes_and_names() -> None:
     assert {name: FORMS[name][0].nbytes for name in expected} == expected
     assert [FORMS[name][0].label for name in expected] == [*expected]
     assert "64, 48, GGUF Q4_0, computed in torch.bfloat16" in str(
-        StoredLinear(FORMS["GGUF Q4_0"][0], None, torch.bfloat16)
+        QuantizedLinear(FORMS["GGUF Q4_0"][0], None, torch.bfloat16)
     )
 
 
 def test_without_a_bias() -> None:
-    layer = StoredLinear(Plain(weights().half()), None, torch.float32)
+    layer = QuantizedLinear(DenseWeight(weights().half()), None, torch.float32)
     x = weights(3, seed=2)
     assert torch.equal(layer(x), x @ weights().half().float().T)
 
@@ -121,9 +132,10 @@ def test_layers_can_be_made_torchs_own() -> None:
     stored, numbers = FORMS["bitsandbytes NF4"]
     bias = torch.linspace(-1, 1, 48)
     model = nn.Sequential(
-        nn.Sequential(StoredLinear(stored, bias, torch.float32)), StoredLinear(stored, None, torch.float32)
+        nn.Sequential(QuantizedLinear(stored, bias, torch.float32)),
+        QuantizedLinear(stored, None, torch.float32),
     ).eval()
-    make_dense(model, torch.bfloat16)
+    dequantize_layers(model, torch.bfloat16)
     layers = [model.get_submodule("0.0"), model.get_submodule("1")]
     for layer in layers:
         assert type(layer) is nn.Linear and not layer.training and not layer.weight.requires_grad
@@ -146,9 +158,11 @@ def test_fp8_can_be_kept_as_bytes() -> None:
 
 def test_a_layer_moves_to_a_device_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the same device, which is said to have none: not a tensor in fp8 is left, and the numbers are."""
-    layers = [StoredLinear(stored, weights(1, 48)[0], torch.float32) for stored, _ in every_form().values()]
-    rows = Scaled(weights().to(FP8[0]), torch.linspace(1, 2, 48)[:, None])
-    layers += [StoredLinear(rows, None, torch.bfloat16), Fp8Linear(in_fp8(rows), None, torch.float32)]
+    layers = [
+        QuantizedLinear(stored, weights(1, 48)[0], torch.float32) for stored, _ in every_form().values()
+    ]
+    rows = ScaledWeight(weights().to(FP8[0]), torch.linspace(1, 2, 48)[:, None])
+    layers += [QuantizedLinear(rows, None, torch.bfloat16), Fp8Linear(to_fp8(rows), None, torch.float32)]
     expected = [layer.dense_weight(torch.float32) for layer in layers]
     x = weights(5, seed=1)
     monkeypatch.setattr(forms_module, "has_fp8", lambda device: False)
@@ -173,7 +187,7 @@ def test_every_fp8_number(dtype: torch.dtype) -> None:
     """All 256 codes are torch's, the ones that are no number too."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).view(16, 16)
     torch.testing.assert_close(
-        Plain(codes).dense(torch.float32), codes.float(), rtol=0, atol=0, equal_nan=True
+        DenseWeight(codes).dequantize(torch.float32), codes.float(), rtol=0, atol=0, equal_nan=True
     )
 
 
@@ -181,9 +195,9 @@ def test_blocks_that_end_in_the_middle_of_a_row() -> None:
     """NF4 counts its blocks through the flat numbers, and the last may be short."""
     weight = weights(5, 38)
     form, numbers = nf4(weight)
-    assert torch.equal(form.dense(torch.float32), numbers)
-    assert isinstance(form.rows(1, 3), Plain)
-    assert torch.equal(form.rows(1, 3).dense(torch.float32), numbers[1:3])
+    assert torch.equal(form.dequantize(torch.float32), numbers)
+    assert isinstance(form.rows(1, 3), DenseWeight)
+    assert torch.equal(form.rows(1, 3).dequantize(torch.float32), numbers[1:3])
 
 
 @pytest.mark.parametrize("form", [name for name in FORMS if "joined" not in name])
@@ -192,7 +206,7 @@ def test_rows_are_kept_in_their_form(form: str) -> None:
 
 
 def test_a_gradient_passes_to_the_input() -> None:
-    layer = StoredLinear(FORMS["GGUF Q4_0"][0], None, torch.float32)
+    layer = QuantizedLinear(FORMS["GGUF Q4_0"][0], None, torch.float32)
     x = weights(2).requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None

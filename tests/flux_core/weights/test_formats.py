@@ -30,7 +30,7 @@ from rectiflux.benchmarks.reference.models import (
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.quant import formats as forms_module
 from rectiflux.flux_core.quant.gguf import BLOCK_TYPES
-from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.flux_core.weights import fill as fill_module
 from rectiflux.flux_core.weights import load_autoencoder, load_transformer
 from safetensors.torch import load_file, save_file
@@ -70,7 +70,7 @@ def with_numbers(model: FluxTransformer, numbers: State) -> FluxTransformer:
 
 
 def stored_names(model: nn.Module) -> set[str]:
-    return {name for name, layer in model.named_modules() if isinstance(layer, StoredLinear)}
+    return {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -212,7 +212,7 @@ def test_a_large_file_is_computed_in_another_dtype_without_a_copy(
     assert not stored_names(eager)
     monkeypatch.setattr(fill_module, "COPIED", 0)
     model = load_transformer(tmp_path / "f.safetensors", torch.float32)
-    layers = [layer for layer in model.modules() if isinstance(layer, StoredLinear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     assert len(layers) == sum(isinstance(layer, nn.Linear) for layer in eager.modules())
     assert {tensor.dtype for layer in layers for tensor in layer.buffers()} == {torch.bfloat16}
     assert torch.equal(velocity(model), velocity(eager))
@@ -260,7 +260,7 @@ def test_stored_weights_alias_the_mapped_file(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     quantised_safetensors(original.state_dict(), path, "fp8 e5m2")
     layer = load_transformer(path, torch.float32).txt_in
-    assert isinstance(layer, StoredLinear)
+    assert isinstance(layer, QuantizedLinear)
     header = int.from_bytes(path.read_bytes()[:8], "little")
     offset = json.loads(path.read_bytes()[8 : 8 + header])["txt_in.weight"]["data_offsets"][0]
     with path.open("r+b") as file:
@@ -286,8 +286,10 @@ def test_fp8_on_a_device_without_it(form: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Tensor, "to", to)
     model = load_transformer(path, torch.float32)
     assert torch.uint8 in moved and not {torch.float8_e4m3fn, torch.float8_e5m2} & {*moved}
-    found = [m for m in model.modules() if isinstance(m, StoredLinear)]
-    for layer, other in zip(found, (m for m in usual.modules() if isinstance(m, StoredLinear)), strict=True):
+    found = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    for layer, other in zip(
+        found, (m for m in usual.modules() if isinstance(m, QuantizedLinear)), strict=True
+    ):
         assert torch.equal(layer.dense_weight(torch.float32), other.dense_weight(torch.float32))
     for ours, theirs in zip(model.parameters(), usual.parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from rectiflux.benchmarks.reference.stored import packed
-from rectiflux.flux_core.quant.formats import Blocks
+from rectiflux.flux_core.quant.formats import GGUFWeight
 from rectiflux.flux_core.weights import load_transformer, read_metadata, read_weights
 
 F32, Q4_0, IQ1_S = 0, 2, 19
@@ -69,7 +69,7 @@ def test_tensors_metadata_and_memory(tmp_path: Path) -> None:
         read = file.tensors[name]
         assert isinstance(read, torch.Tensor) and read.dtype == dtype
         assert torch.equal(read.float(), torch.from_numpy(numbers).to(dtype).float())
-    assert isinstance(file.tensors["Q8_0"], Blocks)
+    assert isinstance(file.tensors["Q8_0"], GGUFWeight)
     assert file.tensors["Q8_0"].shape == (2, 64)
     with (tmp_path / "f").open("r+b") as opened:
         opened.seek(gguf.GGUFReader(tmp_path / "f").tensors[0].data_offset)

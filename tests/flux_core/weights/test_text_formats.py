@@ -16,7 +16,7 @@ from rectiflux.benchmarks.reference.text import (
     t5_state,
     tokenizer,
 )
-from rectiflux.flux_core.quant.linear import StoredLinear
+from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.flux_core.weights import describe, load_text_encoders
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, T5EncoderModel
@@ -60,7 +60,7 @@ def test_gguf(tmp_path: Path, kind: str) -> None:
     numbers = gguf_numbers(llama(t5_state(model())), path, kind, "t5encoder")
     back = dict(zip(t5_state(model()), numbers.values(), strict=True))
     encoders = encoders_of(tmp_path, path)
-    layers = [layer for layer in encoders.t5.modules() if isinstance(layer, StoredLinear)]
+    layers = [layer for layer in encoders.t5.modules() if isinstance(layer, QuantizedLinear)]
     assert len(layers) == (0 if kind in ("F32", "F16", "BF16") else 2 * 7)
     assert torch.equal(encoders.encode(PROMPTS).txt, expected(back))
     assert encoders.t5.shared.weight is encoders.t5.encoder.embed_tokens.weight
@@ -74,7 +74,7 @@ def test_quantised_safetensors(tmp_path: Path, form: str) -> None:
     path = tmp_path / "t5xxl.safetensors"
     numbers = quantised_safetensors(t5_state(model()), path, form)
     encoders = encoders_of(tmp_path, path)
-    layers = [layer for layer in encoders.t5.modules() if isinstance(layer, StoredLinear)]
+    layers = [layer for layer in encoders.t5.modules() if isinstance(layer, QuantizedLinear)]
     assert len(layers) == 2 * 7
     assert torch.equal(encoders.encode(PROMPTS).txt, expected(numbers))
 
