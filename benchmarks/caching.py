@@ -31,10 +31,10 @@ from torch import Tensor
 
 from ..flux_core.model.autoencoder import to_vae_space
 from ..flux_core.model.spec import Conditioning
-from ..flux_core.pipeline import Models, draw_noise, sample
+from ..flux_core.pipeline import Models, SampleRequest, draw_noise, sample
 from ..flux_core.sampling.schedule import make_sigmas
 from ..flux_core.sampling.solver import solver_named
-from ..flux_core.sampling.step_cache import METHODS, BlockMemory, Caching
+from ..flux_core.sampling.step_cache import METHODS, Caching, StepCache
 from ..miniature.evaluate import FAMILY
 from .painting import files_of, load_models
 from .prompts import categories
@@ -85,22 +85,22 @@ class Painter:
 
     def paint(
         self, number: int, steps: int, caching: Caching | None = None
-    ) -> tuple[Tensor, BlockMemory | None, float]:
+    ) -> tuple[Tensor, StepCache | None, float]:
         """(picture [3, H, W] in 0..1, what the cache did, seconds of the denoising)."""
-        memory = None if caching is None else caching.memory()
+        memory = None if caching is None else caching.new_cache()
         noise = draw_noise(60_000 + number, 1, SIDE, SIDE)
         sigmas = make_sigmas(steps, SIDE * SIDE // 4, shift=self.way.shift)
         start = time.perf_counter()
         latent = sample(
             self.models.transformer,
-            self.prompts[number],
-            None,
-            1.0,
-            noise,
-            torch.zeros_like(noise),
-            sigmas,
-            solver_named("euler"),
-            memory=None if memory is None else lambda: memory,
+            SampleRequest(
+                self.prompts[number],
+                noise,
+                torch.zeros_like(noise),
+                sigmas,
+                solver_named("euler"),
+                new_cache=None if memory is None else lambda: memory,
+            ),
         )
         seconds = time.perf_counter() - start
         with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 
 from ..flux_core.memory import limit_of
 from ..flux_core.model.spec import Conditioning
-from ..flux_core.pipeline import draw_noise, guided_velocity
+from ..flux_core.pipeline import VelocityRequest, draw_noise, guided_velocity
 from ..flux_core.weights import load_transformer
 
 STATUS = Path("/proc/self/status")
@@ -91,7 +91,7 @@ def measure(path: Path, sides: Sequence[int], limit: str, device: torch.device) 
             h = w = side // 8
             noise = draw_noise(0, 1, h, w).to(device)
             start = time.perf_counter()
-            velocity = guided_velocity(model, prompt, None, 1.0, SIGMAS, h, w, 1)
+            velocity = guided_velocity(model, VelocityRequest(prompt, SIGMAS, h, w, 1))
             figures[f"prepare_{side}"] = time.perf_counter() - start
             for name, sigma in zip(("first", "second"), SIGMAS, strict=True):
                 start = time.perf_counter()

@@ -16,7 +16,15 @@ from PIL import Image
 
 from ..flux_core.flow import straightness
 from ..flux_core.model.spec import Velocity
-from ..flux_core.pipeline import Models, draw_noise, guided_velocity, latent_size, text_to_image
+from ..flux_core.pipeline import (
+    Guidance,
+    Models,
+    VelocityRequest,
+    draw_noise,
+    guided_velocity,
+    latent_size,
+    text_to_image,
+)
 from ..flux_core.train.loop import device
 from ..miniature.autoencoder import to_pictures
 from ..miniature.evaluate import FAMILY, Sampling
@@ -55,7 +63,10 @@ class Member:
         h, w = latent_size(SIDE, SIDE)
         way, network = self.sampling, self.models.transformer
         return guided_velocity(
-            network, positive, negative, way.cfg_scale, None, h, w, len(texts), cfg_until=way.cfg_until
+            network,
+            VelocityRequest(
+                positive, None, h, w, len(texts), Guidance(negative, way.cfg_scale, way.cfg_until)
+            ),
         )
 
     def png(self, text: str, steps: int, seed: int) -> bytes:

@@ -18,7 +18,7 @@ from ..flux_core.backends.fp8 import Fp8Linear, to_fp8
 from ..flux_core.backends.quantize import quantize_to_fp8
 from ..flux_core.model.spec import Conditioning
 from ..flux_core.model.transformer import FluxTransformer
-from ..flux_core.pipeline import Models, draw_noise, guided_velocity
+from ..flux_core.pipeline import Models, VelocityRequest, draw_noise, guided_velocity
 from ..flux_core.sampling.schedule import make_sigmas
 from ..miniature.evaluate import SHOWN
 from .painting import files_of, load_models
@@ -91,7 +91,9 @@ class Measure:
 
     def _velocity_of(self, model: FluxTransformer) -> list[Tensor]:
         found = []
-        velocity = guided_velocity(model, self._prompt, None, 1.0, self._sigmas, SIDE, SIDE, len(self._noise))
+        velocity = guided_velocity(
+            model, VelocityRequest(self._prompt, self._sigmas, SIDE, SIDE, len(self._noise))
+        )
         for sigma in self._sigmas:
             x = (1 - sigma) * self._pictures + sigma * self._noise
             found.append(velocity(x.to(model.dtype), sigma).float())
@@ -101,7 +103,7 @@ class Measure:
         """Pictures by Euler's method."""
         sigmas = make_sigmas(steps, SIDE * SIDE // 4).tolist()
         velocity = guided_velocity(
-            self._exact, self._prompt, None, 1.0, sigmas[:-1], SIDE, SIDE, len(self._noise)
+            self._exact, VelocityRequest(self._prompt, sigmas[:-1], SIDE, SIDE, len(self._noise))
         )
         x = self._noise
         for sigma, after in pairwise(sigmas):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..flux_core.backends.attention import attention_told
+from ..flux_core.backends.attention import attention_backend_name
 from ..flux_core.backends.compile import compile_blocks
 from ..flux_core.backends.quantize import quantize_to_fp8
 from ..flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
@@ -131,7 +131,7 @@ class Group:
             return
         length = self.plan.text or self.spec.txt_length
         inputs = Inputs(model, side, length, self.batch)
-        yield Told(f"{case}: attention through {attention_told(model)}")
+        yield Told(f"{case}: attention through {attention_backend_name(model)}")
         ours, run_eager = inputs.our_step(model), inputs.their_step(eager)
         started = time.perf_counter()
         first = ours()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..flux_core.model.spec import Conditioning, FluxSpec
 from ..flux_core.model.transformer import FluxTransformer, pack, position_ids, unpack
-from ..flux_core.pipeline import guided_velocity
+from ..flux_core.pipeline import VelocityRequest, guided_velocity
 from .reference.models import diffusers_of_size, diffusers_state_dict
 from .turns import Run
 
@@ -88,7 +88,7 @@ class Inputs:
 
         def run() -> Tensor:
             asked, rows = sigmas[:-1], len(self.noise)
-            velocity = guided_velocity(model, self.prompt, None, 1.0, asked, self.h, self.w, rows)
+            velocity = guided_velocity(model, VelocityRequest(self.prompt, asked, self.h, self.w, rows))
             x = self.noise
             for sigma, after in pairwise(sigmas):
                 x = x + (after - sigma) * velocity(x, sigma)

@@ -13,7 +13,7 @@ from ..flux_core.model.autoencoder import to_vae_space
 from ..flux_core.model.spec import Conditioning, FluxSpec
 from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import FluxTransformer
-from ..flux_core.pipeline import draw_noise, latent_size, sample
+from ..flux_core.pipeline import Guidance, SampleRequest, draw_noise, latent_size, sample
 from ..flux_core.sampling.schedule import make_sigmas
 from ..flux_core.sampling.solver import solver_named
 from .autoencoder import to_pictures
@@ -63,14 +63,18 @@ def generate_latents(
     sigmas = make_sigmas(sampling.steps, h * w // 4, shift=sampling.shift)
     return sample(
         transformer,
-        replace(positive, guidance=sampling.guidance),
-        replace(negative, guidance=sampling.guidance) if sampling.cfg_scale != 1.0 else None,
-        sampling.cfg_scale,
-        noise,
-        torch.zeros_like(noise),
-        sigmas,
-        solver_named(sampling.solver),
-        cfg_until=sampling.cfg_until,
+        SampleRequest(
+            replace(positive, guidance=sampling.guidance),
+            noise,
+            torch.zeros_like(noise),
+            sigmas,
+            solver_named(sampling.solver),
+            Guidance(
+                replace(negative, guidance=sampling.guidance) if sampling.cfg_scale != 1.0 else None,
+                sampling.cfg_scale,
+                sampling.cfg_until,
+            ),
+        ),
     )
 
 

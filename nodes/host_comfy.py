@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from ..flux_core.backends.compile import check
 from ..flux_core.backends.quantize import check_fp8, check_int8, quantize_to_fp8, quantize_to_int8
 from ..flux_core.memory import limit_of
-from ..flux_core.model.layers import weight_count
 from ..flux_core.model.spec import FluxSpec
 from ..flux_core.pipeline import LATENT_CHANNELS
-from ..flux_core.quant.linear import dequantize_layers
+from ..flux_core.quant.linear import dequantize_layers, weight_count
 from ..flux_core.sampling import preview
 from ..flux_core.sampling.step_cache import Caching
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from .host_comfy_lora import add_lora
 from .host_comfy_network import CACHING, RUNNER, ComfyNetwork, VAEModule
-from .host_comfy_quant import follow, keep_stored, run_block
+from .host_comfy_quant import BlockRunner, follow, keep_stored
 from .host_comfy_sampling import make_sampler, sample
 from .host_comfy_text import encode_text, load_text_encoders, progress, t5_length
 
@@ -205,7 +204,7 @@ def with_compiling(model: Any) -> Any:
         )
     check(model.load_device)
     clone = model.clone(disable_dynamic=True)
-    clone.model_options["transformer_options"][RUNNER] = run_block
+    clone.model_options["transformer_options"][RUNNER] = BlockRunner()
     return clone
 
 

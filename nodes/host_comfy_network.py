@@ -1,64 +1,88 @@
-"""Our networks in the form in which ComfyUI calls them: transformer, text encoders, autoencoder.
+"""Our networks as ComfyUI calls them: transformer, text encoders, autoencoder.
 
-ComfyUI asks the transformer step by step and hands over prompt and sigma anew each time. What does not depend
+ComfyUI calls the transformer step by step and passes prompt and sigma again each time. What does not depend
 on the image is still computed once per run: the modulations of all of the run's sigmas as one batch, the text
 projection and the rotary table. They are kept from the patcher's pre-run to its clean-up, during which only
-scheduled hooks change weights.
-
-Not here: reference latents (Kontext) and attention masks, which are refused.
+scheduled hooks change weights. Patches of ComfyUI's on FLUX become hooks of the block loop in
+host_comfy_patches.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..flux_core.backends.attention import attention_told
+from ..flux_core.backends.attention import attention_backend_name
 from ..flux_core.model.autoencoder import AutoEncoder
-from ..flux_core.model.layers import Chunks, Rope, rope_table
+from ..flux_core.model.hooks import Hooks
+from ..flux_core.model.layers import Shared
+from ..flux_core.model.modulation import Group, Modulations, split_modulations
+from ..flux_core.model.ops import Rope, rope_table
 from ..flux_core.model.spec import FluxSpec
 from ..flux_core.model.text_encoders import TextEncoders
-from ..flux_core.model.transformer import FluxTransformer, Modulations, pack, position_ids, unpack
-from ..flux_core.sampling.step_cache import BlockMemory, Caching
+from ..flux_core.model.tokens import pack, pad_to_even, unpack
+from ..flux_core.model.transformer import Evaluation, FluxTransformer
+from ..flux_core.sampling.step_cache import Caching, StepCache
+from ..flux_core.tools.references import RopeScale, latent_ids, place_references
+from .host_comfy_patches import check_options, hooks_of, patch_inputs
+
+log = logging.getLogger(__name__)
 
 CACHING = "rectiflux_caching"
-"""Under this name a MODEL's transformer options have its Caching."""
+"""`transformer_options` key of a MODEL's Caching."""
 
 RUNNER = "rectiflux_runner"
-"""Under this name they have what runs a block, where that is not the block itself."""
+"""`transformer_options` key of the compiled block runner."""
 
 
 @dataclass
 class Prompt:
-    """One batch of prompts during one run: what was asked, and what came of it."""
+    """One batch of prompts during one run: its inputs, and what was computed from them."""
 
     context: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
     guidance: Tensor | None
     txt: Tensor
     modulations: dict[float, Modulations] = field(default_factory=dict)
-    memory: BlockMemory | None = None
+    at_zero: Modulations | None = None
+    cache: StepCache | None = None
 
-    def is_for(self, context: Tensor, pooled: Tensor, guidance: Tensor | None) -> bool:
+    def is_for(self, context: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> bool:
         return _same(self.context, context) and _same(self.pooled, pooled) and _same(self.guidance, guidance)
 
 
 @dataclass(frozen=True)
-class Known:
-    """A memory of earlier steps, and the sigma of this one."""
+class Layout:
+    """The tokens of one call: the generated latent, the references behind it, and how they are placed."""
 
-    memory: BlockMemory
-    sigma: float
+    h: int
+    w: int
+    sizes: tuple[tuple[int, int], ...] = ()
+    method: str = "offset"
+    scale: RopeScale = RopeScale()
+
+    @property
+    def generated(self) -> int:
+        return ((self.h + 1) // 2) * ((self.w + 1) // 2)
+
+    def ids(self) -> Tensor:
+        """Position ids [N, 3] of all image tokens."""
+        placed = place_references(self.sizes, self.h, self.w, self.method)
+        references = [latent_ids(*size, at, self.scale) for size, at in zip(self.sizes, placed, strict=True)]
+        return torch.cat([latent_ids(self.h, self.w, scale=self.scale), *references])
 
 
 class ComfyNetwork(nn.Module):
     """`BaseModel.diffusion_model`: a FluxTransformer's parts under BFL's names, so that LoRAs find them."""
 
     patch_size = 2
+    default_ref_method = "offset"
+    """How references are placed unless the conditioning says otherwise; FluxKVCache replaces it."""
 
     def __init__(self, network: FluxTransformer) -> None:
         super().__init__()
@@ -67,8 +91,9 @@ class ComfyNetwork(nn.Module):
         self._network = (network,)  # in a tuple, so that its parameters are not registered twice
         self._patcher: Any = None
         self._prompts: list[Prompt] = []
-        self._ropes: dict[tuple[int, int, int], Rope] = {}
-        self.memories: list[BlockMemory] = []
+        self._ropes: dict[tuple[int, Layout], Rope] = {}
+        self._warned: set[str] = set()
+        self.caches: list[StepCache] = []
         """Those of the latest run."""
 
     @property
@@ -79,18 +104,19 @@ class ComfyNetwork(nn.Module):
     def spec(self) -> FluxSpec:
         return self._network[0].spec
 
-    def attends(self, device: torch.device) -> str:
-        """What it attends by on a device, in a few words."""
-        return attention_told(self._network[0], device)
+    def attention_name(self, device: torch.device) -> str:
+        """The attention back end on a device, in a few words."""
+        return attention_backend_name(self._network[0], device)
 
     def begin(self, patcher: Any) -> None:
         """A sampling run begins: its results may be kept from step to step."""
         self.end()
         self._patcher = patcher
-        self.memories = []
+        self.caches = []
+        self._warned.clear()
 
     def end(self) -> None:
-        """The run is over: forget what was kept."""
+        """The run is over: drop what was kept."""
         self._patcher = None
         self._prompts.clear()
         self._ropes.clear()
@@ -109,7 +135,8 @@ class ComfyNetwork(nn.Module):
     ) -> Tensor:
         """Velocity [B, 16, h, w] of x [B, c, h, w] in model space at sigmas `timestep` [B] in 0..1.
 
-        Raises ValueError for odd h or w, another model's text, and what is not supported (see above).
+        Odd sides are padded and cropped. Raises ValueError for another model's text, and for patches that do
+        not fit FLUX.
         """
         from comfy import patcher_extension as extension
 
@@ -130,38 +157,82 @@ class ComfyNetwork(nn.Module):
         options: dict[str, Any],
         **kwargs: Any,
     ) -> Tensor:
-        if ref_latents is not None or kwargs.get("attention_mask") is not None:
-            what = "reference latents" if ref_latents is not None else "attention masks"
-            raise ValueError(
-                f"a model from Load FLUX Model does not take {what}; load it with Load Diffusion Model"
-            )
-        network, (h, w) = self._network[0], x.shape[-2:]
-        if y is None:
-            raise ValueError(
-                "the conditioning has no pooled CLIP vector; encode the prompt with FLUX.1's text encoders"
-            )
+        network, options = self._network[0], dict(options)
+        self._warn(check_options(options, kwargs))
         if getattr(self._patcher, "current_hooks", None) is not None:  # weights scheduled over the steps
             self._prompts.clear()
+        references = ref_latents or []
+        layout = self._layout(x, references, options, kwargs.get("ref_latents_method"))
+        if references:
+            options["reference_image_num_tokens"] = [Layout(*size).generated for size in layout.sizes]
         prompt = self._prompt(context, y, guidance)
+        latents = [x, *(ref.to(x.device, x.dtype).expand(len(x), -1, -1, -1) for ref in references)]
+        img = torch.cat([network.img_in(pack(pad_to_even(latent))) for latent in latents], dim=1)
+        img, txt, rope = self._inputs(img, prompt, layout, options)
         modulations = self._modulations(prompt, timestep, options.get("sample_sigmas"))
-        rope = self._rope(context.shape[1], h, w, x.device)
-        tokens = network.img_in(pack(x))
-        memory = None if control else self._memory(prompt, options.get(CACHING))
-        known = None if memory is None else Known(memory, float(timestep[0]))
-        return unpack(
-            self._blocks(tokens, prompt.txt, modulations, rope, control or {}, options, known), h, w
+        runner, bias = options.get(RUNNER), kwargs.get("attention_mask")
+        if bias is not None:
+            bias = bias if bias.dtype == torch.bool else bias.to(img)
+            bias = bias.view(-1, 1, *bias.shape[-2:])
+        evaluation = Evaluation(
+            txt,
+            modulations,
+            Shared(rope, network.ops(x.device, runner is not None), bias),
+            self._hooks(prompt, float(timestep[0]), options, control),
+            self._groups(prompt, layout, modulations),
+            layout.generated,
+            runner,
         )
+        even = [side + side % 2 for side in x.shape[-2:]]
+        velocity = unpack(network.run_blocks(img, evaluation), even[0], even[1])
+        return velocity[..., : layout.h, : layout.w]
 
-    def _memory(self, prompt: Prompt, caching: Caching | None) -> BlockMemory | None:
-        """What is kept of the prompt's steps in this run, where steps are cached."""
+    def _warn(self, messages: list[str]) -> None:
+        for message in messages:
+            if message not in self._warned:
+                self._warned.add(message)
+                log.warning(message)
+
+    def _layout(
+        self, x: Tensor, references: list[Tensor], options: dict[str, Any], method: str | None
+    ) -> Layout:
+        sizes = tuple((int(ref.shape[-2]), int(ref.shape[-1])) for ref in references)
+        known = ("scale_x", "scale_y", "shift_x", "shift_y", "shift_t")
+        given = options.get("rope_options") or {}
+        scale = RopeScale(**{name: float(given[name]) for name in known if name in given})
+        return Layout(*x.shape[-2:], sizes, method or self.default_ref_method, scale)
+
+    def _inputs(
+        self, img: Tensor, prompt: Prompt, layout: Layout, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Rope]:
+        """Image and text tokens and the rotary table, after "post_input" patches."""
+        spec, length = self.spec, prompt.txt.shape[1]
+        key = (length, layout)
+        if (patches := options.get("patches", {}).get("post_input")) is None:
+            if key not in self._ropes:
+                ids = torch.cat([torch.zeros(length, 3), layout.ids()])
+                rope = rope_table(ids, spec.axes_dim, spec.theta, img.device)
+                if self._patcher is None:
+                    return img, prompt.txt, rope
+                self._ropes[key] = rope
+            return img, prompt.txt, self._ropes[key]
+        img, txt, ids = patch_inputs(patches, img, prompt.txt, layout.ids(), options)
+        return img, txt, rope_table(ids, spec.axes_dim, spec.theta, img.device)
+
+    def _hooks(self, prompt: Prompt, sigma: float, options: dict[str, Any], control: Any) -> Hooks:
+        cache = None if control else self._cache(prompt, options.get(CACHING))
+        return hooks_of(options, control or {}, () if cache is None else (cache.hook(sigma),))
+
+    def _cache(self, prompt: Prompt, caching: Caching | None) -> StepCache | None:
+        """The prompt's step cache in this run, where steps are cached."""
         if caching is None or self._patcher is None:
             return None
-        if prompt.memory is None:
-            prompt.memory = caching.memory()
-            self.memories.append(prompt.memory)
-        return prompt.memory
+        if prompt.cache is None:
+            prompt.cache = caching.new_cache()
+            self.caches.append(prompt.cache)
+        return prompt.cache
 
-    def _prompt(self, context: Tensor, pooled: Tensor, guidance: Tensor | None) -> Prompt:
+    def _prompt(self, context: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Prompt:
         """The prompts of this call, text projected; from an earlier step when they are the same."""
         for prompt in self._prompts:
             if prompt.is_for(context, pooled, guidance):
@@ -174,7 +245,7 @@ class ComfyNetwork(nn.Module):
     def _modulations(self, prompt: Prompt, timestep: Tensor, schedule: Tensor | None) -> Modulations:
         """The modulations at `timestep`; the first time, those of the whole schedule in one batch.
 
-        Of the sigmas that a solver adds of its own only the latest is kept: an adaptive one adds hundreds.
+        Of the sigmas that a solver adds only the latest is kept: an adaptive one adds hundreds.
         """
         sigmas = timestep.tolist()
         if len(set(sigmas)) > 1 or self._patcher is None:
@@ -186,114 +257,33 @@ class ComfyNetwork(nn.Module):
             kept = prompt.modulations.items()
             prompt.modulations = {value: found for value, found in kept if value in planned}
             every = torch.tensor(wanted, device=timestep.device).repeat_interleave(len(timestep))
-            prompt.modulations.update(
-                zip(wanted, _split(self._modulate(prompt, every), len(timestep)), strict=False)
-            )
+            rows = split_modulations(self._modulate(prompt, every), len(timestep))
+            prompt.modulations.update(zip(wanted, rows, strict=False))
         return prompt.modulations[sigma]
 
     def _modulate(self, prompt: Prompt, sigma: Tensor) -> Modulations:
         """Modulations for sigma [S B], with the prompts [B] repeated as often as needed."""
-        pooled, guidance = prompt.pooled, prompt.guidance
-        times = len(sigma) // len(pooled)
+        pooled, guidance, batch = prompt.pooled, prompt.guidance, len(prompt.context)
+        times = len(sigma) // batch
         if guidance is not None:
-            guidance = guidance.expand(len(pooled)).repeat(times)
+            guidance = guidance.expand(batch).repeat(times)
+        pooled = None if pooled is None else pooled.repeat(times, 1)
         network = self._network[0]
-        return network.modulate(network.embed_time(sigma, guidance, pooled.repeat(times, 1)))
+        return network.modulate(network.embed_time(sigma, guidance, pooled))
 
-    def _rope(self, text_length: int, h: int, w: int, device: torch.device) -> Rope:
-        key = (text_length, h, w)
-        if key not in self._ropes:
-            spec = self._network[0].spec
-            rope = rope_table(position_ids(*key), spec.axes_dim, spec.theta, device)
-            if self._patcher is None:
-                return rope
-            self._ropes[key] = rope
-        return self._ropes[key]
-
-    def _blocks(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        modulations: Modulations,
-        rope: Rope,
-        control: dict[str, list[Tensor | None]],
-        options: dict[str, Any],
-        known: Known | None = None,
-    ) -> Tensor:
-        """Velocity tokens [B, N, 64]: FluxTransformer.blocks with ControlNets and replaced blocks."""
-        network, before, run = self._network[0], img, options.get(RUNNER, _plain)
-        replaced = options.get("patches_replace", {}).get("dit", {})
-        for i, (block, (img_mod, txt_mod)) in enumerate(
-            zip(network.double_blocks, modulations.double, strict=True)
-        ):
-
-            def double(args: dict[str, Any], block: nn.Module = block) -> dict[str, Tensor]:
-                img, txt = run(block, args["img"], args["txt"], *args["vec"], args["pe"])
-                return {"img": img, "txt": txt}
-
-            args = {"img": img, "txt": txt, "vec": (img_mod, txt_mod), "pe": rope}
-            out = _call(double, replaced.get(("double_block", i)), args, options, i, "double")
-            img, txt = _add(out["img"], control.get("input"), i), out["txt"]
-            if known is not None and i == 0:
-                before, change = img, img - before
-                added = known.memory.guess(known.sigma, change)
-                if added is not None:
-                    return network.final_layer(img + added, modulations.last)
-        x, length = torch.cat([txt, img], dim=1), txt.shape[1]
-        for i, (block, mod) in enumerate(zip(network.single_blocks, modulations.single, strict=True)):
-
-            def single(args: dict[str, Any], block: nn.Module = block) -> dict[str, Tensor]:
-                return {"img": run(block, args["img"], args["vec"], args["pe"])}
-
-            args = {"img": x, "vec": mod, "pe": rope}
-            x = _call(single, replaced.get(("single_block", i)), args, options, i, "single")["img"]
-            x = _add(x, control.get("output"), i, length)
-        x = x[:, length:]
-        if known is not None:
-            known.memory.keep(known.sigma, x - before)
-        return network.final_layer(x, modulations.last)
-
-
-def _plain(block: nn.Module, *inputs: Any) -> Any:
-    return block(*inputs)
-
-
-def _call(
-    block: Any, replacement: Any, args: dict[str, Any], options: dict[str, Any], index: int, kind: str
-) -> dict[str, Tensor]:
-    """The block's result, or that of what a patch put in its place, which may call the block itself."""
-    if replacement is None:
-        return block(args)
-    told = {**options, "block_index": index, "block_type": kind}
-    return replacement({**args, "attn_mask": None, "transformer_options": told}, {"original_block": block})
-
-
-def _add(tokens: Tensor, residuals: list[Tensor | None] | None, index: int, start: int = 0) -> Tensor:
-    """The tokens, this block's ControlNet residual added to the image's, which begin at `start`."""
-    residual = residuals[index] if residuals is not None and index < len(residuals) else None
-    if residual is None:
-        return tokens
-    tokens = tokens.clone()
-    tokens[:, start : start + residual.shape[1]] += residual
-    return tokens
+    def _groups(self, prompt: Prompt, layout: Layout, modulations: Modulations) -> tuple[Group, ...]:
+        """References that are modulated as at sigma 0, where their method says so."""
+        if not layout.sizes or layout.method != "index_timestep_zero":
+            return ()
+        if prompt.at_zero is None:
+            prompt.at_zero = self._modulate(prompt, prompt.context.new_zeros(len(prompt.context)).float())
+        return ((sum(Layout(*size).generated for size in layout.sizes), prompt.at_zero),)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _split(stacked: Modulations, batch: int) -> Iterator[Modulations]:
-    """Modulations of one evaluation after the other, from those of a batch of evaluations."""
-
-    def parts(chunks: Chunks) -> list[Chunks]:
-        return list(zip(*(chunk.split(batch) for chunk in chunks), strict=True))
-
-    double = [list(zip(parts(img), parts(txt), strict=True)) for img, txt in stacked.double]
-    single = [parts(chunks) for chunks in stacked.single]
-    for i, last in enumerate(parts(stacked.last)):
-        yield Modulations(tuple(block[i] for block in double), tuple(block[i] for block in single), last)
 
 
 class TextModule(nn.Module):
@@ -315,14 +305,15 @@ class TextModule(nn.Module):
         """FLUX.1 reads CLIP's last layer, whatever layer is asked for (as ComfyUI's own FLUX encoders do)."""
 
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(txt [1, L, C], pooled [1, P]), on the CPU, of what `PromptTokens` made."""
+        """(txt [1, L, C], pooled [1, P]), on the CPU, of the output of `PromptTokens`."""
         length = tokens.get("t5_length")
         encoded = self.encoders.encode([tokens["t5xxl"]], [tokens["l"]], self.on_notice, length)
+        assert encoded.pooled is not None  # text encoders always give one
         return encoded.txt.cpu(), encoded.pooled.cpu()
 
 
 class PromptTokens:
-    """`CLIP.tokenizer`: keeps the texts, under ComfyUI's names, for the encoders to cut up."""
+    """`CLIP.tokenizer`: keeps the texts, under ComfyUI's names, for the encoders to tokenize."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, str]:
         return {"l": text, "t5xxl": text}

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..flux_core.backends.compile import run_compiled
+from ..flux_core.backends.compile import CompiledBlocks
 from ..flux_core.backends.cpu_int8 import Int8Linear
 from ..flux_core.backends.fp8 import Fp8Linear
 from ..flux_core.lora.arithmetic import LowRankStack
 from ..flux_core.lora.terms import Terms
+from ..flux_core.model.layers import Shared
 from ..flux_core.quant.formats import DenseWeight
 from ..flux_core.quant.linear import OpaqueWeightLinear, QuantizedLinear
 
@@ -218,10 +219,12 @@ def _at(value: Any, device: torch.device) -> Any:
     return type(value)(_at(v, device) for v in value) if type(value) in (tuple, list) else value
 
 
-def run_block(block: nn.Module, *inputs: Any) -> Any:
-    """A block compiled; as it is where patches are merged into its numbers, which is ComfyUI's own code."""
-    merging = any(isinstance(layer, Patched) and layer.patches for layer in block.modules())
-    return block(*inputs) if merging else run_compiled(block, *inputs)
+class BlockRunner(CompiledBlocks):
+    """Runs blocks compiled; eagerly where patches are merged into their weights, which is ComfyUI's code."""
+
+    def __call__(self, block: nn.Module, inputs: tuple[Any, ...], shared: Shared) -> Any:
+        merging = any(isinstance(layer, Patched) and layer.patches for layer in block.modules())
+        return block(*inputs, shared) if merging else super().__call__(block, inputs, shared)
 
 
 PATCHED = {

@@ -97,8 +97,8 @@ def sample(
     )
     report = told[0] if told else other_report(sampler, guider.evaluations, len(watch.seconds))
     network = model.model.diffusion_model
-    attends = network.attends(model.load_device) if isinstance(network, ComfyNetwork) else None
-    text = report_text(report, watch.seconds, skipped(getattr(network, "memories", [])), attends)
+    attends = network.attention_name(model.load_device) if isinstance(network, ComfyNetwork) else None
+    text = report_text(report, watch.seconds, skipped(getattr(network, "caches", [])), attends)
     return samples.to(management.intermediate_device()), text
 
 

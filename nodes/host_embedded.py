@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flux_core.backends.attention import attention_told
+from ..flux_core.backends.attention import attention_backend_name
 from ..flux_core.backends.compile import compile_blocks
 from ..flux_core.backends.cpu_linear import can_pack
 from ..flux_core.backends.cpu_pack import pack_weights
@@ -28,10 +28,11 @@ from ..flux_core.memory import fits, limit_of, stream, tiling
 from ..flux_core.model.autoencoder import AutoEncoder, to_model_space, to_vae_space
 from ..flux_core.model.text_encoders import OWN_LENGTH, TextEncoders
 from ..flux_core.model.transformer import FluxTransformer
+from ..flux_core.pipeline import Guidance, SampleRequest
 from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.sampling import preview
 from ..flux_core.sampling.solver import Report, Solver, Step
-from ..flux_core.sampling.step_cache import BlockMemory, Caching
+from ..flux_core.sampling.step_cache import Caching, StepCache
 from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from . import wires as _wires
@@ -301,33 +302,35 @@ def sample(
     start = _wires.model_space_start(samples, to_model_space)
     against = None if negative is None else _wires.core_conditioning(negative, "negative")
     told: list[Report] = []
-    memories: list[BlockMemory] = []
+    memories: list[StepCache] = []
 
-    def memory() -> BlockMemory:
-        memories.append(model.caching.memory())
+    def memory() -> StepCache:
+        memories.append(model.caching.new_cache())
         return memories[-1]
 
     watch = Stopwatch(_reporter(model.preview))
     result = core_sample(
         model.network,
-        _wires.core_conditioning(positive, "positive"),
-        against,
-        cfg_scale,
-        noise.generate_noise(latent),
-        start,
-        sigmas,
-        sampler,
-        watch,
-        latent.get("noise_mask"),
-        seed=noise.seed,
-        on_report=told.append,
-        memory=None if model.caching is None else memory,
-        cfg_until=cfg_until,
+        SampleRequest(
+            _wires.core_conditioning(positive, "positive"),
+            noise.generate_noise(latent),
+            start,
+            sigmas,
+            sampler,
+            Guidance(against, cfg_scale, cfg_until),
+            noise_mask=latent.get("noise_mask"),
+            seed=noise.seed,
+            new_cache=None if model.caching is None else memory,
+            on_step=watch,
+            on_report=told.append,
+        ),
     )
     # as ComfyUI hands on a path that stops early, so that samplers chain
     samples = to_vae_space(result / (1 - float(sigmas[-1]))).float().cpu()
     samples = _wires.checked_finite(samples, "the sampled values", "choose bf16 or fp32 as weight_dtype")
-    return samples, report_text(told[0], watch.seconds, skipped(memories), attention_told(model.network))
+    return samples, report_text(
+        told[0], watch.seconds, skipped(memories), attention_backend_name(model.network)
+    )
 
 
 def _reporter(factors: preview.Factors | None) -> Any:

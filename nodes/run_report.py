@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..flux_core.sampling.solver import Report
-from ..flux_core.sampling.step_cache import BlockMemory
+from ..flux_core.sampling.step_cache import StepCache
 
 SHOWN_FROM = 1 << 26
 """Bytes of a load from which on it has a bar; a smaller one is over before anyone could read it.
@@ -47,7 +47,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
 
-def skipped(memories: Iterable[BlockMemory]) -> tuple[int, int] | None:
+def skipped(memories: Iterable[StepCache]) -> tuple[int, int] | None:
     """How many evaluations a cache has skipped, and of how many; None without a cache."""
     memories = list(memories)
     if not memories:

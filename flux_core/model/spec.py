@@ -26,10 +26,10 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the text encoders give, `txt` [B, L, C] and `pooled` [B, P], and the distilled guidance."""
+    """The text encoders' `txt` [B, L, C] and `pooled` [B, P] (None: zeros), and the distilled guidance."""
 
     txt: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
     guidance: float | None = None
 
 

@@ -1,90 +1,103 @@
 """The FLUX.1 transformer: packed latent tokens, a prompt and a sigma in, the velocity of each token out.
 
 Work is split by what it depends on. `prepare` does, once per run, all that does not depend on the image: the
-text projection, the rotary table and the modulations for every sigma (27 % of FLUX.1 [dev]'s weights serve
-only these). `forward` does the rest, once per step.
-Where a solver chooses its sigmas as it goes, the modulations alone follow it, one sigma at a time.
+text projection, the rotary table, the tokens of references and the modulations for every sigma (27 % of
+FLUX.1 [dev]'s weights serve only these). `forward` does the rest, once per step. Where a solver chooses its
+sigmas as it goes, the modulations alone follow it, one sigma at a time.
+
+`FluxTransformer.run_blocks` is the only block loop: sampling, ComfyUI, the step cache, ControlNets,
+streaming, compiled blocks and training attach to it by hooks (hooks.py).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from .hooks import NO_HOOKS, Finished, Hooks, Place, Streams, with_attention_at
 from .layers import (
     Chunks,
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
     Modulation,
-    Rope,
+    Shared,
     SingleStreamBlock,
-    compute_dtype,
-    device_of,
-    rope_table,
     sinusoidal_embedding,
 )
+from .modulation import Group, Modulations, per_token, split_modulations
+from .ops import Ops, Rope, rope_table
 from .spec import Conditioning, FluxSpec
+from .tokens import pack, position_ids, unpack
+
+__all__ = ["Evaluation", "FluxTransformer", "Prepared", "TokenGroup", "pack", "position_ids", "unpack"]
 
 Part = TypeVar("Part", bound=nn.Module)
 
 
 class Streamer(Protocol):
-    """Hands out parts of the network in turn, each while its weights are where it computes."""
+    """Yields parts of the network in turn, each while its weights are where it computes (memory/)."""
 
     def each(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterator[Part]: ...
 
 
 class Runner(Protocol):
-    """Calls a block with its inputs (flux_core/backends/compile.py: its compiled twin)."""
+    """Calls a block with its inputs, for example compiled (backends/compile.py)."""
 
-    def __call__(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, ...]) -> Any: ...
-
-
-class Memory(Protocol):
-    """Knows from earlier steps what the blocks after the first add to the image (step_cache.py)."""
-
-    def guess(self, sigma: float, change: Tensor) -> Tensor | None: ...
-
-    def keep(self, sigma: float, added: Tensor) -> None: ...
+    def __call__(self, block: nn.Module, inputs: tuple[Any, ...], shared: Shared) -> Any: ...
 
 
 @dataclass(frozen=True)
-class Modulations:
-    """Shifts, scales, gates of one evaluation: (image, text) a double block, one a single block, the last."""
+class TokenGroup:
+    """Tokens behind the generated ones that the model attends to, such as a reference image (Kontext).
 
-    double: tuple[tuple[Chunks, Chunks], ...]
-    single: tuple[Chunks, ...]
-    last: Chunks
+    `tokens` [B or 1, n, in_channels] are packed latents with position ids `ids` [n, 3]. With `sigma` they are
+    modulated as at that noise level at every step; None: at the step's own.
+    """
 
-    def chunks(self) -> list[Tensor]:
-        """All of them in order."""
-        return [c for chunks in (*itertools.chain(*self.double), *self.single, self.last) for c in chunks]
+    tokens: Tensor
+    ids: Tensor
+    sigma: float | None = None
 
-    def laid_out(self, table: Tensor) -> Modulations:
-        """Views of a table [P, B, 1, hidden] in the places of these."""
-        rows = iter(table.unbind())
 
-        def next_of(chunks: Chunks) -> Chunks:
-            return tuple(itertools.islice(rows, len(chunks)))
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation of the block loop needs besides the image tokens.
 
-        double = tuple((next_of(img), next_of(txt)) for img, txt in self.double)
-        return Modulations(double, tuple(map(next_of, self.single)), next_of(self.last))
+    `txt` [B, L, hidden] is the projected text. `references` are the groups behind the generated tokens whose
+    modulations differ from `modulations`; tokens without a group get those.
+    """
+
+    txt: Tensor
+    modulations: Modulations
+    shared: Shared
+    hooks: Hooks = NO_HOOKS
+    references: tuple[Group, ...] = ()
+    generated: int | None = None
+    """Number of image tokens whose velocity is returned; None: all of them."""
+    runner: Runner | None = None
+    """Runs the blocks in place of the model's own runner."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What does not depend on the image: `txt` [B, L, hidden], the rotary table, modulations by sigma."""
+    """What does not depend on the image: `txt` [B, L, hidden], the rotary table, modulations by sigma.
+
+    `references` are the hidden states [B or 1, n, hidden] of token groups, `fixed` the modulations of those
+    groups that have a sigma of their own; `bias` is added to the attention scores.
+    """
 
     txt: Tensor
     rope: Rope
     modulations: Mapping[float, Modulations] = field(repr=False)
+    references: tuple[Tensor, ...] = ()
+    fixed: tuple[Modulations | None, ...] = ()
+    bias: Tensor | None = None
 
     def at(self, sigma: float) -> Modulations:
         """The modulations at a sigma. Raises ValueError when it is none of those prepared."""
@@ -92,13 +105,13 @@ class Prepared:
             return self.modulations[float(sigma)]
         except KeyError:
             raise ValueError(
-                f"sigma {sigma} was not prepared; pass every sigma that the solver asks for to prepare"
+                f"sigma {sigma} was not prepared; pass every sigma that the solver evaluates to prepare"
             ) from None
 
 
 class _OnDemand(Mapping[float, Modulations]):
-    """Modulations made when they are asked for. Only the latest are kept: a solver that chooses its sigmas
-    comes back to none but the last.
+    """Modulations computed on first access. Only the latest are kept: a solver that chooses its sigmas
+    returns to none but the last.
     """
 
     def __init__(self, make: Callable[[float], Modulations]) -> None:
@@ -117,42 +130,17 @@ class _OnDemand(Mapping[float, Modulations]):
         return len(self._latest)
 
 
-def pack(latent: Tensor) -> Tensor:
-    """Tokens [B, N, 4 c] from a latent [B, c, h, w]: each 2x2 patch is one token, ordered (c ph pw).
-
-    Raises ValueError when h or w is odd.
-    """
-    h, w = latent.shape[-2:]
-    if h % 2 or w % 2:
-        raise ValueError(
-            f"latent height and width must be even to pack 2x2, got {h}x{w}; "
-            "make the image's sides multiples of 16"
-        )
-    return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
-
-
-def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """Latent [B, c, h, w] from tokens [B, N, 4 c]: the inverse of `pack`."""
-    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=h // 2, w=w // 2, ph=2, pw=2)
-
-
-def position_ids(text_length: int, h: int, w: int) -> Tensor:
-    """Ids [L + N, 3], float32: zeros for the text, (0, row, column) for the tokens of an h x w latent."""
-    image = torch.zeros(h // 2, w // 2, 3)
-    image[..., 1] = torch.arange(h // 2)[:, None]
-    image[..., 2] = torch.arange(w // 2)[None, :]
-    return torch.cat([torch.zeros(text_length, 3), rearrange(image, "h w i -> (h w) i")])
-
-
 class FluxTransformer(nn.Module):
     """FLUX.1's velocity network (black-forest-labs/flux, src/flux/model.py: Flux), sized by `spec`.
 
-    With `streaming` (flux_core.memory.stream sets it) it may be larger than the memory; with `runner`
-    (flux_core.backends.compile.compile_blocks sets it) its blocks are compiled.
+    With `streaming` (set by flux_core.memory.stream) it may be larger than the memory; with `runner` (set by
+    flux_core.backends.compile.compile_blocks) its blocks are compiled. `attention` names the attention back
+    end (flux_core.backends.attention.use_attention).
     """
 
     streaming: Streamer | None = None
     runner: Runner | None = None
+    attention: str = "auto"
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
@@ -170,7 +158,7 @@ class FluxTransformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the tokens are computed in."""
-        return compute_dtype(self.img_in)
+        return dtype_of(self.img_in)
 
     @property
     def device(self) -> torch.device:
@@ -178,24 +166,22 @@ class FluxTransformer(nn.Module):
 
     # What does not depend on the image
 
-    def embed_time(self, sigma: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
-        """Conditioning vector [B, hidden] from sigma [B] in 0..1, guidance [B] or None, pooled [B, P].
+    def embed_time(self, sigma: Tensor, guidance: Tensor | None, pooled: Tensor | None) -> Tensor:
+        """Conditioning vector [B, hidden] from sigma [B] in 0..1, guidance [B], pooled [B, P].
 
-        A model with a guidance embedder needs guidance (ValueError); one without ignores it.
+        Without guidance its embedding is left out; a missing pooled vector counts as zeros (both as ComfyUI).
         """
-        dtype = compute_dtype(self.time_in.in_layer)
+        dtype = dtype_of(self.time_in.in_layer)
+        if pooled is None:
+            pooled = sigma.new_zeros(len(sigma), self.spec.vec_in)
         vec = self.time_in(sinusoidal_embedding(sigma).to(dtype)) + self.vector_in(pooled.to(dtype))
-        if self.guidance_in is None:
+        if self.guidance_in is None or guidance is None:
             return vec
-        if guidance is None:
-            raise ValueError(
-                "this model takes a distilled guidance scale, got none; set guidance (3.5 is usual)"
-            )
         return vec + self.guidance_in(sinusoidal_embedding(guidance).to(dtype))
 
     def modulate(self, vec: Tensor) -> Modulations:
         """Modulations of every block for conditioning vectors [B, hidden]."""
-        made = [modulation(vec) for modulation in self._near(self.modulations())]
+        made = [modulation(vec) for modulation in self._resident(self.modulations())]
         double = 2 * len(self.double_blocks)
         return Modulations(
             tuple(zip(made[:double:2], made[1:double:2], strict=True)),
@@ -212,43 +198,56 @@ class FluxTransformer(nn.Module):
             )
         return self.txt_in(txt.to(self.dtype))
 
-    def rope(self, text_length: int, h: int, w: int) -> Rope:
-        """Rotary table for `text_length` text tokens and an h x w latent."""
-        ids = position_ids(text_length, h, w)
+    def rope(self, txt_length: int, h: int, w: int, groups: Sequence[TokenGroup] = ()) -> Rope:
+        """Rotary table for `txt_length` text tokens, an h x w latent and the groups behind it."""
+        ids = torch.cat([position_ids(txt_length, h, w), *(group.ids.float().cpu() for group in groups)])
         return rope_table(ids, self.spec.axes_dim, self.spec.theta, self.device)
 
-    def prepare(self, conditioning: Conditioning, sigmas: Sequence[float] | None, h: int, w: int) -> Prepared:
+    def prepare(
+        self,
+        conditioning: Conditioning,
+        sigmas: Sequence[float] | None,
+        h: int,
+        w: int,
+        groups: Sequence[TokenGroup] = (),
+        bias: Tensor | None = None,
+    ) -> Prepared:
         """All that a run at these sigmas on an h x w latent needs besides the image.
 
         The modulations of all sigmas go through each linear layer as one batch; with None for the sigmas,
-        those of each sigma when `forward` is first asked for it. Raises ValueError for text or pooled
-        vectors of another width, and for guidance
-        that is missing.
+        those of each sigma when `forward` first needs it. `groups` are tokens behind the image's, `bias`
+        [B or 1, K or 1, S, S] over text, image and groups is added to the attention scores. Raises ValueError
+        for text or pooled vectors of another width, and for a missing distilled guidance.
         """
-        pooled = conditioning.pooled.to(self.device)
-        if pooled.shape[-1] != self.spec.vec_in:
+        self._check(conditioning)
+        make = _Rows(self, conditioning)
+        if sigmas is None:
+            modulations: Mapping[float, Modulations] = _OnDemand(lambda sigma: make([sigma])[sigma])
+        else:
+            modulations = make(sorted({float(sigma) for sigma in sigmas}))
+        own = sorted({group.sigma for group in groups if group.sigma is not None})
+        fixed = make(own) if own else {}
+        txt = self.project_text(conditioning.txt.to(self.device))
+        return Prepared(
+            txt,
+            self.rope(txt.shape[1], h, w, groups),
+            modulations,
+            tuple(self.img_in(group.tokens.to(self.device, self.dtype)) for group in groups),
+            tuple(None if group.sigma is None else fixed[group.sigma] for group in groups),
+            bias,
+        )
+
+    def _check(self, conditioning: Conditioning) -> None:
+        pooled = conditioning.pooled
+        if pooled is not None and pooled.shape[-1] != self.spec.vec_in:
             raise ValueError(
                 f"the model reads a pooled vector of width {self.spec.vec_in}, got {pooled.shape[-1]}; "
                 "choose the text encoders that belong to it"
             )
-
-        def rows(values: Sequence[float]) -> dict[float, Modulations]:
-            batch = pooled.shape[0]
-            sigma = torch.tensor(values, device=self.device).repeat_interleave(batch)
-            given = conditioning.guidance
-            guidance = None if given is None else torch.full_like(sigma, given)
-            stacked = self.modulate(self.embed_time(sigma, guidance, pooled.repeat(len(values), 1)))
-            by_row = torch.stack(stacked.chunks(), dim=1).unflatten(0, (len(values), batch))
-            # [S, P, B, 1, hidden], those of a sigma in one piece; a clone has the strides of its shape alone
-            tables = by_row.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-            return {v: stacked.laid_out(table) for v, table in zip(values, tables, strict=True)}
-
-        if sigmas is None:
-            modulations = _OnDemand(lambda sigma: rows([sigma])[sigma])
-        else:
-            modulations = rows(sorted({float(sigma) for sigma in sigmas}))
-        txt = self.project_text(conditioning.txt.to(self.device))
-        return Prepared(txt, self.rope(txt.shape[1], h, w), modulations)
+        if self.guidance_in is not None and conditioning.guidance is None:
+            raise ValueError(
+                "this model takes a distilled guidance scale, got none; set guidance (3.5 is usual)"
+            )
 
     def modulations(self) -> list[Modulation]:
         """The blocks' own: image's and text's of each double block, then the single blocks'."""
@@ -259,72 +258,124 @@ class FluxTransformer(nn.Module):
 
     # What does
 
-    def forward(
-        self, tokens: Tensor, prepared: Prepared, sigma: float, memory: Memory | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, prepared: Prepared, sigma: float, hooks: Hooks = NO_HOOKS) -> Tensor:
         """Velocity [B, N, out_channels] of tokens [B, N, in_channels] at `sigma`.
 
-        With a memory only as many blocks are computed as it asks for. Raises ValueError when `sigma` is none
-        of those prepared.
+        Under torch.no_grad() faster operations are used that have no gradient (backends/choose.py).
+        Raises ValueError when `sigma` is none of those prepared.
         """
-        modulations = prepared.at(sigma)
-        txt = prepared.txt.expand(tokens.shape[0], -1, -1)
-        if memory is not None:
-            return self.blocks_unless_known(tokens, txt, modulations, prepared.rope, sigma, memory)
-        return self.blocks(tokens, txt, modulations, prepared.rope)
-
-    def blocks(self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope) -> Tensor:
-        """The network proper: velocity [B, N, out_channels] of tokens [B, N, in_channels].
-
-        `txt` [B, L, hidden] is the projected text.
-        """
-        x = self.double_stream(tokens, txt, modulations, rope)
-        x = self.single_stream(x, modulations, rope)
-        return self.final_layer(x[:, txt.shape[1] :], modulations.last)
-
-    def blocks_unless_known(
-        self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope, sigma: float, memory: Memory
-    ) -> Tensor:
-        """As `blocks`, but what the memory knows of the blocks after the first is not computed."""
-        length = txt.shape[1]
+        modulations, batch = prepared.at(sigma), tokens.shape[0]
+        references = [
+            (hidden.shape[1], fixed or modulations)
+            for hidden, fixed in zip(prepared.references, prepared.fixed, strict=True)
+        ]
         img = self.img_in(tokens.to(self.dtype))
-        first, txt = self._double(img, txt, modulations, rope, 0, 1)
-        added = memory.guess(sigma, first - img)
-        if added is not None:
-            return self.final_layer(first + added, modulations.last)
-        img, txt = self._double(first, txt, modulations, rope, 1, len(self.double_blocks))
-        x = self.single_stream(torch.cat([txt, img], dim=1), modulations, rope)[:, length:]
-        memory.keep(sigma, x - first)
-        return self.final_layer(x, modulations.last)
+        if prepared.references:
+            img = torch.cat([img, *(hidden.expand(batch, -1, -1) for hidden in prepared.references)], dim=1)
+        evaluation = Evaluation(
+            prepared.txt.expand(batch, -1, -1),
+            modulations,
+            Shared(prepared.rope, self.ops(img.device), prepared.bias),
+            hooks,
+            tuple(references) if any(prepared.fixed) else (),
+            tokens.shape[1],
+        )
+        return self.run_blocks(img, evaluation)
 
-    def double_stream(self, tokens: Tensor, txt: Tensor, modulations: Modulations, rope: Rope) -> Tensor:
-        """The joint state [B, L + N, hidden], text first, after the double blocks."""
-        img = self.img_in(tokens.to(self.dtype))
-        img, txt = self._double(img, txt, modulations, rope, 0, len(self.double_blocks))
-        return torch.cat([txt, img], dim=1)
+    def run_blocks(self, img: Tensor, evaluation: Evaluation) -> Tensor:
+        """The block loop: velocity [B, n, out_channels] from projected image tokens [B, N, hidden]."""
+        txt, hooks, shared = evaluation.txt, evaluation.hooks, evaluation.shared
+        generated = img.shape[1] if evaluation.generated is None else evaluation.generated
+        streams, last = Streams(img, txt), evaluation.modulations.last
+        runner = evaluation.runner or self.runner
+        for place, block, modulation in self._walk(generated, evaluation):
+            if place.kind == "single" and streams.txt is not None:
+                streams = Streams(torch.cat([streams.txt, streams.img], dim=1))
+            run = partial(_call, runner, block, modulation, with_attention_at(shared, hooks, place))
+            result = hooks.run(place, streams, run) if hooks.blocks else run(streams)
+            if isinstance(result, Finished):
+                return self.final_layer(result.img[:, :generated], last, shared.ops)
+            streams = result
+        start = txt.shape[1] if streams.txt is None else 0
+        return self.final_layer(streams.img[:, start : start + generated], last, shared.ops)
 
-    def _double(
-        self, img: Tensor, txt: Tensor, modulations: Modulations, rope: Rope, first: int, stop: int
-    ) -> tuple[Tensor, Tensor]:
-        """img [B, N, hidden] and txt [B, L, hidden] after the double blocks from `first` up to `stop`."""
-        every = list(self.double_blocks)
-        blocks = self._near(every[first:stop], then=[*every[stop:], *self.single_blocks])
-        for block, (img_mod, txt_mod) in zip(blocks, modulations.double[first:stop], strict=True):
-            img, txt = self._run(block, img, txt, img_mod, txt_mod, rope)
-        return img, txt
+    def _walk(self, generated: int, evaluation: Evaluation) -> Iterator[tuple[Place, nn.Module, Any]]:
+        """Every block in order, resident while it computes, with its place and its modulation."""
+        modulations, groups = evaluation.modulations, evaluation.references
+        txt_length, shared = evaluation.txt.shape[1], evaluation.shared
+        count = len(self.double_blocks), len(self.single_blocks)
+        blocks = self._resident([*self.double_blocks, *self.single_blocks], then=list(self.double_blocks))
+        for number, block in enumerate(blocks):
+            if number < count[0]:
+                img_mod, txt_mod = modulations.double[number]
+                others = [(length, group.double[number][0]) for length, group in groups]
+                spread = per_token([(generated, img_mod), *others]) if others else img_mod
+                yield (
+                    Place("double", number, count[0], txt_length, generated, shared),
+                    block,
+                    (spread, txt_mod),
+                )
+            else:
+                index = number - count[0]
+                mod = modulations.single[index]
+                others = [(length, group.single[index]) for length, group in groups]
+                spread = per_token([(txt_length + generated, mod), *others]) if others else mod
+                yield Place("single", index, count[1], txt_length, generated, shared), block, (spread,)
 
-    def single_stream(
-        self, x: Tensor, modulations: Modulations, rope: Rope, first: int = 0, stop: int | None = None
-    ) -> Tensor:
-        """The joint state [B, L + N, hidden] after the single blocks from `first` up to before `stop`."""
-        blocks = self._near(list(self.single_blocks)[first:stop], then=list(self.double_blocks))
-        for block, mod in zip(blocks, modulations.single[first:stop], strict=True):
-            x = self._run(block, x, mod, rope)
-        return x
+    def ops(self, device: torch.device | None = None, compiled: bool | None = None) -> Ops:
+        """The operations for a device, this model's own unless given; the reference with gradients on."""
+        from ..backends.choose import ops_for  # here, so that reading this file needs no back end
 
-    def _run(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, ...]) -> Any:
-        return block(*inputs) if self.runner is None else self.runner(block, *inputs)
+        compiled = self.runner is not None if compiled is None else compiled
+        return ops_for(self, device or self.device, compiled)
 
-    def _near(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterable[Part]:
+    def _resident(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterable[Part]:
         """The parts, each while its weights are where it computes; `then` come after them."""
         return parts if self.streaming is None else self.streaming.each(parts, then)
+
+
+def _call(
+    runner: Runner | None,
+    block: nn.Module,
+    modulation: tuple[Chunks, ...],
+    shared: Shared,
+    streams: Streams,
+    **changes: Any,
+) -> Streams:
+    """One block, through the runner where there is one; `changes` are fields of `shared` for it alone."""
+    shared = replace(shared, **changes) if changes else shared
+    hidden = (streams.img,) if streams.txt is None else (streams.img, streams.txt)
+    inputs = (*hidden, *modulation)
+    out = block(*inputs, shared) if runner is None else runner(block, inputs, shared)
+    return Streams(out) if streams.txt is None else Streams(*out)
+
+
+class _Rows:
+    """Modulations of a conditioning at sigmas, each linear layer applied to all of them as one batch."""
+
+    def __init__(self, model: FluxTransformer, conditioning: Conditioning) -> None:
+        self._model, self._given = model, conditioning.guidance
+        pooled = conditioning.pooled
+        if pooled is None:
+            pooled = torch.zeros(conditioning.txt.shape[0], model.spec.vec_in)
+        self._pooled = pooled.to(model.device)
+
+    def __call__(self, values: Sequence[float]) -> dict[float, Modulations]:
+        batch = len(self._pooled)
+        sigma = torch.tensor(values, device=self._pooled.device).repeat_interleave(batch)
+        guidance = None if self._given is None else torch.full_like(sigma, self._given)
+        stacked = self._model.modulate(
+            self._model.embed_time(sigma, guidance, self._pooled.repeat(len(values), 1))
+        )
+        return dict(zip(values, split_modulations(stacked, batch), strict=True))
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The dtype that a linear layer computes in, however its weight is kept."""
+    return cast(Any, layer).weight.dtype
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """The device that a linear layer is on, however its weight is kept."""
+    own = getattr(layer, "device", None)
+    return own if isinstance(own, torch.device) else cast(Any, layer).weight.device

@@ -21,7 +21,7 @@ from rectiflux.benchmarks.members import WAYS, Member, files_of_way, seconds_of,
 from rectiflux.benchmarks.painting import load_models
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories
 from rectiflux.flux_core.model.spec import Velocity
-from rectiflux.flux_core.pipeline import draw_noise, guided_velocity
+from rectiflux.flux_core.pipeline import VelocityRequest, draw_noise, guided_velocity
 from rectiflux.miniature.scene import Scene
 from torch import Tensor
 
@@ -259,7 +259,7 @@ def test_straightness_is_that_of_the_guided_velocity(tiny: Path) -> None:
     encode, network = member.models.text_encoders.encode, member.models.transformer
 
     def half(words: list[str]) -> Velocity:
-        return guided_velocity(network, encode(words), None, 1.0, None, 16, 16, len(words))
+        return guided_velocity(network, VelocityRequest(encode(words), None, 16, 16, len(words)))
 
     with torch.no_grad():
         positive, negative = half(texts), half([""] * 3)

@@ -152,7 +152,7 @@ def test_fp8_is_quantised_and_compiling_makes_a_copy(
 
     monkeypatch.setattr(speed_gpu, "quantize_to_fp8", quantised)
     monkeypatch.setattr(speed_gpu, "compile_blocks", compiled)
-    monkeypatch.setattr(speed_gpu, "attention_told", lambda model: "magic")
+    monkeypatch.setattr(speed_gpu, "attention_backend_name", lambda model: "magic")
     outcomes = list(full_size(settings_of(tmp_path), tiny(forms=("bf16", "fp8"))))
     assert calls == ["compile", "fp8", "compile"]
     told = [one.line for one in outcomes if isinstance(one, Told)]

@@ -20,6 +20,7 @@ STAGES = ("text_encoders", "transformer", "autoencoder")
 MAY_IMPORT = {
     "model": {"quant", "backends"},
     "sampling": {"model"},
+    "tools": {"model"},
     "quant": set(),
     "backends": {"model", "quant", "lora", "memory"},
     "memory": {"model", "quant"},

@@ -29,7 +29,10 @@ from rectiflux.flux_core.model.spec import Conditioning
 from rectiflux.flux_core.model.text_encoders import TextEncoders
 from rectiflux.flux_core.model.transformer import pack
 from rectiflux.flux_core.pipeline import (
+    Guidance,
     Models,
+    SampleRequest,
+    VelocityRequest,
     draw_noise,
     guided_velocity,
     latent_size,
@@ -155,7 +158,7 @@ def test_an_interrupt_leaves_the_models_usable() -> None:
         ({"steps": 0}, "at least 1 step, got 0"),
         ({"solver": "ddim"}, "solver must be one of euler, heun, .*, euler_ancestral, got 'ddim'"),
         ({"shift": "twice"}, "shift must be one of by size, none, fixed, got 'twice'"),
-        ({"batch_size": 0}, "a batch needs at least 1 picture, got 0"),
+        ({"batch_size": 0}, "a batch needs .* got 0"),
         ({"seed": -1}, r"a seed must lie between 0 and 2\^64 - 1, got -1"),
         ({"seed": 2**64}, r"a seed must lie between 0 and 2\^64 - 1, got 18446744073709551616"),
     ],
@@ -213,9 +216,14 @@ def test_both_halves_of_cfg_share_a_batch_where_they_can() -> None:
     x = draw_noise(3, 2, 4, 6)
 
     def velocity(negative: Conditioning | None, scale: float) -> Tensor:
-        return guided_velocity(model, text(1), negative, scale, [0.5], 4, 6, 2)(x, 0.5)
+        return guided_velocity(model, VelocityRequest(text(1), [0.5], 4, 6, 2, Guidance(negative, scale)))(
+            x, 0.5
+        )
 
-    v_pos, v_neg = velocity(None, 1.0), guided_velocity(model, text(2), None, 1.0, [0.5], 4, 6, 2)(x, 0.5)
+    v_pos, v_neg = (
+        velocity(None, 1.0),
+        guided_velocity(model, VelocityRequest(text(2), [0.5], 4, 6, 2))(x, 0.5),
+    )
     assert rows == [2, 2]
     expected = v_neg + 3.0 * (v_pos - v_neg)
     assert relative_error(velocity(text(2), 3.0), expected) < 1e-5
@@ -233,16 +241,16 @@ def test_below_a_sigma_the_prompt_goes_alone() -> None:
     model = flux_transformer()
     rows = recording(model)
     x, asked = draw_noise(3, 2, 4, 6), [0.75, 0.5, 0.25]
-    whole = guided_velocity(model, text(1), text(2), 3.0, asked, 4, 6, 2)
-    alone = guided_velocity(model, text(1), None, 1.0, asked, 4, 6, 2)
+    whole = guided_velocity(model, VelocityRequest(text(1), asked, 4, 6, 2, Guidance(text(2), 3.0)))
+    alone = guided_velocity(model, VelocityRequest(text(1), asked, 4, 6, 2))
     for sigmas in (asked, None):
-        until = guided_velocity(model, text(1), text(2), 3.0, sigmas, 4, 6, 2, cfg_until=0.5)
+        until = guided_velocity(model, VelocityRequest(text(1), sigmas, 4, 6, 2, Guidance(text(2), 3.0, 0.5)))
         rows.clear()
         found = [until(x, sigma) for sigma in asked]
         assert rows == [4, 4, 2]
         for v, same, sigma in zip(found, (whole, whole, alone), asked, strict=True):
             assert relative_error(v, same(x, sigma)) < 1e-5
-    never = guided_velocity(model, text(1), text(2), 3.0, asked, 4, 6, 2, cfg_until=0.9)
+    never = guided_velocity(model, VelocityRequest(text(1), asked, 4, 6, 2, Guidance(text(2), 3.0, 0.9)))
     assert torch.equal(never(x, 0.75), alone(x, 0.75))
 
 
@@ -251,9 +259,12 @@ def test_texts_that_cannot_share_a_batch_are_guided_alike() -> None:
     model = flux_transformer()
     x = draw_noise(3, 1, 4, 4)
     alone = [
-        guided_velocity(model, c, None, 1.0, [0.5], 4, 4, 1)(x, 0.5) for c in (text(1), text(2, length=8))
+        guided_velocity(model, VelocityRequest(c, [0.5], 4, 4, 1))(x, 0.5)
+        for c in (text(1), text(2, length=8))
     ]
-    both = guided_velocity(model, text(1), text(2, length=8), 4.0, [0.5], 4, 4, 1)(x, 0.5)
+    both = guided_velocity(model, VelocityRequest(text(1), [0.5], 4, 4, 1, Guidance(text(2, length=8), 4.0)))(
+        x, 0.5
+    )
     assert relative_error(both, alone[1] + 4.0 * (alone[0] - alone[1])) < 1e-5
 
 
@@ -263,30 +274,42 @@ def test_pictures_of_a_batch_do_not_mix() -> None:
     texts, negative = text(1, rows=3), text(2)
     noise, sigmas = draw_noise(9, 3, 4, 4), make_sigmas(2, 4)
     zeros = torch.zeros_like(noise)
-    together = sample(model, texts, negative, 2.0, noise, zeros, sigmas, SOLVERS["euler"])
+    together = sample(
+        model, SampleRequest(texts, noise, zeros, sigmas, SOLVERS["euler"], Guidance(negative, 2.0))
+    )
     for i in range(3):
         one = Conditioning(texts.txt[i : i + 1], texts.pooled[i : i + 1], 3.5)
-        alone = sample(model, one, negative, 2.0, noise[i : i + 1], zeros[:1], sigmas, SOLVERS["euler"])
+        alone = sample(
+            model,
+            SampleRequest(
+                one, noise[i : i + 1], zeros[:1], sigmas, SOLVERS["euler"], Guidance(negative, 2.0)
+            ),
+        )
         assert relative_error(together[i : i + 1], alone) < 1e-5
 
 
 def test_wrong_conditionings_and_models_are_refused() -> None:
     model = flux_transformer()
-    with pytest.raises(ValueError, match="for 1 picture or for all 3, got 2 texts and 2 pooled vectors"):
-        guided_velocity(model, text(1, rows=2), None, 1.0, [0.5], 4, 4, 3)
-    with pytest.raises(ValueError, match="for 1 picture or for all 2, got 2 texts and 1 pooled vectors"):
-        guided_velocity(model, replace(text(1, rows=2), pooled=text(1).pooled), None, 1.0, [0.5], 4, 4, 2)
-    with pytest.raises(
-        ValueError, match="64 input channels, got 384; Fill, Canny and Depth models also want"
-    ):
-        guided_velocity(flux_transformer(in_channels=384), text(1), None, 1.0, [0.5], 4, 4, 1)
+    with pytest.raises(ValueError, match="all 3, got 2 texts and 2 pooled"):
+        guided_velocity(model, VelocityRequest(text(1, rows=2), [0.5], 4, 4, 3))
+    with pytest.raises(ValueError, match="all 2, got 2 texts and 1 pooled"):
+        guided_velocity(
+            model, VelocityRequest(replace(text(1, rows=2), pooled=text(1).pooled), [0.5], 4, 4, 2)
+        )
+    with pytest.raises(ValueError, match="384 input channels, got 64"):
+        guided_velocity(flux_transformer(in_channels=384), VelocityRequest(text(1), [0.5], 4, 4, 1))
     noise, sigmas = draw_noise(0, 2, 4, 4), make_sigmas(2, 4)
     with pytest.raises(ValueError, match=r"one shape, got \[2, 16, 4, 4\] and \[1, 16, 4, 4\]"):
-        sample(model, text(1), None, 1.0, noise, noise[:1], sigmas, SOLVERS["euler"])
+        sample(model, SampleRequest(text(1), noise, noise[:1], sigmas, SOLVERS["euler"]))
     with pytest.raises(ValueError, match="start at a sigma above 0, got 0.0"):
-        sample(model, text(1), None, 1.0, noise, noise, torch.zeros(2), SOLVERS["euler"])
-    with pytest.raises(ValueError, match="a noise mask must be for 1 picture or all 2, got 3"):
-        sample(model, text(1), None, 1.0, noise, noise, sigmas, SOLVERS["euler"], None, torch.ones(3, 8, 8))
+        sample(model, SampleRequest(text(1), noise, noise, torch.zeros(2), SOLVERS["euler"]))
+    with pytest.raises(ValueError, match="all 2, got 3"):
+        sample(
+            model,
+            SampleRequest(
+                text(1), noise, noise, sigmas, SOLVERS["euler"], noise_mask=torch.ones(3, 8, 8), on_step=None
+            ),
+        )
 
 
 def test_partial_denoise_starts_from_the_noised_latent() -> None:
@@ -294,5 +317,8 @@ def test_partial_denoise_starts_from_the_noised_latent() -> None:
     seen: list[Step] = []
     noise, latent = draw_noise(1, 1, 4, 4), draw_noise(2, 1, 4, 4)
     sigmas = make_sigmas(2, 4, denoise=0.4)
-    sample(flux_transformer(), text(1), None, 1.0, noise, latent, sigmas, SOLVERS["euler"], seen.append)
+    sample(
+        flux_transformer(),
+        SampleRequest(text(1), noise, latent, sigmas, SOLVERS["euler"], on_step=seen.append),
+    )
     torch.testing.assert_close(seen[0].x, (1 - sigmas[0]) * latent + sigmas[0] * noise)

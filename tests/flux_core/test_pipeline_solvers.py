@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
-from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, sample, text_to_image
+from rectiflux.flux_core.pipeline import (
+    Guidance,
+    SampleRequest,
+    VelocityRequest,
+    draw_noise,
+    guided_velocity,
+    sample,
+    text_to_image,
+)
 from rectiflux.flux_core.sampling.schedule import make_sigmas
 from rectiflux.flux_core.sampling.solver import SOLVERS, DormandPrince, EulerAncestral, Report
 
@@ -22,9 +32,9 @@ def test_sigmas_that_are_not_known_beforehand_are_prepared_as_they_come() -> Non
     model = flux_transformer()
     x = draw_noise(3, 2, 4, 6)
     sigmas = [0.9, 0.123, 0.5]
-    known = guided_velocity(model, text(1), text(2), 2.0, sigmas, 4, 6, 2)
+    known = guided_velocity(model, VelocityRequest(text(1), sigmas, 4, 6, 2, Guidance(text(2), 2.0)))
     calls = {name: counted(model, name) for name in ("project_text", "rope", "modulate")}
-    found = guided_velocity(model, text(1), text(2), 2.0, None, 4, 6, 2)
+    found = guided_velocity(model, VelocityRequest(text(1), None, 4, 6, 2, Guidance(text(2), 2.0)))
     for sigma in (0.9, 0.9, 0.123, 0.5, 0.9):
         assert relative_error(found(x, sigma), known(x, sigma)) < 1e-6
     assert {name: len(rows) for name, rows in calls.items()} == {"project_text": 1, "rope": 1, "modulate": 4}
@@ -44,19 +54,32 @@ def test_an_adaptive_solver_paints_what_a_fine_schedule_does() -> None:
     model, noise = flux_transformer(), draw_noise(9, 2, 4, 4)
     model.time_in.out_layer.weight.data.mul_(0.01)
     reports: list[Report] = []
-    wires = (model, text(1), text(2), 2.0, noise, torch.zeros_like(noise))
-    found = sample(*wires, make_sigmas(4, 4), DormandPrince(rtol=1e-4, atol=1e-4), on_report=reports.append)
-    assert relative_error(found, sample(*wires, make_sigmas(80, 4), SOLVERS["rk4"])) < 1e-3
+    adaptive = SampleRequest(
+        text(1),
+        noise,
+        torch.zeros_like(noise),
+        make_sigmas(4, 4),
+        DormandPrince(rtol=1e-4, atol=1e-4),
+        Guidance(text(2), 2.0),
+        on_report=reports.append,
+    )
+    fine = replace(adaptive, sigmas=make_sigmas(80, 4), solver=SOLVERS["rk4"], on_report=None)
+    assert relative_error(sample(model, adaptive), sample(model, fine)) < 1e-3
     assert reports[0].solver == "dormand_prince" and reports[0].evaluations < 4 * 80
 
 
 def test_the_steps_noise_has_a_seed() -> None:
     """`sample` draws it from its own seed, `text_to_image` from the picture's."""
     model, noise = flux_transformer(), draw_noise(9, 1, 4, 4)
-    wires = (model, text(1), None, 1.0, noise, torch.zeros_like(noise), make_sigmas(4, 4))
-    first, again, other = (sample(*wires, SOLVERS["euler_ancestral"], seed=seed) for seed in (1, 1, 2))
+    request = SampleRequest(
+        text(1), noise, torch.zeros_like(noise), make_sigmas(4, 4), SOLVERS["euler_ancestral"]
+    )
+    first, again, other = (sample(model, replace(request, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.allclose(first, other)
-    plain, without = (sample(*wires, solver) for solver in (SOLVERS["euler"], EulerAncestral(eta=0.0)))
+    plain, without = (
+        sample(model, replace(request, solver=solver))
+        for solver in (SOLVERS["euler"], EulerAncestral(eta=0.0))
+    )
     assert torch.equal(plain, without) and not torch.allclose(first, plain)
     ours, reports = models(), []
     asked = {"width": 16, "height": 16, "steps": 3, "seed": 5, "solver": "euler_ancestral"}

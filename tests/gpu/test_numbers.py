@@ -14,7 +14,7 @@ from rectiflux.benchmarks.speed_settings import MODELS
 from rectiflux.flux_core.backends.attention import (
     ATTENTIONS,
     PACKAGES,
-    attention_told,
+    attention_backend_name,
     importable,
     use_attention,
 )
@@ -81,7 +81,7 @@ def test_every_attention(
         pytest.skip(str(error))
     usual = relative_error(velocity(model, torch.device("cpu"), dtype), exact)
     allowed = (4 if asked == "sage" else 1.25) * usual
-    assert relative_error(velocity(twin, device, dtype), exact) < allowed, attention_told(twin)
+    assert relative_error(velocity(twin, device, dtype), exact) < allowed, attention_backend_name(twin)
 
 
 def test_fp8_is_multiplied_where_the_card_can(

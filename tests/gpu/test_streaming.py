@@ -15,7 +15,7 @@ from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.memory import Streaming, stream
 from rectiflux.flux_core.memory.staging import Stager
 from rectiflux.flux_core.model.transformer import FluxTransformer
-from rectiflux.flux_core.pipeline import guided_velocity
+from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
 from torch import Tensor
 
 from ..flux_core.backends.test_compile import keep_stored, lora_file, q4_k
@@ -31,7 +31,7 @@ def model_in(dtype: torch.dtype, seed: int = 0) -> FluxTransformer:
 
 def velocities(model: FluxTransformer, steps: int = len(SIGMAS)) -> list[Tensor]:
     noise = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(model.device)
-    velocity = guided_velocity(model, text(0, length=64), None, 1.0, SIGMAS, SIDE, SIDE, 1)
+    velocity = guided_velocity(model, VelocityRequest(text(0, length=64), SIGMAS, SIDE, SIDE, 1))
     return [velocity(noise, sigma).cpu() for sigma in SIGMAS[:steps]]
 
 

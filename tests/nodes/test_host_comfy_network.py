@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from rectiflux.flux_core.backends import attention
+from rectiflux.flux_core.model.layers import Shared
 from rectiflux.flux_core.model.spec import Conditioning, FluxSpec
 from rectiflux.flux_core.model.text_encoders import OWN_LENGTH
 from rectiflux.flux_core.model.transformer import FluxTransformer
-from rectiflux.flux_core.pipeline import guided_velocity
+from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
 from rectiflux.nodes import host_comfy_text as _comfy_text
 from rectiflux.nodes.host_comfy_network import RUNNER, ComfyNetwork
 
@@ -67,7 +68,7 @@ def expected(network: FluxTransformer, asked: dict[str, torch.Tensor], sigma: fl
     rows = []
     for i in range(2):
         text = Conditioning(asked["context"][i : i + 1], asked["y"][i : i + 1], float(asked["guidance"][i]))
-        velocity = guided_velocity(network, text, None, 1.0, [sigma], 4, 6, 1)
+        velocity = guided_velocity(network, VelocityRequest(text, [sigma], 4, 6, 1))
         rows.append(velocity(asked["x"][i : i + 1], sigma))
     return torch.cat(rows)
 
@@ -177,26 +178,34 @@ def test_blocks_go_through_the_runner(network: FluxTransformer, asked: dict[str,
     """That of the MODEL's options, in the blocks' order; other clones of the MODEL have none."""
     module, called = ComfyNetwork(network), []
 
-    def run(block: torch.nn.Module, *inputs: Any) -> Any:
+    def run(block: torch.nn.Module, inputs: tuple[Any, ...], shared: Shared) -> Any:
         called.append(block)
-        return block(*inputs)
+        return block(*inputs, shared)
 
     wanted = step(module, asked, 0.4)
     assert torch.equal(step(module, asked, 0.4, options={RUNNER: run}), wanted)
     assert called == [*network.double_blocks, *network.single_blocks]
 
 
-def test_what_is_not_supported_is_refused(network: FluxTransformer, asked: dict[str, torch.Tensor]) -> None:
+def test_what_has_no_effect_is_named_once_a_run(
+    network: FluxTransformer, asked: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     module = ComfyNetwork(network)
-    with pytest.raises(
-        ValueError, match="does not take reference latents; load it with Load Diffusion Model"
-    ):
-        step(module, asked, 1.0, ref_latents=[torch.zeros(1, 16, 4, 4)])
-    with pytest.raises(ValueError, match="does not take attention masks"):
-        step(module, asked, 1.0, attention_mask=torch.ones(2, 5))
-    del asked["y"]
-    with pytest.raises(ValueError, match="no pooled CLIP vector"):
-        step(module, asked, 1.0)
+    options = {"patches": {"emb_patch": [None]}, "patches_replace": {"attn1": {}}, "some_option": 1}
+    for _ in range(2):
+        step(module, asked, 1.0, options=options, some_input=2)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 4
+    for name in ("emb_patch", "attn1", "some_option", "some_input"):
+        assert any(name in message for message in messages)
+
+
+def test_a_patch_made_for_unets_is_refused(network: FluxTransformer, asked: dict[str, torch.Tensor]) -> None:
+    def tile(q: Any, k: Any, v: Any, extra_options: Any) -> Any:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="tile"):
+        step(ComfyNetwork(network), asked, 1.0, options={"patches": {"attn1_patch": [tile]}})
 
 
 def test_this_file_stands_in_for_comfyui_only_here() -> None:
@@ -221,5 +230,5 @@ def test_what_it_attends_by_is_told_of_the_device_that_it_samples_on(monkeypatch
     """ComfyUI may have taken it off the card before the report is written."""
     monkeypatch.setattr(attention, "capability_of", lambda device: (10, 0) if device.type == "cuda" else None)
     module = ComfyNetwork(FluxTransformer(SPEC).bfloat16())
-    assert module.attends(torch.device("cpu")) == "torch"
-    assert module.attends(torch.device("cuda")) == "cuDNN through torch"
+    assert module.attention_name(torch.device("cpu")) == "torch"
+    assert module.attention_name(torch.device("cuda")) == "cuDNN through torch"

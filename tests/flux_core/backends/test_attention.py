@@ -1,4 +1,4 @@
-"""Attention is softmax(q k^T / sqrt(D)) v, by whichever backend computes it."""
+"""Attention is softmax(q k^T / sqrt(D) + bias) v, by whichever back end computes it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from rectiflux.flux_core.backends import attention as module
 from rectiflux.flux_core.backends.attention import (
     ATTENTIONS,
     ORDERS,
-    attention,
-    attention_told,
+    attend,
+    attention_backend_name,
     choose,
     chosen,
     use_attention,
 )
+from rectiflux.flux_core.backends.choose import DIFFERENTIABLE, table
 from rectiflux.flux_core.lora import with_lora
+from rectiflux.flux_core.model.ops import REFERENCE
 from torch import Tensor
 
 BOTH = ("flash3", "sage")
@@ -35,10 +37,10 @@ def drawn(dtype: torch.dtype = FP32, length: int = 7, dim: int = 8) -> tuple[Ten
     return q, k, v
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In float64, heads joined."""
+def by_hand(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """In float64, heads concatenated."""
     q, k, v = q.double(), k.double(), v.double()
-    scores = torch.einsum("bkld,bkmd->bklm", q, k) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bkld,bkmd->bklm", q, k) / q.shape[-1] ** 0.5 + bias
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     joint = torch.einsum("bklm,bkmd->blkd", weights / weights.sum(-1, keepdim=True), v)
     return joint.flatten(2)
@@ -83,11 +85,11 @@ def test_what_is_asked_for_by_name_is_used(asked: str) -> None:
         ("sage3", (9, 0), BOTH, BF16, 128, "one of auto, torch, cudnn, .*, flash3, sage, got 'sage3'"),
         ("sage", (9, 0), ("flash3",), BF16, 128, "needs the package sageattention, which cannot be imported"),
         ("flash3", (9, 0), ("sage",), BF16, 128, "needs the package flash_attn_interface, which cannot be"),
-        ("flash3", (8, 9), BOTH, BF16, 128, "needs an NVIDIA card of capability 9.0, .* on capability 8.9"),
-        ("sage", (7, 5), BOTH, FP16, 128, "needs an NVIDIA card of capability 8.0 or more, fp16 or bf16"),
+        ("flash3", (8, 9), BOTH, BF16, 128, "needs an NVIDIA GPU of capability 9.0, .* on capability 8.9"),
+        ("sage", (7, 5), BOTH, FP16, 128, "needs an NVIDIA GPU of capability 8.0 or more, fp16 or bf16"),
         ("sage", (9, 0), BOTH, BF16, 136, "heads of at most 128 in multiples of 8, got .* and heads of 136"),
         ("flash3", (9, 0), BOTH, BF16, 264, "heads of at most 256 in multiples of 8"),
-        ("cudnn", (9, 0), (), FP32, 128, "cudnn needs an NVIDIA card, fp16 or bf16, .*, got torch.float32"),
+        ("cudnn", (9, 0), (), FP32, 128, "cudnn needs an NVIDIA GPU, fp16 or bf16, .*, got torch.float32"),
         ("flash", None, (), BF16, 128, "heads in multiples of 8, got .* on another device; choose auto"),
         ("efficient", (9, 0), (), BF16, 100, "got torch.bfloat16 and heads of 100 on capability 9.0; choose"),
     ],
@@ -111,22 +113,22 @@ def test_packages_are_looked_for_only_where_they_may_be_used(monkeypatch: pytest
     assert chosen("sage", torch.device("cuda"), BF16, 128) == "sage" and asked == ["flash3", "sage"]
 
 
-def test_the_environment_stands_in_for_auto_where_it_can(
+def test_the_environment_replaces_auto_where_it_can_run(
     hopper: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A choice by name stays; in fp32, with too large heads, elsewhere and without the package: auto."""
     cuda = torch.device("cuda")
-    monkeypatch.setattr(module, "PREFERRED", "sage")
+    monkeypatch.setenv("RECTIFLUX_ATTENTION", "sage")
     assert chosen("auto", cuda, BF16, 128) == "sage" and chosen("cudnn", cuda, BF16, 128) == "cudnn"
     assert chosen("auto", cuda, FP32, 128) == "torch" and chosen("auto", cuda, BF16, 256) == "flash3"
     assert chosen("auto", CPU, BF16, 128) == "torch"
-    monkeypatch.setattr(module, "PREFERRED", "torch")
+    monkeypatch.setenv("RECTIFLUX_ATTENTION", "torch")
     assert chosen("auto", cuda, BF16, 128) == chosen("auto", cuda, FP32, 100) == "torch"
-    monkeypatch.setattr(module, "PREFERRED", "sage")
+    monkeypatch.setenv("RECTIFLUX_ATTENTION", "sage")
     monkeypatch.setattr(module, "importable", lambda name: name == "flash3")
     assert chosen("auto", cuda, BF16, 128) == "flash3"
-    monkeypatch.setattr(module, "PREFERRED", "sega")
-    with pytest.raises(ValueError, match="RECTIFLUX_ATTENTION is one of auto, torch, .*, got 'sega'"):
+    monkeypatch.setenv("RECTIFLUX_ATTENTION", "sega")
+    with pytest.raises(ValueError, match="sega"):
         chosen("auto", cuda, BF16, 128)
 
 
@@ -143,44 +145,52 @@ def test_only_nvidia_cards_have_a_capability(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-14), (FP32, 1e-6), (BF16, 2**-7)])
 @pytest.mark.parametrize("backend", ["torch", *ORDERS])
-def test_attention_is_the_formula(
-    backend: str, dtype: torch.dtype, exact: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the CPU torch passes over what it cannot do by the order that it is given."""
-    monkeypatch.setattr(module, "chosen", lambda *_: backend)
+def test_attention_is_the_formula(backend: str, dtype: torch.dtype, exact: float) -> None:
+    """On the CPU torch skips what it cannot compute in the order that it is given."""
     qkv = drawn(dtype)
-    result = attention(*qkv)
+    result = attend(*qkv, backend=backend)
     assert result.shape == (2, 7, 24) and result.dtype == dtype
     torch.testing.assert_close(result.double(), by_hand(*qkv), rtol=exact, atol=exact)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cudnn"])
+@pytest.mark.parametrize("compute", [attend, REFERENCE.attention, DIFFERENTIABLE.attention])
+def test_a_bias_is_added_to_the_scores(compute: Any, backend: str) -> None:
+    q, k, v = drawn(torch.float64)
+    bias = torch.randn(1, 1, 7, 7, generator=torch.Generator().manual_seed(1)).double()
+    options = {"backend": backend} if compute is attend else {}
+    expected = by_hand(q, k, v, bias)
+    torch.testing.assert_close(compute(q, k, v, bias, **options), expected, rtol=1e-12, atol=1e-12)
+    keep = bias > 0
+    keep[..., 0] = True
+    masked = by_hand(q, k, v, torch.zeros_like(bias).masked_fill(~keep, -torch.inf))
+    torch.testing.assert_close(compute(q, k, v, keep, **options), masked, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, FP32])
-def test_gradients_on_a_cpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("compute", [REFERENCE.attention, DIFFERENTIABLE.attention])
+def test_gradients(dtype: torch.dtype, compute: Any) -> None:
     ours = [x.clone().requires_grad_() for x in drawn(dtype)]
     theirs = [x.detach().double().requires_grad_() for x in ours]
-    attention(*ours).square().sum().backward()
+    compute(*ours, None).square().sum().backward()
     by_hand(*theirs).square().sum().backward()
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_the_order_is_given_to_torch_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_is_given_to_torch_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     inner = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         seen.append((torch._C._get_sdp_priority_order()[:4], torch.backends.cuda.cudnn_sdp_enabled()))
-        return inner(q, k, v)
+        return inner(q, k, v, **options)
 
     before = torch._C._get_sdp_priority_order()
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(module, "chosen", lambda *_: "cudnn")
-    attention(*drawn())
+    attend(*drawn(), backend="cudnn")
     assert seen == [([int(backend) for backend in ORDERS["cudnn"]], True)]
     assert torch._C._get_sdp_priority_order() == before
-    monkeypatch.setattr(module, "_HAS_PRIORITY", False)  # an older torch keeps its own order
-    attention(*drawn())
-    assert seen[1][0] == before[:4]
 
 
 class Fake(ModuleType):
@@ -238,7 +248,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
 def test_packages_get_tokens_before_heads(hopper: dict[str, Fake], backend: str) -> None:
     """Lengths and heads differ, so that swapping them would show."""
     fake, qkv = hopper[backend], drawn(BF16)
-    result = attention(*qkv, backend)
+    result = table(backend, "cuda").attention(*qkv, None)
     torch.testing.assert_close(result.double(), by_hand(*qkv), rtol=2**-7, atol=2**-7)
     assert fake.got == [(torch.Size([2, 7, 3, 8]), 1, 8**-0.5, False)]
 
@@ -248,25 +258,33 @@ def test_what_packages_return_is_understood(hopper: dict[str, Fake]) -> None:
     qkv = drawn(BF16)
     hopper["flash3"].result = lambda out: (out, out.sum())
     hopper["sage"].result = lambda out: torch.nn.functional.pad(out, (0, 56))[..., :8]
-    expected = attention(*qkv).double()
+    expected = attend(*qkv).double()
     for backend in BOTH:
-        torch.testing.assert_close(attention(*qkv, backend).double(), expected, rtol=2**-7, atol=2**-7)
+        found = table(backend, "cuda").attention(*qkv, None).double()
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
 
 
-def test_packages_have_no_part_in_gradients(hopper: dict[str, Fake], monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (x.to("meta").requires_grad_() for x in drawn(BF16))
-    assert attention(q, k, v, "sage").shape == (2, 7, 24) and not hopper["sage"].got
+def test_packages_have_no_part_in_gradients_or_biases(hopper: dict[str, Fake]) -> None:
+    model = flux_transformer().bfloat16()
+    use_attention(model, "sage")
+    with torch.enable_grad():
+        model.ops(CPU).attention(*drawn(BF16), None)
+    with torch.no_grad():
+        model.ops(CPU).attention(*drawn(BF16), torch.zeros(1, 1, 7, 7, dtype=BF16))
+    assert not hopper["sage"].got
 
 
-@pytest.mark.parametrize("asked", ["auto", "cudnn", "flash3", "sage"])
-def test_compilers_can_trace_it(hopper: dict[str, Fake], asked: str) -> None:
-    """In one graph, that serves every length."""
+@pytest.mark.parametrize("backend", ["torch", "cudnn", "flash3", "sage"])
+def test_compilers_can_trace_it(hopper: dict[str, Fake], backend: str) -> None:
+    """In one graph for every length."""
     torch._dynamo.reset()
+    attention = table(backend, "cpu", compiled=True).attention
     compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (7, 9):
             qkv = drawn(BF16, length)
-            torch.testing.assert_close(compiled(*qkv, asked), attention(*qkv, asked), rtol=2**-7, atol=2**-7)
+            expected = table(backend, "cpu").attention(*qkv, None)
+            torch.testing.assert_close(compiled(*qkv, None), expected, rtol=2**-7, atol=2**-7)
 
 
 def test_missing_and_broken_packages(
@@ -287,13 +305,14 @@ def test_missing_and_broken_packages(
 # A model's setting
 
 
-def test_a_models_setting_is_its_own(hopper: dict[str, Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+def test_a_models_setting_is_its_own(hopper: dict[str, Fake]) -> None:
     model = flux_transformer().bfloat16()
     other = with_lora(model, [])[0]
     use_attention(other, "sage")
-    assert attention_told(model) == "torch"
-    assert attention_told(model, torch.device("cuda")) == "FlashAttention-3"
-    assert attention_told(other) == "SageAttention, queries and keys in int8"
+    assert attention_backend_name(model) == "torch"
+    assert attention_backend_name(model, torch.device("cuda")) == "FlashAttention-3"
+    assert attention_backend_name(other) == "SageAttention, queries and keys in int8"
     tokens, prepared = torch.randn(1, 12, 64), model.prepare(text(3), [0.5], 6, 8)
     plain = model(tokens, prepared, 0.5)
     assert not hopper["sage"].got
@@ -301,7 +320,7 @@ def test_a_models_setting_is_its_own(hopper: dict[str, Fake], monkeypatch: pytes
     assert len(hopper["sage"].got) == 2 + 3
     use_attention(other, "auto")
     assert torch.equal(other(tokens, prepared, 0.5), plain)
-    assert attention_told(copy.deepcopy(other)) == "torch"
+    assert attention_backend_name(copy.deepcopy(other)) == "torch"
 
 
 def test_a_model_that_cannot_stays_as_it_was() -> None:
@@ -312,5 +331,4 @@ def test_a_model_that_cannot_stays_as_it_was() -> None:
         use_attention(model, "sage")
     with pytest.raises(ValueError, match="got torch.float32 and heads of 32 on another device"):
         use_attention(model, "cudnn")
-    assert attention_told(model) == "torch"
-    assert {block.attention_by for block in (*model.double_blocks, *model.single_blocks)} == {"auto"}
+    assert attention_backend_name(model) == "torch"

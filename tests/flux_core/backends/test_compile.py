@@ -23,12 +23,13 @@ from rectiflux.flux_core.backends import cpu_pack as packing
 from rectiflux.flux_core.backends import quantize
 from rectiflux.flux_core.backends.compile import compile_blocks
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
+from rectiflux.flux_core.model.layers import Shared
 from rectiflux.flux_core.model.transformer import FluxTransformer
-from rectiflux.flux_core.pipeline import sample
+from rectiflux.flux_core.pipeline import SampleRequest, sample
 from rectiflux.flux_core.quant.formats import GGUFWeight, QuantizedWeight
 from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.flux_core.sampling.solver import solver_named
-from rectiflux.flux_core.sampling.step_cache import BlockMemory, Caching
+from rectiflux.flux_core.sampling.step_cache import Caching, StepCache
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -233,11 +234,13 @@ def test_inductor_with_a_lora_over_gguf_and_a_cache(tmp_path: Path) -> None:
     file = read_lora(lora_file(model, tmp_path), model.spec)
     noise = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(3))
 
-    def run(model: FluxTransformer) -> tuple[Tensor, BlockMemory]:
-        memory = Caching("forecast", 0.6).memory()
+    def run(model: FluxTransformer) -> tuple[Tensor, StepCache]:
+        memory = Caching("forecast", 0.6).new_cache()
         sigmas, euler = torch.linspace(1, 0, 7), solver_named("euler")
         zero = torch.zeros_like(noise)
-        return sample(model, text(0), None, 1.0, noise, zero, sigmas, euler, memory=lambda: memory), memory
+        return sample(
+            model, SampleRequest(text(0), noise, zero, sigmas, euler, new_cache=lambda: memory)
+        ), memory
 
     for inductor in counting("inductor"):
         for strength, expected in ((0.1, 2), (0.2, 0)):
@@ -254,10 +257,18 @@ def test_inductor_with_a_lora_over_gguf_and_a_cache(tmp_path: Path) -> None:
             assert_same(found, velocity(attached, side, length))
 
 
+def test_modes() -> None:
+    model = flux_transformer()
+    with pytest.raises(ValueError, match="'fast'"):
+        compile_blocks(model, "fast")
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device"):
+        compile_blocks(model, "cuda graphs")
+
+
 def test_the_model_that_came_in_stays_as_it_was() -> None:
     model = flux_transformer()
     compiled = compile_blocks(model)
-    assert model.runner is None and compiled.runner is compiling.run_compiled
+    assert model.runner is None and isinstance(compiled.runner, compiling.CompiledBlocks)
     ours, theirs = dict(model.named_parameters()), dict(compiled.named_parameters())
     assert ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
     assert compiled.double_blocks[0] is not model.double_blocks[0]
@@ -266,9 +277,9 @@ def test_the_model_that_came_in_stays_as_it_was() -> None:
 def test_every_block_goes_through_the_runner() -> None:
     model, called = flux_transformer(), []
 
-    def runner(block: nn.Module, *inputs: Any) -> Any:
+    def runner(block: nn.Module, inputs: tuple[Any, ...], shared: Shared) -> Any:
         called.append(block)
-        return block(*inputs)
+        return block(*inputs, shared)
 
     expected = velocity(model)
     model.runner = runner

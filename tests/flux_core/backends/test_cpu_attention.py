@@ -1,13 +1,15 @@
-"""Our attention for a processor: softmax(q k^T / sqrt(D)) v as torch's, where it is chosen and where not."""
+"""Attention by oneDNN: softmax(q k^T / sqrt(D)) v as torch's, where it is chosen and where not."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import relative_error
 from rectiflux.flux_core.backends import cpu_attention as module
-from rectiflux.flux_core.backends.attention import attention
+from rectiflux.flux_core.backends.choose import table
 from rectiflux.flux_core.backends.cpu_attention import attend, serves
 from rectiflux.flux_core.backends.cpu_linear import can_pack
 from rectiflux.flux_core.model.autoencoder import AttnBlock
@@ -34,10 +36,13 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_mkl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on AMD's processors with AVX-512, and for few tokens, too."""
-    monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(module, "is_quicker", lambda dtype: dtype in ERRORS)
     monkeypatch.setattr(module, "FEWEST", 8)
+    table.cache_clear()
+    yield
+    table.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", able)
@@ -65,45 +70,39 @@ def test_large_scores_and_one_that_outweighs_all(dtype: torch.dtype, scale: floa
 
 
 @pytest.mark.parametrize("dtype", able)
-def test_where_it_serves(dtype: torch.dtype, slow_mkl: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_used(dtype: torch.dtype, slow_mkl: None, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(9, 9, dtype=dtype)
-    assert serves(q, k, v) and torch.equal(attention(q, k, v), attend(q, k, v))
     few = slice(7)
-    assert not serves(q[..., few, :], k, v) and not serves(q, k[..., few, :], v[..., few, :])
-    assert not serves(q.half(), k.half(), v.half()) and not serves(*(x.to("meta") for x in (q, k, v)))
-    for x in (q, k, v):
-        x.requires_grad_()
+    with torch.no_grad():
+        assert serves(q, k, v)
+        assert torch.equal(table("torch", "cpu", on_cpu=True).attention(q, k, v, None), attend(q, k, v))
+        assert not serves(q[..., few, :], k, v) and not serves(q, k[..., few, :], v[..., few, :])
+        assert not serves(q.half(), k.half(), v.half()) and not serves(*(x.to("meta") for x in (q, k, v)))
+    with torch.enable_grad():
         assert not serves(q, k, v)
-        with torch.no_grad():
-            assert serves(q, k, v)
-        x.requires_grad_(False)
-    monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
-    assert not serves(q, k, v)
-
-
-def test_gradients_do_not_go_by_it(slow_mkl: None) -> None:
-    q, k, v = (x.requires_grad_() for x in drawn(9, 9))
-    attention(q, k, v).sum().backward()
-    assert all(x.grad is not None for x in (q, k, v))
+    monkeypatch.setattr(module, "is_quicker", lambda dtype: False)
+    with torch.no_grad():
+        assert not serves(q, k, v)
 
 
 @pytest.mark.parametrize("dtype", able)
-def test_an_autoencoder_attends_by_it(dtype: torch.dtype, slow_mkl: None) -> None:
+def test_the_autoencoder_attends_by_it(dtype: torch.dtype, slow_mkl: None) -> None:
     block, x = AttnBlock(32, 8).to(dtype).requires_grad_(False), torch.randn(2, 32, 3, 5).to(dtype)
-    found = block(x)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "mkl_is_slow", lambda: False)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        found = block(x)
+        patch.setattr(module, "is_quicker", lambda dtype: False)
         assert relative_error(found, block(x)) < 2 * ERRORS[dtype]
-        patch.setattr(module, "mkl_is_slow", lambda: True)
+        patch.setattr(module, "is_quicker", lambda dtype: True)
         patch.setattr(module, "attend", lambda q, k, v: torch.zeros_like(v).flatten(1, 2))
         assert relative_error(block(x), found) > 2 * ERRORS[dtype]
 
 
 def test_compilers_know_its_shape() -> None:
-    torch.library.opcheck(attend, tuple(drawn(9, 5)), test_utils="test_faketensor")
+    torch.library.opcheck(module.operator(), tuple(drawn(9, 5)), test_utils="test_faketensor")
 
 
 def test_compiled_code_attends_by_it(slow_mkl: None) -> None:
     q, k, v = drawn(12, 12)
-    found = torch.compile(attention, fullgraph=True, backend="aot_eager")(q, k, v)
+    compute = table("torch", "cpu", compiled=True, on_cpu=True).attention
+    found = torch.compile(compute, fullgraph=True, backend="aot_eager")(q, k, v, None)
     assert relative_error(found, exact(q, k, v)) < ERRORS[torch.float32]

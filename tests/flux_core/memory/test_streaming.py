@@ -17,7 +17,7 @@ from rectiflux.flux_core.memory import limits as memory
 from rectiflux.flux_core.memory.staging import Stager
 from rectiflux.flux_core.memory.streaming import Place, places, weights_of
 from rectiflux.flux_core.model.transformer import FluxTransformer
-from rectiflux.flux_core.pipeline import guided_velocity
+from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
 from rectiflux.flux_core.weights import load_transformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def velocities(model: FluxTransformer, sizes: int = 0) -> Tensor:
         prompt = type(prompt)(wide, torch.randn(1, spec.vec_in, generator=generator), 3.5)
     noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        velocity = guided_velocity(model, prompt, None, 1.0, SIGMAS, 4, 6, 1)
+        velocity = guided_velocity(model, VelocityRequest(prompt, SIGMAS, 4, 6, 1))
         return torch.cat([velocity(noise, sigma) for sigma in SIGMAS])
 
 

@@ -13,7 +13,8 @@ from rectiflux.benchmarks.reference.models import (
     flux_transformer,
     relative_error,
 )
-from rectiflux.flux_core.model.layers import RMSNorm, rope_table, rotate
+from rectiflux.flux_core.model.layers import RMSNorm
+from rectiflux.flux_core.model.ops import apply_rope, rope_table
 from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, Conditioning, FluxSpec
 from rectiflux.flux_core.model.transformer import FluxTransformer, pack, position_ids, unpack
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -233,9 +234,9 @@ def test_both_ways_to_rotate_are_one(dtype: torch.dtype, monkeypatch: pytest.Mon
     """The complex product, and the real one that a compiler gets; in float32 the gradients too."""
     rope = rope_table(position_ids(3, 6, 8), (4, 14, 14), 10_000)
     x = torch.randn(2, 3, 15, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    complex_ = rotate(x, rope)
+    complex_ = apply_rope(x, rope)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    real = rotate(x, rope)
+    real = apply_rope(x, rope)
     assert complex_.dtype == dtype
     torch.testing.assert_close(complex_, real, rtol=1e-6, atol=1e-6)
     if dtype == torch.float32:
@@ -248,7 +249,7 @@ def test_rotation_keeps_lengths_and_sees_only_distances() -> None:
     """Su et al. 2021: q at row r and k at row s have a product that depends on r - s alone."""
     rope = rope_table(position_ids(0, 16, 2), (4, 14, 14), 10_000)
     q, k = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(1)).expand(2, 1, 1, 8, 32)
-    q_turned, k_turned = rotate(q, rope), rotate(k, rope)
+    q_turned, k_turned = apply_rope(q, rope), apply_rope(k, rope)
     torch.testing.assert_close(q_turned.norm(dim=-1), q.norm(dim=-1))
     products = (q_turned @ k_turned.mT)[0, 0]
     for distance in range(-7, 8):

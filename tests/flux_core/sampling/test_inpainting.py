@@ -7,7 +7,15 @@ from itertools import pairwise
 import pytest
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, text
-from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, latent_mask, sample
+from rectiflux.flux_core.pipeline import (
+    Guidance,
+    SampleRequest,
+    VelocityRequest,
+    draw_noise,
+    guided_velocity,
+    latent_mask,
+    sample,
+)
 from rectiflux.flux_core.sampling.schedule import make_sigmas
 from rectiflux.flux_core.sampling.solver import SOLVERS, Solver, Step
 
@@ -24,15 +32,16 @@ def test_outside_the_mask_the_latent_stays(solver: Solver, denoise: float) -> No
     steps: list[Step] = []
     end = sample(
         flux_transformer(),
-        text(1),
-        text(2),
-        2.0,
-        noise,
-        latent,
-        make_sigmas(3, 6, denoise=denoise),
-        solver,
-        steps.append,
-        mask,
+        SampleRequest(
+            text(1),
+            noise,
+            latent,
+            make_sigmas(3, 6, denoise=denoise),
+            solver,
+            Guidance(text(2), 2.0),
+            noise_mask=mask,
+            on_step=steps.append,
+        ),
     )
     for picture in (end, *(step.denoised for step in steps)):
         torch.testing.assert_close(picture[..., 3:], latent[..., 3:], rtol=1e-5, atol=1e-5)
@@ -42,9 +51,12 @@ def test_outside_the_mask_the_latent_stays(solver: Solver, denoise: float) -> No
 def test_masks_of_one_are_no_mask() -> None:
     noise, latent, model = draw_noise(1, 1, 4, 4), draw_noise(2, 1, 4, 4), flux_transformer()
     sigmas = make_sigmas(3, 4, denoise=0.7)
-    plain = sample(model, text(1), None, 1.0, noise, latent, sigmas, SOLVERS["heun"])
+    plain = sample(model, SampleRequest(text(1), noise, latent, sigmas, SOLVERS["heun"]))
     masked = sample(
-        model, text(1), None, 1.0, noise, latent, sigmas, SOLVERS["heun"], None, torch.ones(1, 1, 8, 8)
+        model,
+        SampleRequest(
+            text(1), noise, latent, sigmas, SOLVERS["heun"], noise_mask=torch.ones(1, 1, 8, 8), on_step=None
+        ),
     )
     torch.testing.assert_close(masked, plain, rtol=1e-4, atol=1e-5)
 
@@ -54,14 +66,16 @@ def test_soft_masks_follow_comfyui() -> None:
     noise, latent, model = draw_noise(1, 1, 4, 4), draw_noise(2, 1, 4, 4), flux_transformer()
     mask = torch.linspace(0, 1, 16).reshape(1, 4, 4)
     sigmas = make_sigmas(4, 4, denoise=0.8)
-    velocity = guided_velocity(model, text(1), None, 1.0, sigmas[:-1].tolist(), 4, 4, 1)
+    velocity = guided_velocity(model, VelocityRequest(text(1), sigmas[:-1].tolist(), 4, 4, 1))
     m = mask[None]
     x = (1 - sigmas[0]) * latent + sigmas[0] * noise
     for sigma, after in pairwise(sigmas.tolist()):
         seen = x * m + (sigma * noise + (1 - sigma) * latent) * (1 - m)
         denoised = (seen - sigma * velocity(seen, sigma)) * m + latent * (1 - m)
         x = x + (x - denoised) / sigma * (after - sigma)
-    ours = sample(model, text(1), None, 1.0, noise, latent, sigmas, SOLVERS["euler"], None, mask)
+    ours = sample(
+        model, SampleRequest(text(1), noise, latent, sigmas, SOLVERS["euler"], noise_mask=mask, on_step=None)
+    )
     torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
 
 

@@ -9,10 +9,17 @@ import pytest
 import rectiflux
 import torch
 from rectiflux.benchmarks.reference.models import flux_transformer, text
-from rectiflux.flux_core.pipeline import draw_noise, guided_velocity, sample
+from rectiflux.flux_core.pipeline import (
+    Guidance,
+    SampleRequest,
+    VelocityRequest,
+    draw_noise,
+    guided_velocity,
+    sample,
+)
 from rectiflux.flux_core.sampling.schedule import make_sigmas
 from rectiflux.flux_core.sampling.solver import solver_named
-from rectiflux.flux_core.sampling.step_cache import METHODS, BlockMemory, Caching
+from rectiflux.flux_core.sampling.step_cache import METHODS, Caching, StepCache
 from rectiflux.flux_core.weights import load_text_encoders, load_transformer
 from torch import Tensor
 
@@ -20,17 +27,17 @@ MODELS = Path(rectiflux.__file__).parent / "models"
 ONES = torch.ones(1, 2, 3)
 
 
-def remembered(method: str, threshold: float = 0.1, batch: int = 1) -> BlockMemory:
+def remembered(method: str, threshold: float = 0.1, batch: int = 1) -> StepCache:
     """A memory of two computed steps, at sigma 1 and 0.8, of a first block that changed by 1."""
-    memory = Caching(method, threshold).memory()
+    memory = Caching(method, threshold).new_cache()
     for sigma, added in ((1.0, 5.0), (0.8, 6.0)):
-        assert memory.guess(sigma, torch.ones(batch, 2, 3) * (1 + 10 * sigma)) is None
-        memory.keep(sigma, torch.full((batch, 2, 3), added))
+        assert memory.lookup(sigma, torch.ones(batch, 2, 3) * (1 + 10 * sigma)) is None
+        memory.store(sigma, torch.full((batch, 2, 3), added))
     return memory
 
 
-def guessed(memory: BlockMemory, sigma: float, *changes: float) -> Tensor | None:
-    return memory.guess(sigma, torch.stack([torch.full((2, 3), change) for change in changes]))
+def guessed(memory: StepCache, sigma: float, *changes: float) -> Tensor | None:
+    return memory.lookup(sigma, torch.stack([torch.full((2, 3), change) for change in changes]))
 
 
 def test_a_forecast_is_exact_on_a_straight_line() -> None:
@@ -45,9 +52,9 @@ def test_the_first_block_cache_gives_the_last_step() -> None:
     memory = remembered("first block")
     found = guessed(memory, 0.3, 9.0)
     assert found is not None and torch.equal(found, torch.full((1, 2, 3), 6.0))
-    single = Caching("first block", 0.1).memory()
+    single = Caching("first block", 0.1).new_cache()
     assert guessed(single, 1.0, 9.0) is None
-    single.keep(1.0, 5 * ONES)
+    single.store(1.0, 5 * ONES)
     assert guessed(single, 0.9, 9.0) is not None, "one computed step is enough"
 
 
@@ -69,38 +76,39 @@ def test_another_run_or_another_size_begins_anew() -> None:
     memory = remembered("first block")
     assert guessed(memory, 1.0, 9.0) is None, "a sigma above the last one is another run"
     memory = remembered("first block")
-    assert memory.guess(0.6, torch.full((1, 4, 3), 9.0)) is None
-    memory.keep(0.6, torch.ones(1, 4, 3))
-    assert memory.guess(0.5, torch.full((1, 4, 3), 9.0)) is not None
+    assert memory.lookup(0.6, torch.full((1, 4, 3), 9.0)) is None
+    memory.store(0.6, torch.ones(1, 4, 3))
+    assert memory.lookup(0.5, torch.full((1, 4, 3), 9.0)) is not None
 
 
 def test_two_evaluations_at_one_sigma_are_one_point() -> None:
     memory = remembered("forecast")
     assert guessed(memory, 0.8, 20.0) is None
-    memory.keep(0.8, 7 * ONES)
+    memory.store(0.8, 7 * ONES)
     found = guessed(memory, 0.6, 20.0)
     assert found is not None and torch.allclose(found, 9 * ONES), "the later one counts"
 
 
-def run(caching: Caching | None, steps: int, cfg_scale: float = 1.0) -> tuple[Tensor, list[BlockMemory]]:
-    memories: list[BlockMemory] = []
+def run(caching: Caching | None, steps: int, cfg_scale: float = 1.0) -> tuple[Tensor, list[StepCache]]:
+    memories: list[StepCache] = []
 
-    def memory() -> BlockMemory:
+    def memory() -> StepCache:
         assert caching is not None
-        memories.append(caching.memory())
+        memories.append(caching.new_cache())
         return memories[-1]
 
     noise = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(3))
     result = sample(
         flux_transformer(),
-        text(0),
-        text(1, length=4) if cfg_scale != 1.0 else None,
-        cfg_scale,
-        noise,
-        torch.zeros_like(noise),
-        torch.linspace(1, 0, steps + 1),
-        solver_named("euler"),
-        memory=None if caching is None else memory,
+        SampleRequest(
+            text(0),
+            noise,
+            torch.zeros_like(noise),
+            torch.linspace(1, 0, steps + 1),
+            solver_named("euler"),
+            Guidance(text(1, length=4) if cfg_scale != 1.0 else None, cfg_scale),
+            new_cache=None if caching is None else memory,
+        ),
     )
     return result, memories
 
@@ -122,11 +130,11 @@ def test_what_is_skipped_is_not_computed(method: str) -> None:
     model, calls = flux_transformer(), []
     for block in (*model.double_blocks[1:], *model.single_blocks):
         block.register_forward_hook(lambda *_: calls.append(1))
-    memory = Caching(method, 100.0).memory()
+    memory = Caching(method, 100.0).new_cache()
     noise = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(3))
     sigmas = [1.0, 0.75, 0.5, 0.25]
     with torch.no_grad():
-        velocity = guided_velocity(model, text(0), None, 1.0, sigmas, 4, 4, 1, memory=lambda: memory)
+        velocity = guided_velocity(model, VelocityRequest(text(0), sigmas, 4, 4, 1, new_cache=lambda: memory))
         for sigma in sigmas:
             assert velocity(noise, sigma).isfinite().all()
     assert len(calls) == needed * (len(model.double_blocks) - 1 + len(model.single_blocks))
@@ -150,14 +158,16 @@ def test_a_forecast_comes_nearer_to_the_full_run_than_the_last_step() -> None:
     sigmas = make_sigmas(28, 64)
     noise = draw_noise(1, 1, 16, 16)
 
-    def paint(memory: BlockMemory | None) -> Tensor:
+    def paint(memory: StepCache | None) -> Tensor:
         prompt = replace(encoded, guidance=3.5)
         latent, make = torch.zeros_like(noise), None if memory is None else lambda: memory
-        return sample(model, prompt, None, 1.0, noise, latent, sigmas, solver_named("euler"), memory=make)
+        return sample(
+            model, SampleRequest(prompt, noise, latent, sigmas, solver_named("euler"), new_cache=make)
+        )
 
     full, errors = paint(None), {}
     for method in METHODS:
-        memory = Caching(method, 0.12).memory()
+        memory = Caching(method, 0.12).new_cache()
         errors[method] = float((paint(memory) - full).square().mean().sqrt())
         assert memory.skipped >= 6 and memory.skipped + memory.computed == 28
     assert errors["forecast"] < 0.7 * errors["first block"] < 0.05

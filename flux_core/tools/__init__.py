@@ -1,0 +1,1 @@
+"""Image conditioning of FLUX.1: what turns references and control images into inputs of the transformer."""
