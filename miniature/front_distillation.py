@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..flux_core.model.hooks import Finished, Hooks, Place, RunBlock, Streams
 from ..flux_core.model.spec import Conditioning
 from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import FluxTransformer, pack
 from ..flux_core.train.checkpoint import TrainingState, WeightAverage
+from ..flux_core.train.flow import evaluation_at
 from ..flux_core.train.loop import (
     Losses,
     Recipe,
@@ -94,13 +96,20 @@ class Tutor(nn.Module):
 
 def _front(model: FluxTransformer, noise: Tensor, text: Conditioning) -> list[tuple[Tensor, Tensor]]:
     """Text and image tokens of pure noise after the double blocks, and after one single block more."""
-    txt = model.project_text(text.txt)
+    states: list[tuple[Tensor, Tensor]] = []
+
+    def tap(at: Place, streams: Streams, block: RunBlock) -> Streams | Finished:
+        out, length = block(streams), at.txt_length
+        if at.kind == "double":
+            return out
+        states.extend((x[:, :length], x[:, length:]) for x in (streams.img, out.img))
+        return Finished(at.image(out))
+
     ones = torch.ones(len(noise), device=noise.device)
-    modulations = model.modulate(model.embed_time(ones, None, text.pooled))
-    rope = model.rope(txt.shape[1], *noise.shape[-2:])
-    double = model.double_stream(pack(noise), txt, modulations, rope)
-    single = model.single_stream(double, modulations, rope, stop=1)
-    return [(x[:, : txt.shape[1]], x[:, txt.shape[1] :]) for x in (double, single)]
+    size = noise.shape[-2], noise.shape[-1]
+    evaluation = evaluation_at(model, ones, text, size, hooks=Hooks(blocks=(tap,)))
+    model.run_blocks(model.img_in(pack(noise).to(model.dtype)), evaluation)
+    return states
 
 
 def _error(logits: Tensor, labels: Tensor) -> Tensor:

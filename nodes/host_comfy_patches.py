@@ -208,7 +208,7 @@ def _qkv_hook(patch: Any, options: Options) -> Any:
     parameters = inspect.signature(patch).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if not takes_any and not {"pe", "attn_mask"} <= parameters.keys():
-        name = getattr(patch, "__qualname__", type(patch).__name__).split(".")[0]
+        name = getattr(patch, "__qualname__", type(patch).__name__)
         raise ValueError(
             f"an attention patch ({name}) is made for a UNet and cannot run on FLUX: it takes no positions "
             "(pe); remove the node that adds it, such as HyperTile or TomePatchModel"

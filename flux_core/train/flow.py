@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.hooks import NO_HOOKS, Hooks, Tap
+from ..model.layers import Shared
 from ..model.spec import Conditioning
 from ..model.text_encoders import TextEncoders
-from ..model.transformer import FluxTransformer, pack, unpack
+from ..model.transformer import Evaluation, FluxTransformer, pack, unpack
 from .checkpoint import TrainingState, WeightAverage
 from .data import CaptionedLatents
 from .loop import (
@@ -70,10 +72,24 @@ def predict_velocity(
 ) -> Tensor:
     """Velocity [B, 16, h, w] of noisy latents of that shape, each with its own sigma [B] and guidance [B]."""
     h, w = noisy.shape[-2:]
+    evaluation = evaluation_at(model, sigmas, text, (h, w), guidance)
+    tokens = pack(noisy).to(model.dtype)
+    return unpack(model.run_blocks(model.img_in(tokens), evaluation), h, w)
+
+
+def evaluation_at(
+    model: FluxTransformer,
+    sigmas: Tensor,
+    text: Conditioning,
+    size: tuple[int, int],
+    guidance: Tensor | None = None,
+    hooks: Hooks = NO_HOOKS,
+) -> Evaluation:
+    """The block loop's inputs for latents of `size` (h, w), each with its own sigma [B] and guidance [B]."""
     txt = model.project_text(text.txt)
     modulations = model.modulate(model.embed_time(sigmas, guidance, text.pooled))
-    tokens = model.blocks(pack(noisy), txt, modulations, model.rope(txt.shape[1], h, w))
-    return unpack(tokens, h, w)
+    rope = model.rope(txt.shape[1], *size)
+    return Evaluation(txt, modulations, Shared(rope, model.ops()), hooks)
 
 
 class FlowWithRepaLoss(nn.Module):
@@ -92,14 +108,11 @@ class FlowWithRepaLoss(nn.Module):
         """(velocity's mean squared error over [B, N, 64], the head's loss) for latents [B, 16, h, w]."""
         s = sigmas[:, None, None, None]
         model, tokens = self.model, pack((1 - s) * latents + s * noise)
-        txt = model.project_text(text.txt)
-        modulations = model.modulate(model.embed_time(sigmas, None, text.pooled))
-        rope = model.rope(txt.shape[1], *latents.shape[-2:])
-        x = model.double_stream(tokens, txt, modulations, rope)
-        x = model.single_stream(x, modulations, rope, stop=self.depth)
-        repa = self.head(x[:, txt.shape[1] :], labels)
-        x = model.single_stream(x, modulations, rope, first=self.depth)
-        velocity = model.final_layer(x[:, txt.shape[1] :], modulations.last)
+        tap = Tap((("single", self.depth - 1),))
+        size = latents.shape[-2], latents.shape[-1]
+        evaluation = evaluation_at(model, sigmas, text, size, hooks=Hooks(blocks=(tap,)))
+        velocity = model.run_blocks(model.img_in(tokens.to(model.dtype)), evaluation)
+        repa = self.head(tap.states["single", self.depth - 1], labels)
         return F.mse_loss(velocity, pack(noise - latents)), repa
 
     def checkpointed(self) -> nn.Module:
