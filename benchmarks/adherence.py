@@ -36,8 +36,8 @@ from ..flux_core.sampling.schedule import SHIFTS
 from ..flux_core.sampling.solver import solver_named
 from ..flux_core.train.progress import ProgressLine
 from ..miniature.evaluate import FAMILY, Sampling, sheet
-from .checking import check_the_autoencoder, check_the_checker
-from .painting import Files, Painter, figures_of, files_of, judge_pictures, load_models, paint
+from .checker_accuracy import check_the_autoencoder, check_the_checker
+from .generate import Files, Painter, figures_of, files_of, judge_pictures, load_models, paint
 from .prompts import Prompt, categories, read_prompts
 from .report import add_json, parser_of, positive, write_report
 

@@ -36,7 +36,7 @@ from ..flux_core.sampling.schedule import make_sigmas
 from ..flux_core.sampling.solver import solver_named
 from ..flux_core.sampling.step_cache import METHODS, Caching, StepCache
 from ..miniature.evaluate import FAMILY
-from .painting import files_of, load_models
+from .generate import files_of, load_models
 from .prompts import categories
 from .report import add_json, parser_of, positive, write_report
 

@@ -36,9 +36,9 @@ from typing import Any
 import torch
 
 from ..flux_core.train.progress import ProgressLine
-from .chart import Chart, Line, draw_charts, reaching
-from .members import SIDE, STRAIGHT_STEPS, Member, load_members, seconds_of, straightness_of
-from .painting import figures_of, judge_pictures
+from .family_variants import SIDE, STRAIGHT_STEPS, Member, load_members, seconds_of, straightness_of
+from .generate import figures_of, judge_pictures
+from .line_chart import Chart, Line, draw_charts, reaching
 from .prompts import Prompt, categories
 from .report import add_json, parser_of, positive, writable, write_report
 

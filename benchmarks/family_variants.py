@@ -28,7 +28,7 @@ from ..flux_core.pipeline import (
 from ..flux_core.train.loop import device
 from ..miniature.autoencoder import to_pictures
 from ..miniature.evaluate import FAMILY, Sampling
-from .painting import BATCH, Files, check_files, files_of, load_models, paint
+from .generate import BATCH, Files, check_files, files_of, load_models, paint
 from .prompts import Prompt
 
 SIDE = 128  # pixels of every picture, both ways

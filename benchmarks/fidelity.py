@@ -5,7 +5,7 @@
 A small FLUX.1 with random weights (dev in full, of schnell, Fill and Canny what differs) is written in every
 format that is read, loaded by flux_core and compared with diffusers' and transformers' models of the same
 numbers, for the same tokens and noise: a minute on one core. A quantised file's numbers are worked out
-without flux_core: GGUF's by the gguf package, the others' by benchmarks/reference/stored.py. A row for each
+without flux_core: GGUF's by the gguf package, the others' by reference/quantized.py. A row for each
 model in each format:
 
   dtype            what flux_core computes in; the reference always computes in fp32
@@ -35,10 +35,10 @@ from transformers.utils.logging import disable_progress_bar
 from ..flux_core.pipeline import Models
 from ..flux_core.quant.formats import DTYPE_NAMES
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
-from .comparing import COMPONENTS, PICTURE, velocity
-from .reference.formats import EXACT, FORMATS, QUANTISED, Written
+from .fidelity_components import COMPONENTS, PICTURE, velocity
+from .reference.file_formats import EXACT, FORMATS, QUANTISED, Written
 from .reference.models import relative_error
-from .reference.small import VARIANTS, Small, save_tokenizers, small
+from .reference.small_pipeline import VARIANTS, Small, save_tokenizers, small
 from .report import add_json, parser_of, positive, write_report
 
 NEEDS = "test"  # the part of run.py's environment that has diffusers
@@ -131,7 +131,7 @@ def compare(folder: Path, quick: bool) -> Iterator[Row]:
             place = folder / variant / name.replace(" ", "_")
             place.mkdir(parents=True)
             written = FORMATS[name](original, place)
-            plain = original.with_numbers(written.numbers)
+            plain = original.with_weights(written.numbers)
             for dtype in (torch.float32, OWN_DTYPES.get(name)):
                 if dtype is not None:
                     ours = load(written, tokenizers, dtype)

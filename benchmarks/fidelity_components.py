@@ -12,7 +12,7 @@ from ..flux_core.model.spec import Conditioning
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import Models
 from .reference.models import diffusers_velocity
-from .reference.small import GUIDANCE, PROMPT, WIDTH, References, diffusers_picture, our_picture
+from .reference.small_pipeline import GUIDANCE, PROMPT, WIDTH, References, diffusers_picture, our_picture
 
 LATENT, LENGTH, SIGMA = 8, 32, 0.6
 """Sides of the latent, text tokens and noise level of the transformer's one step."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..flux_core.backends.cpu_linear import PackedLinear, can_pack
 from ..flux_core.model.spec import FluxSpec
-from .turns import Clock, Run
+from .interleaved import Clock, Run
 
 FP8 = torch.float8_e4m3fn
 SIDES = {"cpu": (256, 1024, 2048), "cuda": (4096, 8192)}

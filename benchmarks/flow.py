@@ -33,11 +33,11 @@ from ..flux_core.flow import energy_distance, energy_floor, straightness, transp
 from ..flux_core.model.spec import Velocity
 from ..flux_core.sampling.solver import SOLVERS, integrate
 from ..flux_core.train.progress import ProgressLine
-from .methods import TITLES, Laboratory, Method, Plan
-from .planar import DATA, Draw, Recipe, noise
-from .plot import Block, Panel, draw_sheet
+from .flow_figure import Block, Panel, draw_sheet
+from .flow_methods import TITLES, Laboratory, Method, Plan
+from .flow_plane import DATA, Draw, Recipe, noise
+from .flow_theory import bridge, orders
 from .report import add_json, writable, write_report
-from .theory import bridge, orders
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = (1, 2, 4, 8, 32)

@@ -27,7 +27,7 @@ from ..flux_core.flow import (
 )
 from ..flux_core.model.spec import Velocity
 from ..flux_core.sampling.solver import SOLVERS
-from .planar import Draw, PlaneNetwork, Recipe, noise, train
+from .flow_plane import Draw, PlaneNetwork, Recipe, noise, train
 
 Progress = Callable[[str], None]
 """Called at every step of a training, with the title of what is trained."""

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from ..flux_core.model.spec import FLUX_DEV, FluxSpec
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.quant.gguf import BLOCK_TYPES, dequantize
-from .reference.stored import random_blocks
+from .reference.quantized import random_blocks
 
 STD = 0.01
 """Standard deviation of the weights: near enough to 1 / sqrt(3072) for finite velocities."""
@@ -79,7 +79,7 @@ def is_matrix(name: str, shape: torch.Size) -> bool:
     return len(shape) == 2 and not name.startswith("img_in.")
 
 
-def write_safetensors(path: Path, dtype: torch.dtype, spec: FluxSpec, on_progress: OnProgress) -> None:
+def write_random_safetensors(path: Path, dtype: torch.dtype, spec: FluxSpec, on_progress: OnProgress) -> None:
     """Matrices in `dtype`, the rest in bfloat16. safetensors' own writer wants all of it in memory."""
     small = numbers(torch.bfloat16)
     large = small if dtype == torch.bfloat16 else numbers(dtype)
@@ -100,7 +100,7 @@ def write_safetensors(path: Path, dtype: torch.dtype, spec: FluxSpec, on_progres
         to_disk(file)
 
 
-def write_gguf(path: Path, kind: str, spec: FluxSpec, on_progress: OnProgress) -> None:
+def write_random_gguf(path: Path, kind: str, spec: FluxSpec, on_progress: OnProgress) -> None:
     """Matrices in a GGUF type, the rest in float32, as city96's converter has it."""
     large, small = blocks(kind), numbers(torch.float32)
     writer, tensors = GGUFWriter(path, "flux"), []
@@ -137,9 +137,9 @@ def to_disk(file: BinaryIO) -> None:
 
 
 FORMATS: dict[str, Callable[[Path, FluxSpec, OnProgress], None]] = {
-    "bf16": lambda path, spec, told: write_safetensors(path, torch.bfloat16, spec, told),
-    "fp8": lambda path, spec, told: write_safetensors(path, FP8, spec, told),
-    "Q4_K": lambda path, spec, told: write_gguf(path, "Q4_K", spec, told),
+    "bf16": lambda path, spec, told: write_random_safetensors(path, torch.bfloat16, spec, told),
+    "fp8": lambda path, spec, told: write_random_safetensors(path, FP8, spec, told),
+    "Q4_K": lambda path, spec, told: write_random_gguf(path, "Q4_K", spec, told),
 }
 ENDINGS = {"bf16": ".safetensors", "fp8": ".safetensors", "Q4_K": ".gguf"}
 BITS = {"bf16": 16, "fp8": 8, "Q4_K": 4.5}

@@ -43,9 +43,9 @@ from pathlib import Path
 import torch
 
 from . import speed_blocks, speed_fp8, speed_gpu, speed_memory, speed_models, speed_png
+from .interleaved import Ratio
 from .report import add_json, machine, parser_of, write_report
 from .speed_settings import Case, Settings, Skipped, Told, add_options, clock_of
-from .turns import Ratio
 
 NEEDS = "test"  # the part of run.py's environment that has diffusers
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,10 +16,10 @@ from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.sampling.schedule import make_sigmas
 from ..flux_core.weights import load_transformer
 from .footprint import Watch, held
+from .interleaved import compare
 from .speed_comfy import against_comfy
 from .speed_inputs import FULL, MINIATURE, QUICK, Inputs, difference, diffusers_twin, random_model
 from .speed_settings import NO_BFLOAT16, Outcome, Settings, Skipped, Told, knows_bfloat16
-from .turns import compare
 
 
 def miniature(settings: Settings) -> Iterator[Outcome]:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..flux_core.model.transformer import FluxTransformer, unpack
+from .interleaved import compare
 from .speed_inputs import Inputs, difference
 from .speed_settings import Outcome, Settings, Skipped, Told
-from .turns import compare
 
 
 def against_comfy(case: str, model: FluxTransformer, inputs: Inputs, settings: Settings) -> Iterator[Outcome]:

@@ -22,12 +22,12 @@ from ..flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.sampling.schedule import make_sigmas
 from .floors import FP8, matmul_rate, step_flop
+from .interleaved import Ratio, Run, compare
 from .reference.models import diffusers_of_size
 from .speed_comfy import against_comfy
 from .speed_inputs import Inputs, difference, diffusers_twin, random_model
 from .speed_memory import peak
 from .speed_settings import Outcome, Settings, Skipped, Told
-from .turns import Ratio, Run, compare
 
 
 @dataclass(frozen=True)

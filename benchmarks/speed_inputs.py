@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..flux_core.model.spec import Conditioning, FluxSpec
 from ..flux_core.model.transformer import FluxTransformer, pack, position_ids, unpack
 from ..flux_core.pipeline import VelocityRequest, guided_velocity
+from .interleaved import Run
 from .reference.models import diffusers_of_size, diffusers_state_dict
-from .turns import Run
 
 FULL = FluxSpec(3072, 24, 1, 2, context_in=4096, vec_in=768, guidance_embed=True)
 QUICK = FluxSpec(128, 1, 1, 2, context_in=64, vec_in=32, guidance_embed=True)

@@ -26,12 +26,12 @@ from ..flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
 from ..flux_core.pipeline import Models
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
 from .footprint import STATUS, Watch, held
-from .painting import check_files, files_of
-from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomise
+from .generate import check_files, files_of
+from .interleaved import Ratio, Run
+from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomize
 from .speed_inputs import FULL, QUICK, Inputs, diffusers_twin, random_model
 from .speed_models import our_picture, their_picture
 from .speed_settings import Outcome, Settings, Skipped, Told
-from .turns import Ratio, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "theirs")
@@ -57,7 +57,7 @@ def decoding(pixels: int) -> Callable[[str, Settings], Run]:
     def build(side: str, settings: Settings) -> Run:
         spec = AutoEncoderSpec(ch=32) if settings.quick else AutoEncoderSpec()
         model = AutoEncoder(spec).eval().requires_grad_(False)
-        randomise(model)
+        randomize(model)
         edge = (64 if settings.quick else pixels) // 8
         latent = torch.randn(1, 16, edge, edge).to(settings.device)
         if side == "theirs":

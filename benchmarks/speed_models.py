@@ -23,10 +23,10 @@ from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import pack
 from ..flux_core.pipeline import Models, draw_noise, text_to_image
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
-from .painting import Files, check_files, files_of
-from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomise
+from .generate import Files, check_files, files_of
+from .interleaved import compare
+from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomize
 from .speed_settings import NO_BFLOAT16, Outcome, Settings, Skipped, Told, knows_bfloat16
-from .turns import compare
 
 PROMPT = "a red circle left of a blue square on a gray background"
 SEED, SIDE, GUIDANCE = 7, 128, 3.5
@@ -37,7 +37,7 @@ def autoencoder(settings: Settings) -> Iterator[Outcome]:
     """FLUX.1's autoencoder in full width with random weights, fp32: decode and encode, eager as it comes."""
     side = 64 if settings.quick else 256
     model = AutoEncoder(AutoEncoderSpec(ch=32) if settings.quick else FULL_VAE).eval().requires_grad_(False)
-    randomise(model)
+    randomize(model)
     twin: Any = diffusers_autoencoder(model).to(settings.device)
     model = model.to(settings.device)
     latent = torch.randn(1, 16, side // 8, side // 8, device=settings.device)

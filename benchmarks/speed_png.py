@@ -24,12 +24,12 @@ from ..flux_core.model.spec import FLUX_SCHNELL, FluxSpec
 from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import FluxTransformer, pack
 from ..flux_core.pipeline import Models, draw_noise, text_to_image
-from .painting import check_files, files_of, load_models
-from .reference.models import diffusers_autoencoder, diffusers_pipeline, randomise
+from .generate import check_files, files_of, load_models
+from .interleaved import compare
+from .reference.models import diffusers_autoencoder, diffusers_pipeline, randomize
 from .speed_gpu import compiled_or_not, first_words
 from .speed_inputs import diffusers_twin, random_model
 from .speed_settings import Outcome, Settings, Skipped, Told
-from .turns import compare
 
 PROMPT = "a red circle left of a blue square on a gray background"
 SEED, STEPS = 7, 4
@@ -109,7 +109,7 @@ def random_models(sizes: Sizes, tokenizers: TextEncoders, device: torch.device) 
         networks[0], tokenizers.t5_tokenizer, networks[1], tokenizers.clip_tokenizer, sizes.txt_length
     )
     autoencoder = AutoEncoder(sizes.autoencoder).eval().requires_grad_(False)
-    randomise(autoencoder)
+    randomize(autoencoder)
     transformer: FluxTransformer = random_model(sizes.transformer, torch.bfloat16, device)
     return Models(encoders, transformer, autoencoder.to(device, torch.bfloat16))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .interleaved import CLOCKS, Clock, Ratio
 from .report import positive
-from .turns import CLOCKS, Clock, Ratio
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 

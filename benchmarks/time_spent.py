@@ -47,11 +47,11 @@ from ..flux_core.model.spec import FLUX_DEV
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.weights import load_transformer
 from .floors import bandwidth, matmul_rate, step_bytes, step_flop
-from .parts import OTHER, OVERHEAD, PARTS, Part, Spent, draw_bars, part_of, with_gelu
+from .interleaved import CLOCKS, Clock, Run
 from .report import add_json, parser_of, writable, write_report
 from .speed_inputs import FULL, MINIATURE, QUICK, Inputs, random_model
 from .speed_settings import Settings, Skipped, add_options, clock_of
-from .turns import CLOCKS, Clock, Run
+from .step_parts import OTHER, OVERHEAD, PARTS, Part, Spent, draw_bars, part_of, with_gelu
 
 NEEDS = "test"  # the part of run.py's environment that has diffusers, which the random models' file imports
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from ...flux_core.quant.gguf import BLOCK_TYPES
-from .files import FORMS, State, gguf_numbers, quantised_safetensors
 from .models import diffusers_state_dict
-from .small import Small
+from .quantized_files import FORMS, State, write_gguf, write_quantized_safetensors
+from .small_pipeline import Small
 from .text import llama_names
 
 PREFIXES = {
@@ -81,7 +81,7 @@ def all_in_one(small: Small, folder: Path) -> Written:
 def quantised(small: Small, folder: Path, form: str) -> Written:
     """Transformer and text encoders in a form of FORMS."""
     paths, parts = plain_files(small, folder).paths, ("transformer", "t5", "clip")
-    numbers = {part: quantised_safetensors(small.states()[part], paths[part], form) for part in parts}
+    numbers = {part: write_quantized_safetensors(small.states()[part], paths[part], form) for part in parts}
     return Written(paths, parts, numbers)
 
 
@@ -89,8 +89,8 @@ def gguf(small: Small, folder: Path, kind: str) -> Written:
     """Transformer and T5 as GGUF, T5 under llama.cpp's names."""
     paths, states = plain_files(small, folder).paths, small.states()
     paths |= {part: folder / f"{part}.gguf" for part in ("transformer", "t5")}
-    transformer = gguf_numbers(states["transformer"], paths["transformer"], kind)
-    t5 = gguf_numbers(llama_names(states["t5"]), paths["t5"], kind, "t5encoder")
+    transformer = write_gguf(states["transformer"], paths["transformer"], kind)
+    t5 = write_gguf(llama_names(states["t5"]), paths["t5"], kind, "t5encoder")
     numbers = {"transformer": transformer, "t5": dict(zip(states["t5"], t5.values(), strict=True))}
     return Written(paths, ("transformer", "t5"), {} if kind == "F32" else numbers)
 

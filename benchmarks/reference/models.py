@@ -48,7 +48,7 @@ SPLIT = {
 }
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
+def randomize(model: nn.Module, seed: int = 0) -> None:
     """Random parameters of a trained network's size: no zero and no one is left that could hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -64,14 +64,14 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 def flux_transformer(seed: int = 0, **sizes: object) -> FluxTransformer:
     """Our transformer with random weights, of SPEC's sizes unless others are given."""
     model = FluxTransformer(replace(SPEC, **sizes)).eval().requires_grad_(False)
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 
 def autoencoder(seed: int = 1) -> AutoEncoder:
     """Our autoencoder with random weights, of AE_SPEC's sizes."""
     model = AutoEncoder(AE_SPEC).eval().requires_grad_(False)
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 

@@ -34,7 +34,7 @@ HALVES = {
 }
 """Where a block has its float16 scales: random bytes there could be no number."""
 
-QUANTISABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+QUANTIZABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """What the package can make out of numbers; the other types it can only read."""
 
 
@@ -43,7 +43,7 @@ def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0, largest: flo
     rng = np.random.default_rng(seed)
     size = BLOCK_TYPES[kind].bytes
     if kind in ("F32", "F16", "BF16"):
-        return packed(rng.standard_normal((rows, blocks)).astype(np.float32), kind)
+        return quantize_gguf(rng.standard_normal((rows, blocks)).astype(np.float32), kind)
     data = rng.integers(0, 256, (rows * blocks, size), dtype=np.uint8)
     for start in HALVES[kind]:
         scale = rng.uniform(-largest, largest, (rows * blocks, 1)).astype(np.float16)
@@ -52,7 +52,7 @@ def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0, largest: flo
     return data.reshape(rows, blocks * size)
 
 
-def packed(numbers: np.ndarray, kind: str) -> np.ndarray:
+def quantize_gguf(numbers: np.ndarray, kind: str) -> np.ndarray:
     """Bytes of numbers, made by the package."""
     return quants.quantize(numbers, GGMLQuantizationType[kind]).view(np.uint8)
 
@@ -77,7 +77,7 @@ def int8(weight: Tensor) -> tuple[ScaledWeight, Tensor]:
 
 def gguf(weight: Tensor, kind: str = "Q4_0") -> tuple[GGUFWeight, Tensor]:
     """The package's bytes and the package's floats."""
-    data = packed(weight.numpy(), kind)
+    data = quantize_gguf(weight.numpy(), kind)
     numbers = quants.dequantize(data, GGMLQuantizationType[kind])
     return GGUFWeight(torch.from_numpy(data), kind), torch.from_numpy(numbers)
 
@@ -113,7 +113,7 @@ def nested_nf4(weight: Tensor) -> tuple[FourBitWeight, Tensor]:
     return FourBitWeight(plain.packed, bytes_, plain.code, shape, 64, "nf4", units, levels, 8, offset), values
 
 
-def every_form() -> dict[str, tuple[QuantizedWeight, Tensor]]:
+def every_format() -> dict[str, tuple[QuantizedWeight, Tensor]]:
     """A weight [48, 64] in each form, with its numbers in float32."""
     weight = weights()
     bf16, half = weight.bfloat16(), weight.half()

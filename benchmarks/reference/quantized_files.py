@@ -15,7 +15,7 @@ from torch import Tensor
 from ...flux_core.model.transformer import FluxTransformer
 from ...flux_core.quant.gguf import BLOCK_TYPES
 from .models import flux_transformer
-from .stored import QUANTISABLE, fp8, int8, nested_nf4, nf4, random_blocks
+from .quantized import QUANTIZABLE, fp8, int8, nested_nf4, nf4, random_blocks
 
 State = dict[str, Tensor]
 WIDE = {"hidden_size": 256, "depth": 1, "depth_single": 1, "context_in": 256, "vec_in": 256}
@@ -104,7 +104,7 @@ def _layers(state: State, form: str) -> dict[str, str]:
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
 
-def quantised_safetensors(state: State, path: Path, form: str) -> State:
+def write_quantized_safetensors(state: State, path: Path, form: str) -> State:
     """Writes the state dict in a format of FORMS, and gives the numbers it stands for."""
     make, marker, metadata = FORMS[form]
     tensors, numbers = pieces(state, make)
@@ -133,7 +133,7 @@ def blocks_like(weight: Tensor, kind: str, seed: int) -> np.ndarray:
     return random_blocks(kind, rows, blocks, seed, largest * float(weight.std()) / float(numbers.std()))
 
 
-def gguf_numbers(state: State, path: Path, kind: str, architecture: str = "flux", **values: object) -> State:
+def write_gguf(state: State, path: Path, kind: str, architecture: str = "flux", **values: object) -> State:
     """Writes a GGUF file whose large weights are of a type, and gives the numbers it stands for.
 
     Types that the package cannot make get random blocks.
@@ -143,7 +143,7 @@ def gguf_numbers(state: State, path: Path, kind: str, architecture: str = "flux"
         data, number = tensor.float().numpy(), GGMLQuantizationType.F32
         if large(name, tensor) and tensor.shape[1] % BLOCK_TYPES[kind].size == 0:
             number = GGMLQuantizationType[kind]
-            data = quants.quantize(data, number) if kind in QUANTISABLE else blocks_like(tensor, kind, i)
+            data = quants.quantize(data, number) if kind in QUANTIZABLE else blocks_like(tensor, kind, i)
             numbers[name] = torch.from_numpy(np.array(quants.dequantize(data.view(np.uint8), number)))
         writer.add_tensor(name, data, raw_dtype=number)
     for key, value in values.items():

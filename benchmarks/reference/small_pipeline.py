@@ -19,7 +19,6 @@ from transformers import CLIPTextModel, T5EncoderModel
 from ...flux_core.model.autoencoder import AutoEncoder
 from ...flux_core.model.transformer import FluxTransformer, pack
 from ...flux_core.pipeline import Models, draw_noise, text_to_image
-from .files import WIDE, State
 from .models import (
     autoencoder,
     diffusers_autoencoder,
@@ -27,6 +26,7 @@ from .models import (
     diffusers_transformer,
     flux_transformer,
 )
+from .quantized_files import WIDE, State
 from .text import WORDS, clip_model, t5_model, t5_state, tokenizer
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -61,7 +61,7 @@ class Small:
             "clip": clip,
         }
 
-    def with_numbers(self, numbers: Mapping[str, State]) -> Small:
+    def with_weights(self, numbers: Mapping[str, State]) -> Small:
         """The same models with other numbers, by model, in float32; a model without keeps its own."""
         models: dict[str, nn.Module] = {}
         for part in self.states():

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from .models import randomise
+from .models import randomize
 
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "red", "green", "circle", "square", "of", "on", "blue", "fox"]
 TXT_LENGTH, CLIP_LENGTH = 9, 7
@@ -47,7 +47,7 @@ def t5_model(seed: int = 2, **sizes: int) -> T5EncoderModel:
     small = {"d_model": T5_WIDTH, "d_kv": 8, "num_heads": 2, "d_ff": 40, "num_layers": 3}
     config = T5Config(vocab_size=len(WORDS), feed_forward_proj="gated-gelu", **{**small, **sizes})
     model = T5EncoderModel(config).eval().requires_grad_(False)
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 
@@ -65,7 +65,7 @@ def clip_model(seed: int = 3, **sizes: int) -> CLIPTextModel:
     }
     model = CLIPTextModel(CLIPTextConfig(pad_token_id=None, **{**small, **sizes}))
     model.eval().requires_grad_(False)
-    randomise(model, seed)
+    randomize(model, seed)
     return model
 
 

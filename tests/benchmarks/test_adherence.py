@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rectiflux.benchmarks.adherence import first_pictures, main
-from rectiflux.benchmarks.painting import Painted, figures_of, judge_pictures
+from rectiflux.benchmarks.generate import Painted, figures_of, judge_pictures
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories, parse_prompt
 from rectiflux.miniature.scene import Scene
 
 from ..nodes.tiny import NAMES, SPEC, write_models, write_transformer
-from .painters import paint_falsely, paint_truly
+from .generators import paint_falsely, paint_truly
 
 LINE = '{"prompt": "a star", "objects": [{"shape": "star"}]}'
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import random
 
-from rectiflux.benchmarks.checking import any_scene, check_the_autoencoder, check_the_checker, near_misses
+from rectiflux.benchmarks.checker_accuracy import (
+    any_scene,
+    check_the_autoencoder,
+    check_the_checker,
+    near_misses,
+)
 from rectiflux.miniature.autoencoder import new_autoencoder
 from rectiflux.miniature.scene import BACKGROUNDS
 

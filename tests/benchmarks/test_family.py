@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rectiflux.benchmarks import members as members_module
+from rectiflux.benchmarks import family_variants as variants_module
 from rectiflux.benchmarks.family import HUES, TITLES, evenly, last_line, main, table, unseen_table
-from rectiflux.benchmarks.members import WAYS, Member, files_of_way, seconds_of, straightness_of
-from rectiflux.benchmarks.painting import load_models
+from rectiflux.benchmarks.family_variants import WAYS, Member, files_of_way, seconds_of, straightness_of
+from rectiflux.benchmarks.generate import load_models
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories
 from rectiflux.flux_core.model.spec import Velocity
 from rectiflux.flux_core.pipeline import VelocityRequest, draw_noise, guided_velocity
@@ -26,7 +26,7 @@ from rectiflux.miniature.scene import Scene
 from torch import Tensor
 
 from ..nodes.tiny import SPEC, write_models, write_transformer
-from .painters import paint_falsely, paint_truly
+from .generators import paint_falsely, paint_truly
 
 SQUARES = 575 / 6912
 """S of the velocity t over 24 steps: the variance of 1/24, 2/24 .. 1, (24^2 - 1) / (12 24^2)."""
@@ -205,7 +205,7 @@ def test_straightness_is_a_mean_over_prompts_and_elements() -> None:
 def test_seconds_are_medians_of_turns_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of our own: round n takes steps + n^2 seconds, the first, which allocates, 100 more."""
     now = 0.0
-    monkeypatch.setattr(members_module.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(variants_module.time, "perf_counter", lambda: now)
     turns: list[tuple[int, int]] = []
 
     class Clocked(Known):
@@ -294,7 +294,7 @@ def test_a_missing_file_is_named_before_anything_is_loaded(
     for variant in ("pro", "reflow", "dev"):
         files_of_way(tmp_path, variant).transformer.symlink_to(files_of_way(tiny, variant).transformer)
     missing = files_of_way(tmp_path, "schnell").transformer
-    monkeypatch.setattr(members_module, "load_models", lambda files: pytest.fail("loaded"))
+    monkeypatch.setattr(variants_module, "load_models", lambda files: pytest.fail("loaded"))
     assert main(["--models", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert out == ""

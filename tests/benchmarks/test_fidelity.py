@@ -13,7 +13,7 @@ import pytest
 import torch
 from rectiflux.benchmarks import fidelity
 from rectiflux.benchmarks.fidelity import Row, extremes, psnr
-from rectiflux.benchmarks.reference.formats import FORMATS
+from rectiflux.benchmarks.reference.file_formats import FORMATS
 from rectiflux.flux_core.quant.gguf import BLOCK_TYPES
 from rectiflux.flux_core.weights import diffusers as names
 

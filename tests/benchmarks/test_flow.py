@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from rectiflux.benchmarks import flow
 from rectiflux.benchmarks.flow import Examiner, Sizes, sample
-from rectiflux.benchmarks.methods import TITLES, EndTimes, Laboratory, Method, Plan, posterior_mean
-from rectiflux.benchmarks.planar import DATA, RING, Recipe, noise
-from rectiflux.benchmarks.theory import orders
+from rectiflux.benchmarks.flow_methods import TITLES, EndTimes, Laboratory, Method, Plan, posterior_mean
+from rectiflux.benchmarks.flow_plane import DATA, RING, Recipe, noise
+from rectiflux.benchmarks.flow_theory import orders
 from rectiflux.flux_core.flow import LinearBetaPath, RectifiedPath, as_velocity
 from rectiflux.flux_core.flow import Path as FlowPath
 from torch import Generator, Tensor

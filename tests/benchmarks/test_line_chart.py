@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from rectiflux.benchmarks.chart import (
+from rectiflux.benchmarks.line_chart import (
     APART,
     LEFT,
     TOP,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks import speed, speed_blocks, speed_models, turns
+from rectiflux.benchmarks import interleaved, speed, speed_blocks, speed_models
+from rectiflux.benchmarks.interleaved import Clock, Ratio, compare
 from rectiflux.benchmarks.speed_settings import Settings, Skipped
-from rectiflux.benchmarks.turns import Clock, Ratio, compare
 from rectiflux.flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
 
 RATIO = re.compile(r"^ratio (\S+) (\d+\.\d{3})$", re.MULTILINE)
@@ -31,8 +31,8 @@ def test_a_ratio_is_a_median_over_turns(monkeypatch: pytest.MonkeyPatch) -> None
         order.append("theirs")
         now[0] += next(theirs_takes)
 
-    monkeypatch.setitem(turns.CLOCKS, "wall", lambda: now[0])
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+    monkeypatch.setitem(interleaved.CLOCKS, "wall", lambda: now[0])
+    monkeypatch.setattr(interleaved.time, "perf_counter", lambda: now[0])
     ratio = compare("case", ours, theirs, Clock(), 6.0 + 8.0 + 1.0, "a note")
     assert order == ["ours", "theirs"] + 3 * ["ours", "theirs", "theirs", "ours"]
     assert ratio == Ratio("case", 3.0, 2.0, 4.0, 3, 1.0, 3.0, "a note")

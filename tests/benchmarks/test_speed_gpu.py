@@ -13,10 +13,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from rectiflux.benchmarks import floors, speed_gpu
 from rectiflux.benchmarks.floors import Flop, matmul_rate, step_bytes, step_flop
+from rectiflux.benchmarks.interleaved import Clock, Ratio
 from rectiflux.benchmarks.speed_gpu import Group, Plan, full_size
 from rectiflux.benchmarks.speed_inputs import Inputs, random_model
 from rectiflux.benchmarks.speed_settings import Settings, Skipped, Told
-from rectiflux.benchmarks.turns import Clock, Ratio
 from rectiflux.flux_core.backends.quantize import quantize_to_fp8
 from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.model.transformer import FluxTransformer

@@ -11,9 +11,9 @@ import pytest
 import torch
 from rectiflux.benchmarks import speed, speed_memory
 from rectiflux.benchmarks.footprint import STATUS
+from rectiflux.benchmarks.interleaved import Clock, Ratio
 from rectiflux.benchmarks.speed_memory import SIDES, SUBJECTS, above_weights, apart, memory, peak
 from rectiflux.benchmarks.speed_settings import Settings, Skipped, Told
-from rectiflux.benchmarks.turns import Clock, Ratio
 
 needs_status = pytest.mark.skipif(
     not STATUS.exists(), reason="this system does not tell what a process holds"

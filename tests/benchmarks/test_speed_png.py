@@ -12,9 +12,9 @@ import rectiflux
 import torch
 from PIL import Image
 from rectiflux.benchmarks import speed_png
+from rectiflux.benchmarks.interleaved import Clock, Ratio
 from rectiflux.benchmarks.speed_png import Sizes, png
 from rectiflux.benchmarks.speed_settings import Outcome, Settings, Skipped, Told
-from rectiflux.benchmarks.turns import Clock, Ratio
 from rectiflux.flux_core.model.autoencoder import AutoEncoderSpec
 from rectiflux.flux_core.model.spec import FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.model.transformer import FluxTransformer

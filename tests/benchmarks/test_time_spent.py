@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from rectiflux.benchmarks import floors, time_spent
-from rectiflux.benchmarks.parts import OVERHEAD, PARTS, Part, Spent, draw_bars, part_of, with_gelu
+from rectiflux.benchmarks.interleaved import Clock
 from rectiflux.benchmarks.speed_inputs import Inputs, random_model
 from rectiflux.benchmarks.speed_settings import Settings
+from rectiflux.benchmarks.step_parts import OVERHEAD, PARTS, Part, Spent, draw_bars, part_of, with_gelu
 from rectiflux.benchmarks.time_spent import divided
-from rectiflux.benchmarks.turns import Clock
 from rectiflux.flux_core.model.spec import FluxSpec
 
 TINY = FluxSpec(64, 1, 1, 1, context_in=16, vec_in=8, guidance_embed=True)

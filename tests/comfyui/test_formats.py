@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rectiflux.benchmarks.reference.files import gguf_numbers
+from rectiflux.benchmarks.reference.quantized_files import write_gguf
 from rectiflux.benchmarks.reference.text import llama_names
 from rectiflux.flux_core.weights import read_state_dict
 from safetensors.torch import save_file
@@ -163,7 +163,7 @@ def quantised_t5(models: Path) -> tuple[str, str]:
     """Names of T5 as GGUF Q8_0, and of the dense file of the same numbers."""
     folder = models / "text_encoders"
     state = read_state_dict(folder / NAMES["t5"])
-    numbers = gguf_numbers(llama_names(state), folder / "q.gguf", "Q8_0", "t5encoder")
+    numbers = write_gguf(llama_names(state), folder / "q.gguf", "Q8_0", "t5encoder")
     dense = {name: t.contiguous() for name, t in zip(state, numbers.values(), strict=True)}
     save_file(dense, folder / "q.safetensors")
     shutil.copy(folder / "tiny-t5.tokenizer.json", folder / "q.tokenizer.json")

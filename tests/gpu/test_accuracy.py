@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks.painting import files_of
+from rectiflux.benchmarks.generate import files_of
 from rectiflux.benchmarks.reference.models import autoencoder, flux_transformer, relative_error, text
-from rectiflux.benchmarks.reference.stored import every_form, random_blocks
+from rectiflux.benchmarks.reference.quantized import every_format, random_blocks
 from rectiflux.benchmarks.speed_settings import MODELS
 from rectiflux.flux_core.backends.attention import (
     ATTENTIONS,
@@ -107,11 +107,11 @@ def test_fp8_is_quantised_on_the_card_as_on_a_cpu(model: FluxTransformer, device
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.126, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", every_form())
+@pytest.mark.parametrize("form", every_format())
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_stored_weights(form: str, dtype: torch.dtype, device: torch.device) -> None:
     """Multiplied on the device, and there only for a product."""
-    stored, numbers = every_form()[form]
+    stored, numbers = every_format()[form]
     x = torch.randn(3, numbers.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = QuantizedLinear(stored, None, dtype)(x).float()
     for layer in (QuantizedLinear(stored, None, dtype), QuantizedLinear(stored, None, dtype).to(device)):

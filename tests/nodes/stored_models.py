@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rectiflux.benchmarks.reference.files import FORMS, gguf_numbers, quantised_safetensors
 from rectiflux.benchmarks.reference.models import diffusers_state_dict
+from rectiflux.benchmarks.reference.quantized_files import FORMS, write_gguf, write_quantized_safetensors
 from rectiflux.flux_core.weights import load_transformer, read_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,10 +28,10 @@ def quantised(models: Path, form: str, name: str = NAMES["diffusion_models"]) ->
     state = read_state_dict(folder / name)
     if form in FORMS:
         file = f"{stem}.safetensors"
-        numbers = quantised_safetensors(state, folder / file, form)
+        numbers = write_quantized_safetensors(state, folder / file, form)
     else:
         file = f"{stem}.gguf"
-        numbers = gguf_numbers(state, folder / file, form)
+        numbers = write_gguf(state, folder / file, form)
     dense = f"{stem}-dense.safetensors"
     save_file({name: tensor.float().contiguous() for name, tensor in numbers.items()}, folder / dense)
     return file, dense

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from rectiflux.benchmarks.reference.stored import every_form, fp8, weights
+from rectiflux.benchmarks.reference.quantized import every_format, fp8, weights
 from rectiflux.flux_core.backends.cpu_int8 import Int8Linear
 from rectiflux.flux_core.backends.fp8 import Fp8Linear, to_fp8
 from rectiflux.flux_core.lora.arithmetic import LowRankStack
@@ -25,7 +25,7 @@ from rectiflux.nodes.host_comfy_quant import (
 from rectiflux.nodes.host_comfy_text import comfy_reads
 from torch import Tensor, nn
 
-FORMS = every_form()
+FORMS = every_format()
 BIAS = torch.linspace(-1, 1, 48)
 
 

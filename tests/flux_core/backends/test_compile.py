@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference import stored as reference
+from rectiflux.benchmarks.reference import quantized as reference
 from rectiflux.benchmarks.reference.models import flux_transformer, text
 from rectiflux.flux_core.backends import compile as compiling
 from rectiflux.flux_core.backends import cpu_pack as packing

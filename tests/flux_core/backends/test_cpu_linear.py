@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
-from rectiflux.benchmarks.reference.stored import nf4, weights
+from rectiflux.benchmarks.reference.quantized import nf4, weights
 from rectiflux.flux_core.backends import cpu_int8 as int8_module
 from rectiflux.flux_core.backends import cpu_linear as module
 from rectiflux.flux_core.backends import cpu_pack as packing

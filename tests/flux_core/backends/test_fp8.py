@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import flux_transformer, relative_error, text
-from rectiflux.benchmarks.reference.stored import fp8, gguf, nf4, weights
+from rectiflux.benchmarks.reference.quantized import fp8, gguf, nf4, weights
 from rectiflux.flux_core.backends import fp8 as module
 from rectiflux.flux_core.backends.cpu_pack import pack_weights
 from rectiflux.flux_core.backends.fp8 import FP8, Fp8Linear, can_multiply, quantize_rows_fp8, to_fp8

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference import stored as forms
+from rectiflux.benchmarks.reference import quantized as forms
 from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.model.transformer import FluxTransformer

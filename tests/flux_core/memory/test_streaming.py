@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference.files import WIDE, gguf_numbers, quantised_safetensors, wide_transformer
 from rectiflux.benchmarks.reference.models import flux_transformer, text
+from rectiflux.benchmarks.reference.quantized_files import (
+    WIDE,
+    wide_transformer,
+    write_gguf,
+    write_quantized_safetensors,
+)
 from rectiflux.flux_core.memory import Streaming, limit_of, paging, plan, stream
 from rectiflux.flux_core.memory import limits as memory
 from rectiflux.flux_core.memory.staging import Stager
@@ -45,9 +50,9 @@ def file_of(model: FluxTransformer, folder: Path, form: str) -> Path:
     if form == "plain":
         save_file(model.state_dict(), path)
     elif form.startswith("GGUF"):
-        gguf_numbers(model.state_dict(), path, form.removeprefix("GGUF "))
+        write_gguf(model.state_dict(), path, form.removeprefix("GGUF "))
     else:
-        quantised_safetensors(model.state_dict(), path, form)
+        write_quantized_safetensors(model.state_dict(), path, form)
     with path.open("rb") as file:
         os.fsync(file.fileno())  # pages that are not on the disk yet cannot be given back
     return path

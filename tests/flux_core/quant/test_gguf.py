@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
-from rectiflux.benchmarks.reference.stored import QUANTISABLE, packed, random_blocks
+from rectiflux.benchmarks.reference.quantized import QUANTIZABLE, quantize_gguf, random_blocks
 from rectiflux.flux_core.quant.gguf import BLOCK_TYPES, dequantize
 
 
@@ -31,11 +31,11 @@ def test_random_bytes(kind: str) -> None:
     assert torch.equal(ours, expected(data, kind))
 
 
-@pytest.mark.parametrize("kind", QUANTISABLE)
+@pytest.mark.parametrize("kind", QUANTIZABLE)
 def test_quantised_weights(kind: str) -> None:
     """The package's bytes for normal weights: the same floats, and near the weights themselves."""
     weights = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
-    data = packed(weights, kind)
+    data = quantize_gguf(weights, kind)
     ours = dequantize(torch.from_numpy(data), kind)
     assert torch.equal(ours, expected(data, kind))
     steps = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rectiflux.benchmarks.reference.stored import every_form, nf4, weights
+from rectiflux.benchmarks.reference.quantized import every_format, nf4, weights
 from rectiflux.flux_core.backends.fp8 import Fp8Linear, to_fp8
 from rectiflux.flux_core.backends.quantize import check_fp8
 from rectiflux.flux_core.quant import formats as forms_module
@@ -27,7 +27,7 @@ from rectiflux.flux_core.quant.linear import (
 )
 from torch import nn
 
-FORMS = every_form()
+FORMS = every_format()
 FORMS |= {
     f"{name} as bytes": (fp8_as_bytes(stored), numbers)
     for name, (stored, numbers) in FORMS.items()
@@ -159,7 +159,7 @@ def test_fp8_can_be_kept_as_bytes() -> None:
 def test_a_layer_moves_to_a_device_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the same device, which is said to have none: not a tensor in fp8 is left, and the numbers are."""
     layers = [
-        QuantizedLinear(stored, weights(1, 48)[0], torch.float32) for stored, _ in every_form().values()
+        QuantizedLinear(stored, weights(1, 48)[0], torch.float32) for stored, _ in every_format().values()
     ]
     rows = ScaledWeight(weights().to(FP8[0]), torch.linspace(1, 2, 48)[:, None])
     layers += [QuantizedLinear(rows, None, torch.bfloat16), Fp8Linear(to_fp8(rows), None, torch.float32)]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference.files import quantised_safetensors
 from rectiflux.benchmarks.reference.models import autoencoder, diffusers_state_dict, flux_transformer
+from rectiflux.benchmarks.reference.quantized_files import write_quantized_safetensors
 from rectiflux.flux_core.weights import load_autoencoder, load_transformer, read_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -231,7 +231,9 @@ def state(**about: object) -> State:
     ],
 )
 def test_quantised_tensors_that_do_not_fit(tmp_path: Path, form: str, change: State, message: str) -> None:
-    quantised_safetensors(flux_transformer(context_in=32, vec_in=64).state_dict(), tmp_path / "whole", form)
+    write_quantized_safetensors(
+        flux_transformer(context_in=32, vec_in=64).state_dict(), tmp_path / "whole", form
+    )
     whole = load_file(tmp_path / "whole")
     assert whole.keys() >= change.keys()
     save_file({**whole, **change}, tmp_path / "f.safetensors")

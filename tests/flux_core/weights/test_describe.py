@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference.files import gguf_numbers, quantised_safetensors, wide_transformer
 from rectiflux.benchmarks.reference.models import autoencoder, diffusers_state_dict, flux_transformer
+from rectiflux.benchmarks.reference.quantized_files import (
+    wide_transformer,
+    write_gguf,
+    write_quantized_safetensors,
+)
 from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.weights import describe
 from rectiflux.flux_core.weights.describe import variant_of
@@ -53,7 +57,7 @@ def test_variants(spec: FluxSpec, title: str, name: str) -> None:
 def test_formats(tmp_path: Path, form: str, label: str) -> None:
     model = flux_transformer(context_in=32, vec_in=64)
     path = tmp_path / "f.safetensors"
-    quantised_safetensors(model.state_dict(), path, form)
+    write_quantized_safetensors(model.state_dict(), path, form)
     count = sum(tensor.numel() for tensor in model.state_dict().values()) / 1e6
     line = describe(path)
     assert line.startswith("FLUX.1 [dev] in small (hidden size 64, 2 + 3 blocks), ")
@@ -64,7 +68,7 @@ def test_formats(tmp_path: Path, form: str, label: str) -> None:
     ("kind", "label"), [("Q4_K", "GGUF Q4_K"), ("Q8_0", "GGUF Q8_0"), ("F16", "GGUF fp16")]
 )
 def test_gguf(tmp_path: Path, kind: str, label: str) -> None:
-    gguf_numbers(wide_transformer().state_dict(), tmp_path / "q.gguf", kind, name="Kontext")
+    write_gguf(wide_transformer().state_dict(), tmp_path / "q.gguf", kind, name="Kontext")
     assert describe(tmp_path / "q.gguf").startswith(
         f"FLUX.1 Kontext [dev] in small (hidden size 256, 1 + 1 blocks), {label}, "
     )

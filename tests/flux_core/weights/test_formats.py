@@ -9,13 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from rectiflux.benchmarks.reference.files import (
-    FORMS,
-    State,
-    gguf_numbers,
-    quantised_safetensors,
-    wide_transformer,
-)
 from rectiflux.benchmarks.reference.models import (
     SPEC,
     autoencoder,
@@ -26,6 +19,13 @@ from rectiflux.benchmarks.reference.models import (
     flux_transformer,
     relative_error,
     text,
+)
+from rectiflux.benchmarks.reference.quantized_files import (
+    FORMS,
+    State,
+    wide_transformer,
+    write_gguf,
+    write_quantized_safetensors,
 )
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.quant import formats as forms_module
@@ -62,7 +62,7 @@ def check_same(model: FluxTransformer, original: FluxTransformer) -> None:
     assert torch.equal(velocity(copy.deepcopy(model)), velocity(original))
 
 
-def with_numbers(model: FluxTransformer, numbers: State) -> FluxTransformer:
+def with_weights(model: FluxTransformer, numbers: State) -> FluxTransformer:
     """A model of torch's own layers with these numbers, in float32."""
     plain = FluxTransformer(model.spec).eval().requires_grad_(False)
     plain.load_state_dict({name: tensor.float() for name, tensor in numbers.items()})
@@ -77,23 +77,23 @@ def stored_names(model: nn.Module) -> set[str]:
 def test_quantised_safetensors(tmp_path: Path, form: str) -> None:
     original = flux_transformer(context_in=32, vec_in=64)
     path = tmp_path / "model.safetensors"
-    numbers = quantised_safetensors(original.state_dict(), path, form)
+    numbers = write_quantized_safetensors(original.state_dict(), path, form)
     model = load_transformer(path, torch.float32)
     assert {f"{n}.weight" for n in stored_names(model)} == {
         n for n, t in numbers.items() if t.ndim == 2 and n != "img_in.weight"
     }
     assert model.dtype == torch.float32
-    assert torch.equal(velocity(model), velocity(with_numbers(original, numbers)))
+    assert torch.equal(velocity(model), velocity(with_weights(original, numbers)))
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_gguf(tmp_path: Path, kind: str) -> None:
     original = wide_transformer()
     path = tmp_path / "model"  # the format is told by the content
-    numbers = gguf_numbers(original.state_dict(), path, kind)
+    numbers = write_gguf(original.state_dict(), path, kind)
     model = load_transformer(path, torch.float32)
     assert bool(stored_names(model)) == (kind not in ("F32", "F16", "BF16"))
-    expected = velocity(with_numbers(original, numbers))
+    expected = velocity(with_weights(original, numbers))
     assert expected.isfinite().all()
     assert torch.equal(velocity(model), expected)
 
@@ -105,7 +105,9 @@ def test_diffusers_names_and_quantised(tmp_path: Path, form: str) -> None:
     state = {n: t.contiguous() for n, t in diffusers_state_dict(original).items()}
     path = tmp_path / "model.safetensors"
     kind = form.removeprefix("GGUF ")
-    numbers = gguf_numbers(state, path, kind) if kind != form else quantised_safetensors(state, path, form)
+    numbers = (
+        write_gguf(state, path, kind) if kind != form else write_quantized_safetensors(state, path, form)
+    )
     save_file({n: t.contiguous() for n, t in numbers.items()}, tmp_path / "numbers.safetensors")
     dense = load_transformer(tmp_path / "numbers.safetensors", torch.float32)
     assert not stored_names(dense)
@@ -180,11 +182,11 @@ def test_older_names_of_the_vaes_attention(tmp_path: Path) -> None:
 def test_one_checkpoint_holds_them_all(tmp_path: Path) -> None:
     """With an fp8 transformer, whose marker and metadata carry the prefix too."""
     original, vae = flux_transformer(context_in=32, vec_in=64), autoencoder()
-    numbers = quantised_safetensors(original.state_dict(), tmp_path / "t.safetensors", "scale_weight")
+    numbers = write_quantized_safetensors(original.state_dict(), tmp_path / "t.safetensors", "scale_weight")
     scaled = {f"model.diffusion_model.{n}": t for n, t in load_file(tmp_path / "t.safetensors").items()}
     whole = {**scaled, **{f"vae.{name}": tensor for name, tensor in vae.state_dict().items()}}
     save_file(whole, tmp_path / "all.safetensors")
-    expected = velocity(with_numbers(original, numbers))
+    expected = velocity(with_weights(original, numbers))
     assert torch.equal(velocity(load_transformer(tmp_path / "all.safetensors", torch.float32)), expected)
     assert torch.equal(
         load_autoencoder(tmp_path / "all.safetensors").state_dict()["decoder.conv_in.weight"],
@@ -221,7 +223,7 @@ def test_a_large_file_is_computed_in_another_dtype_without_a_copy(
 
 
 def test_quantised_files_are_computed_in_bfloat16_unless_told(tmp_path: Path) -> None:
-    gguf_numbers(flux_transformer(context_in=32, vec_in=64).state_dict(), tmp_path / "q.gguf", "Q4_0")
+    write_gguf(flux_transformer(context_in=32, vec_in=64).state_dict(), tmp_path / "q.gguf", "Q4_0")
     model = load_transformer(tmp_path / "q.gguf")
     assert model.dtype == torch.bfloat16
     assert velocity(model).dtype == torch.bfloat16
@@ -258,7 +260,7 @@ def test_stored_weights_alias_the_mapped_file(tmp_path: Path) -> None:
     """A byte changed on the disk is changed in the layer."""
     original = flux_transformer(context_in=32, vec_in=64)
     path = tmp_path / "f.safetensors"
-    quantised_safetensors(original.state_dict(), path, "fp8 e5m2")
+    write_quantized_safetensors(original.state_dict(), path, "fp8 e5m2")
     layer = load_transformer(path, torch.float32).txt_in
     assert isinstance(layer, QuantizedLinear)
     header = int.from_bytes(path.read_bytes()[:8], "little")
@@ -273,7 +275,7 @@ def test_stored_weights_alias_the_mapped_file(tmp_path: Path) -> None:
 def test_fp8_on_a_device_without_it(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers, and not a tensor in fp8 is brought to such a device, Apple's for one."""
     path = tmp_path / "f.safetensors"
-    quantised_safetensors(flux_transformer(context_in=32, vec_in=64).state_dict(), path, form)
+    write_quantized_safetensors(flux_transformer(context_in=32, vec_in=64).state_dict(), path, form)
     usual = load_transformer(path, torch.float32)
     monkeypatch.setattr(forms_module, "has_fp8", lambda device: False)
     moved, inner = [], Tensor.to

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from rectiflux.benchmarks.reference.stored import packed
+from rectiflux.benchmarks.reference.quantized import quantize_gguf
 from rectiflux.flux_core.quant.formats import GGUFWeight
 from rectiflux.flux_core.weights import load_transformer, read_metadata, read_weights
 
@@ -56,7 +56,7 @@ def test_tensors_metadata_and_memory(tmp_path: Path) -> None:
     writer.add_string("general.name", "a name")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
     for kind in ("F32", "F16", "BF16", "Q8_0"):
-        writer.add_tensor(kind, packed(numbers, kind), raw_dtype=GGMLQuantizationType[kind])
+        writer.add_tensor(kind, quantize_gguf(numbers, kind), raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

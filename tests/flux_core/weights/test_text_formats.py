@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference.files import FORMS, State, gguf_numbers, quantised_safetensors
+from rectiflux.benchmarks.reference.quantized_files import (
+    FORMS,
+    State,
+    write_gguf,
+    write_quantized_safetensors,
+)
 from rectiflux.benchmarks.reference.text import (
     WORDS,
     clip_model,
@@ -57,7 +62,7 @@ def encoders_of(tmp_path: Path, t5: Path):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
 def test_gguf(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "t5xxl.gguf"
-    numbers = gguf_numbers(llama(t5_state(model())), path, kind, "t5encoder")
+    numbers = write_gguf(llama(t5_state(model())), path, kind, "t5encoder")
     back = dict(zip(t5_state(model()), numbers.values(), strict=True))
     encoders = encoders_of(tmp_path, path)
     layers = [layer for layer in encoders.t5.modules() if isinstance(layer, QuantizedLinear)]
@@ -72,7 +77,7 @@ def test_gguf(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_quantised_safetensors(tmp_path: Path, form: str) -> None:
     path = tmp_path / "t5xxl.safetensors"
-    numbers = quantised_safetensors(t5_state(model()), path, form)
+    numbers = write_quantized_safetensors(t5_state(model()), path, form)
     encoders = encoders_of(tmp_path, path)
     layers = [layer for layer in encoders.t5.modules() if isinstance(layer, QuantizedLinear)]
     assert len(layers) == 2 * 7
@@ -83,7 +88,7 @@ def test_quantised_clip(tmp_path: Path) -> None:
     original = clip_model()
     state = {f"text_model.{name}": tensor for name, tensor in original.state_dict().items()}
     clip, t5 = save_text_encoders(tmp_path)
-    numbers = quantised_safetensors(state, clip, "scale_weight")
+    numbers = write_quantized_safetensors(state, clip, "scale_weight")
     encoders = load_text_encoders(clip, t5, torch.float32)
     original.load_state_dict({name.removeprefix("text_model."): t.float() for name, t in numbers.items()})
     ids = encoders.clip_ids(PROMPTS)
