@@ -17,9 +17,6 @@ from ..model.autoencoder import Downsample, Upsample
 HALO = 2
 """Rows above those being overwritten that can still be read as they were: what two convolutions need."""
 
-COMPLETE = ("cpu", "cuda")
-"""Devices that have float64 and what `Moments` does by one operation there; Apple's have neither."""
-
 Rows = Callable[[int, int], Tensor]
 """(first, last + 1) -> these rows of an activation, [1, C, last - first, W]."""
 
@@ -154,45 +151,3 @@ def halved(layer: Downsample, source: Source, first: int, last: int) -> Tensor:
     """Rows of what a Downsample makes of an activation."""
     part = padded(source.rows, source.shape[1], 2 * first, 2 * last + 1)
     return layer.conv(F.pad(part, (0, 1, 0, 0)))
-
-
-class Moments:
-    """Mean and variance of each channel over all rows that were added (Chan, Golub and LeVeque 1979)."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._mean = self._spread = torch.zeros(())
-
-    def add(self, rows: Tensor) -> Moments:
-        """Take in rows [1, C, n, W]; returns itself."""
-        count = rows.shape[2] * rows.shape[3]
-        if rows.device.type in COMPLETE:
-            # running statistics of float32 make those that come back of float32 too
-            unused = torch.zeros(rows.shape[1], dtype=_at_least_float32(rows), device=rows.device)
-            mean, variance = torch.batch_norm_update_stats(rows, unused, unused.clone(), 0.0)
-            mean, variance = mean.double(), variance.double()
-        else:
-            both = torch.var_mean(rows.to(_at_least_float32(rows)), dim=(0, 2, 3), correction=0)
-            variance, mean = (part.to("cpu", torch.float64) for part in both)
-        before, self._count = self._count, self._count + count
-        apart = mean - self._mean
-        self._mean = self._mean + apart * (count / self._count)
-        self._spread = self._spread + variance * count + apart.square() * (before * count / self._count)
-        return self
-
-    def activated(self, rows: Tensor, norm: nn.GroupNorm) -> Tensor:
-        """SiLU of rows after a GroupNorm whose statistics are these."""
-        mean = self._mean.view(norm.num_groups, -1)
-        variance = (self._spread / self._count).view(norm.num_groups, -1)
-        centre = mean.mean(1, keepdim=True)
-        variance = (variance + (mean - centre).square()).mean(1, keepdim=True)
-        wide = _at_least_float32(rows)
-        centre, variance = (
-            part.expand_as(mean).flatten().to(rows.device, wide) for part in (centre, variance)
-        )
-        weight, bias = norm.weight.to(wide), norm.bias.to(wide)
-        return F.silu(F.batch_norm(rows, centre, variance, weight, bias, eps=norm.eps), inplace=True)
-
-
-def _at_least_float32(rows: Tensor) -> torch.dtype:
-    return torch.promote_types(rows.dtype, torch.float32)

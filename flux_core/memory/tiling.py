@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.autoencoder import AutoEncoder, Downsample, Level, ResnetBlock, Upsample, activated
+from ..model.group_norm import ChannelMoments
 from . import free_memory
-from .strips import Moments, Source, Stored, Upsampled, convolved, halved
+from .strips import Source, Stored, Upsampled, convolved, halved
 
 LIMIT = 1_700_000_000
 """Bytes of activations to which a CPU keeps by strips."""
@@ -141,7 +143,7 @@ class Walk:
     """One activation on its way through the levels in strips, its moments, and how far it is."""
 
     x: Stored
-    moments: Moments
+    moments: ChannelMoments
     _like: Tensor
 
     def __init__(self, limit: int, total: int, on_progress: Progress | None) -> None:
@@ -149,7 +151,7 @@ class Walk:
         self._done = 0.0
 
     def begin(self, x: Stored) -> None:
-        self.x, self.moments, self._like = x, Moments().add(x.whole()), x.whole().new_empty(0)
+        self.x, self.moments, self._like = x, ChannelMoments().add(x.whole()), x.whole().new_empty(0)
 
     def begin_with(self, conv: nn.Conv2d, picture: Tensor) -> None:
         """Begin with what a 3x3 convolution makes of a whole picture."""
@@ -165,7 +167,7 @@ class Walk:
             if isinstance(step.resample, Upsample):
                 cost = step.cost / 3
                 source = Upsampled(self.x, step.resample)
-                self.moments = Moments()
+                self.moments = ChannelMoments()
                 for span in self._strips(source.shape, cost):
                     self.moments.add(source.rows(*span))
             elif step.resample is not None:
@@ -185,7 +187,7 @@ class Walk:
         )
         for first, last in self._strips(x.shape, 0):  # small results in between would hold memory open
             answer[:, :, first:last] = convolved(
-                conv, lambda a, b: moments.activated(x.rows(a, b), norm), height, first, last
+                conv, lambda a, b: normed(moments, x.rows(a, b), norm), height, first, last
             )
         return answer
 
@@ -205,12 +207,12 @@ class Walk:
         """Put the activation that a residual block makes of another into `x`, and its moments beside it."""
         _, height, width = source.shape
         shape = (block.conv2.out_channels, height, width)
-        moments, inner = self.moments, Moments()
+        moments, inner = self.moments, ChannelMoments()
 
         def first_half(first: int, last: int) -> Tensor:
             return convolved(
                 block.conv1,
-                lambda a, b: moments.activated(source.rows(a, b), block.norm1),
+                lambda a, b: normed(moments, source.rows(a, b), block.norm1),
                 height,
                 first,
                 last,
@@ -225,17 +227,17 @@ class Walk:
                 kept.fill(first, rows)
         half = first_half if kept is None else kept.rows
         into = cast(Stored, own or kept)
-        self.moments = Moments()
+        self.moments = ChannelMoments()
         for first, last in self._strips(source.shape, cost):
             rows = convolved(
-                block.conv2, lambda a, b: inner.activated(half(a, b), block.norm2), height, first, last
+                block.conv2, lambda a, b: normed(inner, half(a, b), block.norm2), height, first, last
             ).add_(block.nin_shortcut(source.rows(first, last)))
             self.moments.add(rows)
             into.overwrite(first, rows)
         self.x = into
 
     def _fill(self, make: Callable[[int, int], Tensor], cost: float) -> None:
-        self.moments = Moments()
+        self.moments = ChannelMoments()
         for first, last in self._strips(self.x.shape, cost):
             rows = make(first, last)
             self.moments.add(rows)
@@ -268,3 +270,8 @@ class Walk:
         self._done += cost
         if self._on_progress is not None:
             self._on_progress(min(round(self._done), self._total), self._total)
+
+
+def normed(moments: ChannelMoments, rows: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """SiLU of rows after a GroupNorm that has these moments of the whole activation."""
+    return F.silu(moments.normalize(rows, norm), inplace=True)

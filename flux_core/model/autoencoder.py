@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..backends import cpu_attention as attention_cpu
+from .group_norm import GroupNorm
 from .spec import Shaped
 
 SCALE = 0.3611
@@ -98,7 +99,7 @@ def channels_last(model: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def activated(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+def activated(x: Tensor, norm: GroupNorm) -> Tensor:
     """SiLU of a normed activation, in one new tensor."""
     return F.silu(norm(x), inplace=True)
 
@@ -108,9 +109,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.norm1 = GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = (
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -126,7 +127,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -243,7 +244,7 @@ class Encoder(nn.Module):
             ]
             self.down.append(Level(blocks, Downsample(width) if i < len(widths) - 1 else None))
         self.mid = Mid(widths[-1], spec.groups)
-        self.norm_out = nn.GroupNorm(spec.groups, widths[-1], eps=1e-6)
+        self.norm_out = GroupNorm(spec.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * spec.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ class Decoder(nn.Module):
                 for j in range(spec.num_res_blocks + 1)
             ]
             self.up.append(Level(blocks, Upsample(width) if i else None))
-        self.norm_out = nn.GroupNorm(spec.groups, spec.ch * spec.ch_mult[0], eps=1e-6)
+        self.norm_out = GroupNorm(spec.groups, spec.ch * spec.ch_mult[0], eps=1e-6)
         self.conv_out = nn.Conv2d(spec.ch * spec.ch_mult[0], spec.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.models import autoencoder, relative_error
 from rectiflux.flux_core.memory import strips, tiling
-from rectiflux.flux_core.memory.strips import Moments, Stored, Upsampled, convolved
-from rectiflux.flux_core.model.autoencoder import AutoEncoder, Upsample, activated
+from rectiflux.flux_core.memory.strips import Stored, Upsampled, convolved
+from rectiflux.flux_core.model.autoencoder import AutoEncoder, Upsample
 from torch import Tensor
 
 SIZES = [(1, 5, 7), (2, 12, 9), (1, 1, 20), (3, 16, 2)]
@@ -42,20 +42,6 @@ def test_strips_are_exact(batch: int, height: int, width: int, part: float) -> N
     image = picture(batch, 16 * ((height + 1) // 2), 16 * ((width + 1) // 2))
     limit = int(part * tiling.bytes_in_one_piece(model, *image.shape[2:]))
     assert relative_error(tiling.encode(model, image, limit=limit), model.encode(image)) < 1e-13
-
-
-def test_strips_on_devices_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their statistics are gathered on the CPU; here the model is there as well."""
-    monkeypatch.setattr(strips, "COMPLETE", ())
-    monkeypatch.setattr(torch, "batch_norm_update_stats", lambda *_: pytest.fail("not every device has it"))
-    model = autoencoder()
-    raw, image = latent(1, 12, 9).float(), picture(1, 96, 80).float()
-    need = tiling.bytes_in_one_piece(model, 96, 80)
-    assert relative_error(tiling.decode(model, raw, limit=need // 3), model.decode(raw)) < 1e-4
-    assert relative_error(tiling.encode(model, image, limit=need - 1), model.encode(image)) < 1e-5
-    exact = double()
-    raw = raw.double()
-    assert relative_error(tiling.decode(exact, raw, limit=0), exact.decode(raw)) < 1e-13
 
 
 def test_no_border_of_a_strip_can_be_seen() -> None:
@@ -200,18 +186,6 @@ def test_rows_can_be_read_as_they_were_while_they_are_overwritten(compact: bool)
         stored.overwrite(first, -old[:, :, first : first + 4])
     assert relative_error(stored.whole(), -kept) <= (2**-15 if compact else 0)
     assert stored.nbytes == 3 * 12 * 5 * (2 if compact else 4)
-
-
-def test_moments_are_those_of_a_group_norm() -> None:
-    norm = torch.nn.GroupNorm(4, 8, eps=1e-6, dtype=torch.float64)
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
-    x = latent(1, 9, 5)[:, :8] * torch.arange(1, 9)[:, None, None] + 100
-    moments = Moments()
-    for part in x.split([4, 1, 4], dim=2):
-        moments.add(part)
-    with torch.no_grad():
-        torch.testing.assert_close(moments.activated(x, norm), activated(x, norm), rtol=1e-11, atol=1e-11)
 
 
 def test_rows_of_an_upsampled_activation() -> None:
