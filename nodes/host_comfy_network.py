@@ -179,7 +179,7 @@ class ComfyNetwork(nn.Module):
             modulations,
             Shared(rope, network.ops(x.device, runner is not None), bias),
             self._hooks(prompt, float(timestep[0]), options, control),
-            self._groups(prompt, layout, modulations),
+            self._groups(prompt, layout, img.shape[1] - layout.generated),
             layout.generated,
             runner,
         )
@@ -271,13 +271,13 @@ class ComfyNetwork(nn.Module):
         network = self._network[0]
         return network.modulate(network.embed_time(sigma, guidance, pooled))
 
-    def _groups(self, prompt: Prompt, layout: Layout, modulations: Modulations) -> tuple[Group, ...]:
-        """References that are modulated as at sigma 0, where their method says so."""
-        if not layout.sizes or layout.method != "index_timestep_zero":
+    def _groups(self, prompt: Prompt, layout: Layout, count: int) -> tuple[Group, ...]:
+        """The `count` reference tokens with modulations as at sigma 0, where their method says so."""
+        if count == 0 or layout.method != "index_timestep_zero":
             return ()
         if prompt.at_zero is None:
             prompt.at_zero = self._modulate(prompt, prompt.context.new_zeros(len(prompt.context)).float())
-        return ((sum(Layout(*size).generated for size in layout.sizes), prompt.at_zero),)
+        return ((count, prompt.at_zero),)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
