@@ -1,4 +1,4 @@
-"""Rectiflux, a node pack for FLUX.1: ComfyUI's door. Nodes are in nodes/, their mathematics in flux_core/."""
+"""ComfyUI's entry point of Rectiflux. The nodes are in nodes/, what they compute in flux_core/."""
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 

@@ -1,4 +1,4 @@
-"""The nodes, one file per stage in the order in which data passes; a node's mathematics is in flux_core/.
+"""The nodes, one file per stage in the order of the data; they convert, call flux_core, and convert back.
 
   loader.py         files -> MODEL, CLIP, VAE, about
   lora.py           file, MODEL, CLIP -> MODEL, CLIP, report
@@ -7,27 +7,37 @@
   noise.py          seed -> NOISE
   schedule.py       LATENT, steps -> SIGMAS
   solver.py         name, or a method's settings -> SAMPLER
-  caching.py        MODEL -> MODEL that skips steps
-  compiling.py      MODEL -> MODEL whose blocks are compiled
+  step_cache.py     MODEL -> MODEL that skips blocks
+  compile.py        MODEL -> MODEL whose blocks are compiled
   sampler.py        all of these -> LATENT, report
   vae.py            LATENT -> IMAGE and back
-  sheet.py          IMAGEs -> one IMAGE to compare them
-  _models.py        files and folders in a loader's list, and what a name in it means
-  _wires.py         what travels between nodes, checked and converted to what flux_core takes
-  _report.py        what a load or a run tells of itself
-  _memory.py        what to do when memory is full
-  _host.py          which host runs the nodes; the embedded editor's side
-  _comfy.py         ComfyUI's side, with _comfy_text.py, _comfy_sampling.py, _comfy_lora.py, with
-                    _comfy_modules.py, our networks in the form in which it calls them, and _comfy_stored.py,
-                    layers that stay quantised under its patches
+  contact_sheet.py  IMAGEs -> one IMAGE to compare them
+  widgets.py        inputs as INPUT_TYPES lists them
+  wires.py          what travels between nodes, checked and converted to what flux_core takes
+  model_files.py    files and folders in a loader's list, and the path of a name in it
+  run_report.py     progress, seconds per step, the sampler's report as text
+  memory_advice.py  what to do when memory is full
+  host.py           what a node may ask of its host: one Protocol
+  host_embedded*    the embedded editor's side of it
+  host_comfy*       ComfyUI's side of it
 
-Only _host.py and the six _comfy files know a host. Node ids never change; titles may.
+Only the files host_* know a host, and only host.py chooses one. Node ids never change; titles may.
 """
 
-from . import compile as compiling
-from . import conditioning, latent, loader, lora, noise, sampler, schedule, solver, vae
-from . import contact_sheet as sheet
-from . import step_cache as caching
+from . import (
+    compile,
+    conditioning,
+    contact_sheet,
+    latent,
+    loader,
+    lora,
+    noise,
+    sampler,
+    schedule,
+    solver,
+    step_cache,
+    vae,
+)
 
 NODES = (
     *loader.NODES,
@@ -37,11 +47,11 @@ NODES = (
     *noise.NODES,
     *schedule.NODES,
     *solver.NODES,
-    *caching.NODES,
-    *compiling.NODES,
+    *step_cache.NODES,
+    *compile.NODES,
     *sampler.NODES,
     *vae.NODES,
-    *sheet.NODES,
+    *contact_sheet.NODES,
 )
 
 NODE_CLASS_MAPPINGS = {node.NODE_ID: node for node in NODES}

@@ -1,33 +1,43 @@
-"""MODEL -> MODEL whose blocks run compiled. The work is flux_core/backends/compile.py's."""
+"""MODEL -> MODEL whose blocks run compiled (flux_core/backends/compile.py)."""
 
 from __future__ import annotations
 
-from . import host_embedded as _host
+from ..flux_core.backends.compile import MODES
+from .host import current_host
+from .widgets import choice, wire
 
 
 class Compile:
-    """Compiles the blocks: for graphics cards, no gain on a CPU. The first run waits for it."""
+    """Compiles the blocks with torch.compile, for faster steps on a GPU. The first run waits for it."""
 
     NODE_ID = "RectifluxCompile"
     TITLE = "Compile FLUX"
     CATEGORY = "Rectiflux/sampling"
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)
-    OUTPUT_TOOLTIPS = ("The model, compiled when it first runs. The model that came in stays as it was.",)
     FUNCTION = "run"
     DESCRIPTION = __doc__
-    SEARCH_ALIASES = ["torch compile", "torch.compile", "inductor", "triton", "faster", "speed"]
+    OUTPUT_TOOLTIPS = ("The model, compiled at its first run. The input model is not changed.",)
+    SEARCH_ALIASES = [
+        "torch compile",
+        "torch.compile",
+        "inductor",
+        "triton",
+        "cuda graphs",
+        "faster",
+        "speed",
+    ]
 
     @classmethod
     def INPUT_TYPES(cls):
+        mode = "cuda graphs removes the launch overhead of small models on a CUDA GPU. It takes more memory."
         return {
-            "required": {
-                "model": ("MODEL", {"tooltip": "A model from Load FLUX Model, with or without LoRAs."}),
-            }
+            "required": {"model": wire("MODEL", "A model from Load FLUX Model, with or without LoRAs.")},
+            "optional": {"mode": choice(MODES, mode, default="default")},
         }
 
-    def run(self, model):
-        return (_host.with_compiling(model),)
+    def run(self, model, mode="default"):
+        return (current_host().with_compiling(model, mode),)
 
 
 NODES = (Compile,)

@@ -1,8 +1,8 @@
-"""ComfyUI's CLIP for FLUX.1: its own text encoders where it can read the files, else ours around them.
+"""ComfyUI's CLIP for FLUX.1: with its own text encoders where it can read the files, else with ours.
 
-Its own read plain and fp8 files of CLIP-L and T5-XXL, know prompt weights and embeddings, and are moved layer
-by layer. Ours read every size and format (GGUF, NF4), and files that come with tokenizers of their own. What
-is relied on, as of ComfyUI 0.33: comfy/sd.py CLIP, load_clip and load_text_encoder_state_dicts, and the
+Its own read plain and fp8 files of CLIP-L and T5-XXL, support prompt weights and embeddings, and are
+offloaded layer by layer. Ours read every size and format (GGUF, NF4), and files with their own tokenizers.
+What is relied on, as of ComfyUI 0.33: comfy/sd.py CLIP, load_clip and load_text_encoder_state_dicts, and the
 tokenizers' folders.
 """
 
@@ -20,22 +20,22 @@ from ..flux_core.model.spec import FLUX_SCHNELL
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.checkpoint import CLIP_PART, T5_PART, WeightFile, read_weights
 from ..flux_core.weights.kinds import CLIP, T5, T5_GGUF, Kind, expect, kind_of
-from . import wires as _wires
 from .host_comfy_network import ComfyNetwork, PromptTokens, TextModule
 from .host_comfy_quant import follow, keep_stored
 from .run_report import in_percent
+from .wires import Entries
 
 T5_PAD, T5_END = 0, 1
-"""T5's ids for padding and for the end of a text."""
+"""T5's ids of padding and of the end of a text."""
 
-COMFYS = {
+KNOWN_TO_COMFY = {
     "text_model.embeddings.token_embedding.weight": (49408, 768),
     "encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096),
 }
-"""A name and a shape by which ComfyUI's loader tells CLIP-L and T5-XXL, the only two that it knows."""
+"""A name and a shape by which ComfyUI's loader detects CLIP-L and T5-XXL, the only two that it supports."""
 
-FOREIGN = ("SCB", "bitsandbytes__nf4", "bitsandbytes__fp4")
-"""Last parts of names that ComfyUI's loader does not know: int8 and 4-bit codes of bitsandbytes'."""
+UNKNOWN_TO_COMFY = ("SCB", "bitsandbytes__nf4", "bitsandbytes__fp4")
+"""Last parts of names that ComfyUI's loader does not support: int8 and 4-bit codes of bitsandbytes."""
 
 
 def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
@@ -43,10 +43,10 @@ def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
     clip, t5 = read_weights(clip_path, CLIP_PART), read_weights(t5_path, T5_PART)
     for file, kind in ((clip, CLIP), (t5, T5)):
         _expect(file, kind)
-    own = all(file.paths[0].with_suffix(".tokenizer.json").is_file() for file in (clip, t5))
-    if own or not all(comfy_reads(file) for file in (clip, t5)):
-        return _ours(clip_path, t5_path)
-    return _comfys(clip, t5)
+    own_tokenizers = all(file.paths[0].with_suffix(".tokenizer.json").is_file() for file in (clip, t5))
+    if own_tokenizers or not all(comfy_reads(file) for file in (clip, t5)):
+        return _with_our_encoders(clip_path, t5_path)
+    return _with_comfy_encoders(clip, t5)
 
 
 def _expect(file: WeightFile, kind: Kind) -> None:
@@ -56,15 +56,16 @@ def _expect(file: WeightFile, kind: Kind) -> None:
 
 
 def comfy_reads(file: WeightFile) -> bool:
-    """Whether ComfyUI's own loader knows the encoder and its format."""
-    if not any(name in file.tensors and file.tensors[name].shape == COMFYS[name] for name in COMFYS):
+    """Whether ComfyUI's own loader supports the encoder and its format."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
+    if not any(shapes.get(name) == shape for name, shape in KNOWN_TO_COMFY.items()):
         return False
     if file.format != "safetensors" or (file.prefix and "_quantization_metadata" in file.metadata):
         return False  # the metadata of a checkpoint names its layers by the names in the checkpoint
-    return not any(name.rsplit(".", 1)[-1] in FOREIGN for name in file.tensors)
+    return not any(name.rsplit(".", 1)[-1] in UNKNOWN_TO_COMFY for name in file.tensors)
 
 
-def _comfys(clip: WeightFile, t5: WeightFile) -> Any:
+def _with_comfy_encoders(clip: WeightFile, t5: WeightFile) -> Any:
     import comfy.sd
     import comfy.utils
     import folder_paths
@@ -73,16 +74,16 @@ def _comfys(clip: WeightFile, t5: WeightFile) -> Any:
     if all(len(file.paths) == 1 and not file.prefix for file in (clip, t5)):
         paths = [str(file.paths[0]) for file in (clip, t5)]
         return comfy.sd.load_clip(paths, embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.FLUX)
-    told = [
+    state_dicts = [
         comfy.utils.convert_old_quants(dict(file.tensors), model_prefix="", metadata=dict(file.metadata))[0]
         for file in (clip, t5)
     ]
     return comfy.sd.load_text_encoder_state_dicts(
-        told, embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.FLUX
+        state_dicts, embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.FLUX
     )
 
 
-def _ours(clip_path: Path, t5_path: Path) -> Any:
+def _with_our_encoders(clip_path: Path, t5_path: Path) -> Any:
     import comfy.model_management as management
     import comfy.sd
 
@@ -93,21 +94,31 @@ def _ours(clip_path: Path, t5_path: Path) -> Any:
             clip_path, t5_path, dtype, tokenizer_folders=_tokenizers(), on_progress=progress()
         )
         wrapped = TextModule(encoders, dtype, notice)
-        wrapped.disable_offload = keep_stored(wrapped)  # takes the plain patcher, as load_model does
+        wrapped.disable_offload = keep_stored(wrapped)  # ComfyUI then takes the plain patcher, as for a MODEL
         return wrapped.to(device)
 
     clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=module, tokenizer=_tokens))
     if not clip.patcher.is_dynamic():
-        clip.patcher.__class__ = whole(type(clip.patcher))  # which its clones take over
+        clip.patcher = _whole_patcher(clip.patcher)
     follow(clip.patcher)
     return clip
 
 
-def whole(kind: Any) -> Any:
-    """A kind of ModelPatcher that loads all of a model, or leaves all of it where it is offloaded to.
+def _whole_patcher(patcher: Any) -> Any:
+    """A patcher that loads all or nothing, with the settings of the one that comfy.sd.CLIP created."""
+    other = whole(type(patcher))(
+        patcher.model, patcher.load_device, patcher.offload_device, patcher.model_size()
+    )
+    for name in ("object_patches", "force_cast_weights", "hook_mode", "is_clip"):
+        setattr(other, name, getattr(patcher, name))
+    return other
 
-    Where memory is low ComfyUI's own loads a part, and its layers bring the rest over when they are used;
-    transformers' layers do not.
+
+def whole(kind: Any) -> Any:
+    """A class of ModelPatcher that loads all of a model to the device, or leaves all of it offloaded.
+
+    Where memory is low ComfyUI's own loads a part, and its layers copy the rest to the device when they are
+    used; the layers of transformers do not.
     """
 
     class Whole(kind):
@@ -121,7 +132,7 @@ def whole(kind: Any) -> Any:
 
 
 def _tokenizers() -> list[Path]:
-    """The folders of FLUX.1's tokenizers that ComfyUI brings along."""
+    """The folders of FLUX.1's tokenizers that come with ComfyUI."""
     import comfy.sd
 
     home = Path(comfy.sd.__file__).parent
@@ -133,14 +144,14 @@ def _tokens(embedding_directory: Any = None, tokenizer_data: Any = None) -> Prom
 
 
 def progress() -> Callable[[int, int], None]:
-    """What hears how many bytes are read, and shows it at the node that is being run."""
+    """A callback for (done, total) that shows percents at the running node."""
     import comfy.utils
 
     return in_percent(comfy.utils.ProgressBar(100).update_absolute)
 
 
 def t5_length(model: Any) -> int:
-    """T5's tokens that a FLUX.1 MODEL, ours or a stock loader's, is used with."""
+    """The number of T5 tokens that a FLUX.1 MODEL, ours or a stock loader's, was trained with."""
     config = model.model.model_config.unet_config
     channels = config["in_channels"] * ComfyNetwork.patch_size**2
     return replace(FLUX_SCHNELL, in_channels=channels, guidance_embed=config["guidance_embed"]).txt_length
@@ -148,7 +159,7 @@ def t5_length(model: Any) -> int:
 
 def encode_text(
     clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
-) -> _wires.Entries:
+) -> Entries:
     """A CONDITIONING by any CLIP of FLUX.1, ours or a stock loader's."""
     tokens, t5_tokens = clip.tokenize(clip_prompt), clip.tokenize(prompt)
     if "l" not in tokens or "t5xxl" not in t5_tokens:
@@ -167,22 +178,22 @@ def encode_text(
 def of_length(batches: list[list[tuple[Any, ...]]], length: int) -> list[list[tuple[Any, ...]]]:
     """ComfyUI's T5 tokens, (id or embedding, weight), cut or padded to `length`, their own at OWN_LENGTH.
 
-    The end mark stays at the end.
+    The end token stays at the end.
     """
-    cut = []
+    result = []
     for batch in batches:
         ids = [token[0] if isinstance(token[0], int) else None for token in batch]
-        end = max((i for i, number in enumerate(ids) if number == T5_END), default=len(batch) - 1)
-        words = batch[: end + 1]
-        wanted = length or len(words)
-        if len(words) > wanted:
-            words = [*words[: wanted - 1], words[-1]]
-        cut.append(words + [(T5_PAD, 1.0)] * (wanted - len(words)))
-    return cut
+        end = max((i for i, token in enumerate(ids) if token == T5_END), default=len(batch) - 1)
+        tokens = batch[: end + 1]
+        wanted = length or len(tokens)
+        if len(tokens) > wanted:
+            tokens = [*tokens[: wanted - 1], tokens[-1]]
+        result.append(tokens + [(T5_PAD, 1.0)] * (wanted - len(tokens)))
+    return result
 
 
 def notice(text: str) -> None:
-    """Show a sentence at the node that is being run."""
+    """Show a sentence at the running node."""
     from comfy_execution.utils import get_executing_context
     from server import PromptServer
 

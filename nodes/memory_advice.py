@@ -1,4 +1,4 @@
-"""What to do when memory is full, in the words of this pack's widgets."""
+"""What to do when memory is full, in terms of this pack's widgets."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from contextlib import contextmanager
 
 import torch
 
-ADVICE = "lower memory_limit at Load FLUX Model, or choose a smaller picture or batch"
+ADVICE = "lower memory_limit at Load FLUX Model, or choose a smaller image or batch"
 
 
 @contextmanager
 def advice_when_full() -> Iterator[None]:
-    """A block in which a device's memory may be full: the same error then says which widget to turn.
+    """A block in which a device may run out of memory: the error then names the widget to change.
 
-    It stays the error by which ComfyUI knows that it has to unload its models.
+    It stays a torch.OutOfMemoryError, at which ComfyUI unloads its models.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        what = (str(error).splitlines() or ["the memory is full"])[0].rstrip(". ")
-        raise torch.OutOfMemoryError(f"{what}; {ADVICE}") from None
+        reason = (str(error).splitlines() or ["the memory is full"])[0].rstrip(". ")
+        raise torch.OutOfMemoryError(f"{reason}; {ADVICE}") from None

@@ -1,7 +1,7 @@
-"""Model files in the hosts' folders: what a loader lists, and what a name in such a list means.
+"""Model files in the hosts' folders: the names in a loader's list, and the path of such a name.
 
-A list has .safetensors and .gguf files, and whole folders as diffusers and transformers lay them out, each of
-which counts as one. Nothing here knows a host: _host.py gives the folders to look in, the artist's own first.
+A list has .safetensors and .gguf files, and folders in the layout of diffusers or transformers, each of which
+is one model. The host gives the folders to search, the user's own first.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from pathlib import Path
 from ..flux_core.weights.safetensors_file import PICKLES
 
 PACK_MODELS = Path(__file__).resolve().parent.parent / "models"
-"""The miniature's files, which come with the pack and are found in every host."""
+"""The miniature's files, which come with the pack and are listed in every host."""
 
 RENAMED = {"rectiflux-mini.safetensors": "rectiflux-mini-pro.safetensors"}
-"""Names of files that the pack shipped once, and what took their place: a saved workflow loads for ever."""
+"""Files that earlier versions shipped, and what replaced them: saved workflows keep loading."""
 
 ENDINGS = (".safetensors", ".gguf")
 FILES_ONLY = {"loras": (".safetensors",)}
-"""Kinds of models that come in no folder of their own, with the endings of their files."""
+"""Kinds of models that are never folders, with the endings of their files."""
 
 ALSO_IN = {"checkpoints": ("diffusion_models",)}
-"""Kinds of models that lie in another kind's folder too."""
+"""Kinds of models that are listed from another kind's folder too."""
 
-TOLD = 5
-"""Names that a sentence about a missing file tells."""
+MAX_SUGGESTIONS = 5
+"""Names that an error about a missing file lists."""
 
 
 def folders_for(folder: str) -> tuple[str, ...]:
-    """Names of the folders below models/ in which models of one kind lie."""
+    """Names of the folders below models/ that hold models of one kind."""
     return (folder, *ALSO_IN.get(folder, ()))
 
 
@@ -51,10 +51,10 @@ def path_of(roots: Sequence[Path], folder: str, name: str) -> Path:
     raise FileNotFoundError(f"there is no {name} in models/{folder}; put it there, or choose another file")
 
 
-def why_not(roots: Sequence[Path], folder: str, name: str | None) -> str | None:
+def path_error(roots: Sequence[Path], folder: str, name: str | None) -> str | None:
     """What is wrong with a model's name, in half a sentence, or None: for VALIDATE_INPUTS."""
     if name is None:
-        return None  # another node makes the name while the prompt runs
+        return None  # the name comes from another node, while the prompt runs
     if str(name).lower().endswith(PICKLES):
         return f"{name!r} is a pickle, which could run code; convert it to safetensors"
     try:
@@ -63,18 +63,19 @@ def why_not(roots: Sequence[Path], folder: str, name: str | None) -> str | None:
         return str(error)
     except OSError:
         names = [path.as_posix() for path in names_in(roots, folder)]
-        more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
-        return f"{name!r} is not in its list, which has {', '.join(names[:TOLD])}{more}"
+        shown, hidden = names[:MAX_SUGGESTIONS], len(names) - MAX_SUGGESTIONS
+        more = f" and {hidden} more" if hidden > 0 else ""
+        return f"{name!r} is not in its list, which has {', '.join(shown)}{more}"
     return None
 
 
 def prefer(names: list[str], word: str) -> str | None:
-    """The first of the names that holds `word`, as a default; else the first."""
+    """The first of the names that contains `word`, as a default; else the first."""
     return next((name for name in names if word in name.lower()), names[0] if names else None)
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder is one model, or one pipeline, in the layout of diffusers or transformers."""
+    """Whether a folder is one model or pipeline in the layout of diffusers or transformers."""
     return path.is_dir() and _is_model(entry.name for entry in path.iterdir())
 
 
@@ -86,15 +87,15 @@ def _is_model(names: Iterable[str]) -> bool:
 
 
 def _entries(root: Path, folder: str) -> Iterator[Path]:
-    """Files, and folders that are one model, below a root; links are followed, each place seen once."""
-    endings, seen = FILES_ONLY.get(folder, ENDINGS), set()
+    """Files, and folders that are one model, below a root; links are followed, each folder visited once."""
+    endings, visited = FILES_ONLY.get(folder, ENDINGS), set()
     for place, inner, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        whole = folder not in FILES_ONLY and Path(place) != root and _is_model(files)
-        if whole and real not in seen:
+        target = os.path.realpath(place)
+        is_model = folder not in FILES_ONLY and Path(place) != root and _is_model(files)
+        if is_model and target not in visited:
             yield Path(place)
-        if whole or real in seen:
+        if is_model or target in visited:
             inner.clear()
         else:
             yield from (Path(place, name) for name in files if name.lower().endswith(endings))
-        seen.add(real)
+        visited.add(target)

@@ -1,4 +1,4 @@
-"""What a run tells of itself: how far a load or decode is, the seconds of its steps, the report as text."""
+"""Progress of a load or decode in percent, seconds per step, and the sampler's report as text."""
 
 from __future__ import annotations
 
@@ -10,31 +10,28 @@ from ..flux_core.sampling.solver import Report
 from ..flux_core.sampling.step_cache import StepCache
 
 SHOWN_FROM = 1 << 26
-"""Bytes of a load from which on it has a bar; a smaller one is over before anyone could read it.
-
-Of computing, multiplications: as many are over sooner still.
-"""
+"""Work from which on a progress bar is shown, in bytes of a load or multiplications of a computation."""
 
 
-def in_percent(tell: Callable[[int, int], Any]) -> Callable[[int, int], None]:
-    """A listener to (done, in all) that tells a host (percent, 100), each percent once.
+def in_percent(on_percent: Callable[[int, int], Any]) -> Callable[[int, int], None]:
+    """A callback for (done, total) that calls `on_percent` with (percent, 100), each percent once.
 
-    Less than SHOWN_FROM in all is not told.
+    Nothing is called for totals below SHOWN_FROM.
     """
-    told = -1
+    latest = -1
 
     def report(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal latest
         percent = 100 * done // max(1, total)
-        if percent != told and total >= SHOWN_FROM:
-            told = percent
-            tell(percent, 100)
+        if percent != latest and total >= SHOWN_FROM:
+            latest = percent
+            on_percent(percent, 100)
 
     return report
 
 
 class Stopwatch:
-    """A host's callback of every step that also keeps `seconds`: each step's, less the callback's own."""
+    """Wraps a host's callback of every step; `seconds` are those of each step without the callback."""
 
     def __init__(self, callback: Callable[..., Any]) -> None:
         self._callback = callback
@@ -47,13 +44,13 @@ class Stopwatch:
         self._since = time.perf_counter()
 
 
-def skipped(memories: Iterable[StepCache]) -> tuple[int, int] | None:
-    """How many evaluations a cache has skipped, and of how many; None without a cache."""
-    memories = list(memories)
-    if not memories:
+def skipped(caches: Iterable[StepCache]) -> tuple[int, int] | None:
+    """How many passes the step caches of a run skipped, and of how many; None without a cache."""
+    caches = list(caches)
+    if not caches:
         return None
-    gone = sum(memory.skipped for memory in memories)
-    return gone, gone + sum(memory.computed for memory in memories)
+    count = sum(cache.skipped for cache in caches)
+    return count, count + sum(cache.computed for cache in caches)
 
 
 def report_text(
@@ -62,10 +59,10 @@ def report_text(
     cached: tuple[int, int] | None = None,
     attention: str | None = None,
 ) -> str:
-    """A line for each figure; what a method does not give is said to be unknown."""
+    """One "name: value" line per measurement; "unknown" where a solver does not provide it."""
     steps, error, straightness = str(report.accepted), "unknown", "unknown"
     if report.rejected:
-        steps += f" taken, {report.rejected} tried in vain"
+        steps += f" accepted, {report.rejected} rejected"
     if report.error is not None:
         error = f"{report.error:.2g} (root mean square; the latent's values are about 1)"
     if report.straightness is not None:
@@ -83,6 +80,6 @@ def report_text(
         lines.append(f"attention: {attention}")
     if seconds:
         mean = sum(seconds) / len(seconds)
-        lines.append(f"seconds a step: {mean:.3f} ({min(seconds):.3f} to {max(seconds):.3f})")
-        lines.append(f"seconds in all: {sum(seconds):.2f}")
+        lines.append(f"seconds per step: {mean:.3f} ({min(seconds):.3f} to {max(seconds):.3f})")
+        lines.append(f"seconds in total: {sum(seconds):.2f}")
     return "\n".join(lines)

@@ -1,25 +1,26 @@
-"""MODEL, CONDITIONING, NOISE, SAMPLER, SIGMAS, LATENT -> LATENT and a report, by flux_core/pipeline.py."""
+"""MODEL, CONDITIONING, NOISE, SAMPLER, SIGMAS, LATENT -> LATENT and a report (flux_core/pipeline.py)."""
 
 from __future__ import annotations
 
-from . import host_embedded as _host
-from .wires import with_samples
+from .host import current_host
+from .widgets import real, wire
+from .wires import SamplerInputs, with_raw_latent
 
 
 class Sampler:
-    """Paints: follows the model from noise to a picture, step by step. A preview shows it emerging."""
+    """Generates an image: integrates the model's velocity from noise, step by step, with a preview."""
 
     NODE_ID = "RectifluxSampler"
     TITLE = "FLUX Sampler"
     CATEGORY = "Rectiflux/sampling"
     RETURN_TYPES = ("LATENT", "STRING")
     RETURN_NAMES = ("latent", "report")
-    OUTPUT_TOOLTIPS = (
-        "The finished picture as a latent, for FLUX VAE Decode.",
-        "What the run was like: model calls, error, straightness, time. For Preview as Text.",
-    )
     FUNCTION = "run"
     DESCRIPTION = __doc__
+    OUTPUT_TOOLTIPS = (
+        "The finished image as a latent, for FLUX VAE Decode.",
+        "Model calls, error, straightness and time of the run. For Preview as Text.",
+    )
     SEARCH_ALIASES = [
         "ksampler",
         "sample",
@@ -32,43 +33,35 @@ class Sampler:
 
     @classmethod
     def INPUT_TYPES(cls):
-        latent = "What to start from: an empty latent, or a picture's. Its noise mask is honoured."
-        cfg = (
-            "True classifier-free guidance: how far to go from the negative prompt to the prompt. 1, usual "
-            "for [dev] and [schnell], switches it off; else a step takes twice as long. mini-pro: 3.5."
-        )
+        cfg = "Classifier-free guidance, from the negative prompt to the prompt. "
+        cfg += "1, usual for [dev] and [schnell], switches it off and halves the time."
         until = (
-            "Down to which sigma cfg_scale counts. Below it a step follows the prompt alone and takes half "
-            "the time; what the picture shows is settled by then. 0 guides to the end."
+            "The sigma down to which cfg_scale is used; later steps take half the time. 0 uses it to the end."
         )
-        negative = "What to steer away from; counts only when cfg_scale is not 1."
+        negative = "What to steer away from; it is used when cfg_scale is not 1."
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The FLUX.1 model."}),
-                "positive": ("CONDITIONING", {"tooltip": "What the picture shows."}),
-                "noise": ("NOISE", {"tooltip": "The noise to start from."}),
-                "sampler": ("SAMPLER", {"tooltip": "How a step is taken."}),
-                "sigmas": ("SIGMAS", {"tooltip": "The noise levels to pass through, descending."}),
-                "latent": ("LATENT", {"tooltip": latent}),
-                "cfg_scale": (
-                    "FLOAT",
-                    {"default": 1.0, "min": 0.0, "max": 30.0, "step": 0.1, "tooltip": cfg},
+                "model": wire("MODEL", "The FLUX.1 model."),
+                "positive": wire("CONDITIONING", "What the image shows."),
+                "noise": wire("NOISE", "The noise to start from."),
+                "sampler": wire("SAMPLER", "The solver that takes the steps."),
+                "sigmas": wire("SIGMAS", "The noise levels of the steps, descending."),
+                "latent": wire(
+                    "LATENT", "What to start from: an empty latent, or an image's, with its noise mask."
                 ),
+                "cfg_scale": real(1.0, 0.0, 30.0, 0.1, cfg),
             },
             "optional": {
-                "negative": ("CONDITIONING", {"tooltip": negative}),
-                "cfg_until": (
-                    "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.05, "tooltip": until},
-                ),
+                "negative": wire("CONDITIONING", negative),
+                "cfg_until": real(0.0, 0.0, 1.0, 0.05, until),
             },
         }
 
     def run(self, model, positive, noise, sampler, sigmas, latent, cfg_scale, negative=None, cfg_until=0.0):
-        samples, report = _host.sample(
-            model, positive, negative, cfg_scale, noise, latent, sigmas, sampler, cfg_until
+        raw_latent, report = current_host().sample(
+            SamplerInputs(model, positive, negative, cfg_scale, cfg_until, noise, sampler, sigmas, latent)
         )
-        return with_samples(latent, samples), report
+        return with_raw_latent(latent, raw_latent), report
 
 
 NODES = (Sampler,)

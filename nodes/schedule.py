@@ -1,49 +1,39 @@
-"""LATENT, steps -> SIGMAS. The mathematics is flux_core/sampling/schedule.py."""
+"""LATENT, steps -> SIGMAS (flux_core/sampling/schedule.py)."""
 
 from __future__ import annotations
 
 from ..flux_core.sampling.schedule import FIXED_MU, SHIFTS, make_sigmas
+from .widgets import choice, integer, real, wire
 from .wires import token_count
 
 
 class Schedule:
-    """Decides in how many steps noise becomes a picture, and how they are spread along the way."""
+    """The noise levels of the steps from noise to image, and how they are spaced."""
 
     NODE_ID = "RectifluxSchedule"
     TITLE = "Rectified-Flow Schedule"
     CATEGORY = "Rectiflux/sampling"
     RETURN_TYPES = ("SIGMAS",)
     RETURN_NAMES = ("sigmas",)
-    OUTPUT_TOOLTIPS = ("Noise levels from 1 (noise) down to 0 (picture), one more than there are steps.",)
     FUNCTION = "run"
     DESCRIPTION = __doc__
+    OUTPUT_TOOLTIPS = ("Noise levels from 1 (noise) down to 0 (image), one more than there are steps.",)
     SEARCH_ALIASES = ["steps", "sigmas", "scheduler", "denoise", "flux shift", "basic scheduler"]
 
     @classmethod
     def INPUT_TYPES(cls):
-        steps = "More steps, finer pictures, longer waiting. [dev] 20 to 28, [schnell] 4, the miniature 20."
-        denoise = (
-            "1 starts from pure noise. Below 1 keeps something of the latent, for image to image: "
-            "0.3 retouches, 0.8 repaints."
-        )
-        shift = (
-            "How much of the path is spent near noise. by size: more for larger pictures, as [dev] expects; "
-            "none: evenly, as [schnell] expects; fixed: by mu."
-        )
-        mu = "The shift when it is fixed; 1.15 is what by size gives 1024 x 1024 pixels."
+        steps = "More steps give finer images and take longer: [dev] 20 to 28, [schnell] 4, the miniature 20."
+        denoise = "1 starts from pure noise. Below 1 keeps some of the latent: 0.3 retouches, 0.8 redraws."
+        shift = "by size (as [dev] expects) spends more steps near noise for larger images. "
+        shift += "none (as [schnell] expects) spaces them evenly, fixed uses mu."
+        mu = "The shift exponent when shift is fixed; 1.15 is that of 1024 x 1024 pixels."
         return {
             "required": {
-                "latent": ("LATENT", {"tooltip": "The latent to be sampled; only its size counts."}),
-                "steps": ("INT", {"default": 20, "min": 1, "max": 1000, "tooltip": steps}),
-                "denoise": (
-                    "FLOAT",
-                    {"default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01, "tooltip": denoise},
-                ),
-                "shift": (list(SHIFTS), {"default": SHIFTS[0], "tooltip": shift}),
-                "mu": (
-                    "FLOAT",
-                    {"default": FIXED_MU, "min": -10.0, "max": 10.0, "step": 0.01, "tooltip": mu},
-                ),
+                "latent": wire("LATENT", "The latent to be sampled; only its size is used."),
+                "steps": integer(20, 1, 1000, steps),
+                "denoise": real(1.0, 0.01, 1.0, 0.01, denoise),
+                "shift": choice(SHIFTS, shift, default=SHIFTS[0]),
+                "mu": real(FIXED_MU, -10.0, 10.0, 0.01, mu),
             }
         }
 

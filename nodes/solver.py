@@ -1,22 +1,25 @@
-"""Name, or a method's own settings -> SAMPLER. The mathematics is flux_core/sampling/solver/."""
+"""Name, or a method's own settings -> SAMPLER (flux_core/sampling/solver/)."""
 
 from __future__ import annotations
 
 from ..flux_core.sampling.solver import SOLVERS, DormandPrince, EulerAncestral, solver_named
-from . import host_embedded as _host
+from .host import current_host
+from .widgets import choice, integer, real
+
+SAMPLER = "The solver, for FLUX Sampler or for ComfyUI's SamplerCustomAdvanced."
 
 
 class ODESolver:
-    """Chooses how a step is taken. Better methods ask the model several times a step and need fewer steps."""
+    """The method that takes the steps. Higher orders call the model more often and need fewer steps."""
 
     NODE_ID = "RectifluxSolver"
     TITLE = "ODE Solver"
     CATEGORY = "Rectiflux/sampling"
     RETURN_TYPES = ("SAMPLER",)
     RETURN_NAMES = ("sampler",)
-    OUTPUT_TOOLTIPS = ("The method, for FLUX Sampler or for ComfyUI's SamplerCustomAdvanced.",)
     FUNCTION = "run"
     DESCRIPTION = __doc__
+    OUTPUT_TOOLTIPS = (SAMPLER,)
     SEARCH_ALIASES = [
         "sampler",
         "ksampler select",
@@ -30,16 +33,12 @@ class ODESolver:
 
     @classmethod
     def INPUT_TYPES(cls):
-        tooltip = (
-            "Order, and model calls a step. euler: 1, 1; the usual choice. heun, midpoint: 2, 2. rk4: 4, 4; "
-            "for reference. heun_corrected: 2, 2 (1 in the last step). ab2: 2, 1. ab3: 3, 1 (2 in the first "
-            "step). dormand_prince: 5, 6, in steps of its own, see Adaptive Solver. euler_ancestral: 1, 1, "
-            "adds noise on the way, see Stochastic Solver."
-        )
-        return {"required": {"solver": (list(SOLVERS), {"default": "euler", "tooltip": tooltip})}}
+        solver = "euler is the usual choice; ab2 is more exact at the same cost. "
+        solver += "The help page lists the order and the model calls per step of each."
+        return {"required": {"solver": choice(SOLVERS, solver, default="euler")}}
 
     def run(self, solver):
-        return (_host.make_sampler(solver_named(solver)),)
+        return (current_host().make_sampler(solver_named(solver)),)
 
 
 class AdaptiveSolver:
@@ -50,61 +49,52 @@ class AdaptiveSolver:
     CATEGORY = "Rectiflux/sampling"
     RETURN_TYPES = ("SAMPLER",)
     RETURN_NAMES = ("sampler",)
-    OUTPUT_TOOLTIPS = ("The method, for FLUX Sampler or for ComfyUI's SamplerCustomAdvanced.",)
     FUNCTION = "run"
     DESCRIPTION = __doc__
+    OUTPUT_TOOLTIPS = (SAMPLER,)
     SEARCH_ALIASES = ["dormand prince", "dopri5", "rk45", "dpm adaptive", "adaptive", "tolerance"]
 
     @classmethod
     def INPUT_TYPES(cls):
-        rtol = (
-            "How large an error of a step may be, relative to the latent's values. 0.02 takes some 50 model "
-            "calls; smaller is more exact and slower. Order 5, 6 calls a step. Of the schedule only its ends "
-            "count, and its first step as a first guess: steps sets no more than that."
-        )
-        atol = "What is added to it for values near 0. As large as rtol, as a rule."
-        limit = "Gives up with an error when so many model calls do not suffice."
+        rtol = "The largest error of a step, relative to the latent's values. "
+        rtol += "0.02 takes some 50 model calls; smaller is more exact and slower."
+        atol = "The error allowed for values near 0, usually as large as rtol."
+        limit = "The run ends with an error when this many model calls do not suffice."
         default = DormandPrince()
-        tolerance = {"min": 0.00001, "max": 1.0, "step": 0.001, "round": False}
         return {
             "required": {
-                "rtol": ("FLOAT", {"default": default.rtol, **tolerance, "tooltip": rtol}),
-                "atol": ("FLOAT", {"default": default.atol, **tolerance, "tooltip": atol}),
-                "max_evaluations": (
-                    "INT",
-                    {"default": default.max_evaluations, "min": 9, "max": 100_000, "tooltip": limit},
-                ),
+                "rtol": real(default.rtol, 0.00001, 1.0, 0.001, rtol, round=False),
+                "atol": real(default.atol, 0.00001, 1.0, 0.001, atol, round=False),
+                "max_evaluations": integer(default.max_evaluations, 9, 100_000, limit),
             }
         }
 
     def run(self, rtol, atol, max_evaluations):
-        return (_host.make_sampler(DormandPrince(rtol=rtol, atol=atol, max_evaluations=max_evaluations)),)
+        solver = DormandPrince(rtol=rtol, atol=atol, max_evaluations=max_evaluations)
+        return (current_host().make_sampler(solver),)
 
 
 class StochasticSolver:
-    """Euler that replaces some of the noise at every step. The same seed still gives the same picture."""
+    """Euler that replaces some of the noise at every step. The same seed still gives the same image."""
 
     NODE_ID = "RectifluxStochasticSolver"
     TITLE = "Stochastic Solver"
     CATEGORY = "Rectiflux/sampling"
     RETURN_TYPES = ("SAMPLER",)
     RETURN_NAMES = ("sampler",)
-    OUTPUT_TOOLTIPS = ("The method, for FLUX Sampler or for ComfyUI's SamplerCustomAdvanced.",)
     FUNCTION = "run"
     DESCRIPTION = __doc__
+    OUTPUT_TOOLTIPS = (SAMPLER,)
     SEARCH_ALIASES = ["euler ancestral", "sde", "eta", "noise amount", "sampler euler ancestral", "churn"]
 
     @classmethod
     def INPUT_TYPES(cls):
-        tooltip = (
-            "How much noise is replaced: 0 is euler, 1 is the most. It makes up for errors of earlier steps, "
-            "and wants more steps. Order 1, 1 model call a step."
-        )
-        eta = {"default": EulerAncestral().eta, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": tooltip}
-        return {"required": {"eta": ("FLOAT", eta)}}
+        eta = "How much noise is replaced: 0 is euler, 1 is the most. "
+        eta += "It corrects errors of earlier steps, and needs more steps."
+        return {"required": {"eta": real(EulerAncestral().eta, 0.0, 1.0, 0.01, eta)}}
 
     def run(self, eta):
-        return (_host.make_sampler(EulerAncestral(eta=eta)),)
+        return (current_host().make_sampler(EulerAncestral(eta=eta)),)
 
 
 NODES = (ODESolver, AdaptiveSolver, StochasticSolver)
