@@ -63,18 +63,35 @@ def test_the_pack_never_imports_itself_by_an_absolute_name(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NODES, ids=short)
-def test_only_the_host_files_of_nodes_know_a_host(path: Path) -> None:
-    names = set(imports(parsed(path)))
-    known = {name for name in names if name.split(".")[0] in COMFY or name.startswith("..host")}
-    if path.name.startswith("host_"):
-        assert not known & set(imports(parsed(path), at_import=True)), "a host is imported inside functions"
-        embedded = any(name.startswith("..host") for name in known)
-        assert not embedded or path.name == "host_embedded.py"
-    else:
-        assert not known
-        assert {name for name in names if name.startswith("..")} <= {
-            name for name in names if name.startswith("..flux_core")
-        }
+def test_only_the_host_files_of_nodes_import_a_host(path: Path) -> None:
+    """ComfyUI inside functions, at the time of a call: it replaces some of its classes while it starts."""
+    names, at_import = (set(imports(parsed(path), only)) for only in (False, True))
+    comfy = {name for name in names if name.split(".")[0] in COMFY}
+    embedded = {name for name in names if name.startswith("..host")}
+    sides = {name for name in names if name.startswith((".host_embedded", ".host_comfy"))}
+    assert not comfy or (path.name.startswith("host_comfy") and not comfy & at_import)
+    assert not embedded or path.name.startswith("host_embedded")
+    assert not sides or (path.name == "host.py" and not sides & at_import) or path.name.startswith("host_")
+    assert all(name.startswith("..flux_core") for name in names - embedded if name.startswith(".."))
+
+
+@pytest.mark.parametrize("path", NODES, ids=short)
+def test_no_node_tests_for_its_host(path: Path) -> None:
+    """host.py chooses once; behind it each host has its own class."""
+    if path.name != "host.py":
+        conditions = [
+            ast.unparse(node.test) for node in ast.walk(parsed(path)) if isinstance(node, (ast.If, ast.IfExp))
+        ]
+        assert not [test for test in conditions if re.search(r"\bhost\b|sys\.modules", test)]
+
+
+@pytest.mark.parametrize("path", NODES, ids=short)
+def test_nothing_of_comfyui_is_patched(path: Path) -> None:
+    tree = parsed(path)
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        assert not any(isinstance(t, ast.Attribute) and t.attr == "__class__" for t in targets)
+    assert not any(name.endswith(".addFilter") for name, _ in calls(tree))
 
 
 @pytest.mark.parametrize("path", HOST, ids=short)
@@ -85,15 +102,21 @@ def test_the_embedded_host_knows_no_comfyui_and_no_single_node(path: Path) -> No
 
 
 def test_importing_the_pack_brings_no_host_along() -> None:
-    """ComfyUI imports every pack at its start: no web server, no second host, no slow transformers."""
+    """ComfyUI imports every pack at its start: no web server, no host, neither of the two slow packages.
+
+    Nor do the menus of the nodes need them, which ComfyUI lists before a model runs.
+    """
     code = f"""
 import importlib.util, sys
 place = {{"submodule_search_locations": [{str(ROOT)!r}]}}
 spec = importlib.util.spec_from_file_location("pack", {str(ROOT / "__init__.py")!r}, **place)
 sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-unwanted = ("pack.host", "aiohttp", "comfy", "transformers.models")
-print(*(name for name in sys.modules if name.startswith(unwanted)))
+hosts = [name for name in sys.modules if name.startswith(("pack.host", "pack.nodes.host_", "comfy"))]
+for node in module.NODE_CLASS_MAPPINGS.values():
+    node.INPUT_TYPES()
+slow = [name for name in ("aiohttp", "torch._dynamo", "transformers") if name in sys.modules]
+print(*hosts, *slow)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""

@@ -115,13 +115,16 @@ def _product(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tens
     )
 
 
-@torch.compiler.assume_constant_result
 def can_multiply(device: torch.device) -> bool:
     """Whether a device multiplies fp8 with a scale for each row: NVIDIA cards of capability 8.9 and up.
 
     Tried once, because not every build of torch has the product for each of these (pytorch#192707).
     """
     return device.type == "cuda" and _tried(device)
+
+
+# all that torch.compiler.assume_constant_result does, which imports torch._dynamo: 1.2 s of every start
+can_multiply._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any attribute
 
 
 @functools.cache

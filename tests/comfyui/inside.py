@@ -28,7 +28,7 @@ def load_pack(root: Path) -> Any:
     )
     module = sys.modules["pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return importlib.import_module("pack.nodes.host_comfy"), importlib.import_module(
+    return importlib.import_module("pack.nodes.host_comfy_loading"), importlib.import_module(
         "pack.nodes.host_comfy_quant"
     )
 
@@ -44,7 +44,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     percents: list[int] = []
     comfy.utils.set_progress_bar_global_hook(lambda value, *_, **__: percents.append(value))
     sys.modules["pack.nodes.run_report"].SHOWN_FROM = 1
-    patcher = ours.load_model(Path(model), None, "auto")
+    patcher = ours.load_model(Path(model), "auto", "auto")
     layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedQuantizedLinear)}
     kept = {f"{n}.{k}": t.clone() for n, m in layers.items() for k, t in m.named_buffers()}
     addresses = {f"{n}.{k}": t.data_ptr() for n, m in layers.items() for k, t in m.named_buffers()}
@@ -110,11 +110,12 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     none.detach()
     found["bias as before"] = torch.equal(layer(x), plain)
 
-    vae = ours.load_vae(next((Path(model).parents[1] / "vae").glob("*.safetensors")))
+    load_vae = importlib.import_module("pack.nodes.host_comfy_vae").load_vae
+    vae = load_vae(next((Path(model).parents[1] / "vae").glob("*.safetensors")))
     found["a VAE is loaded whole"] = vae.disable_offload and not vae.patcher.is_dynamic()
 
     importlib.import_module("pack.flux_core.quant.formats").has_fp8 = lambda device: False  # as on Apple's
-    bare = ours.load_model(Path(model), None, "auto").model
+    bare = ours.load_model(Path(model), "auto", "auto").model
     fp8 = (torch.float8_e4m3fn, torch.float8_e5m2)
     found["without fp8"] = torch.equal(bare.get_submodule(name)(x), plain) and not any(
         tensor.dtype in fp8 for tensor in (*bare.parameters(), *bare.buffers())

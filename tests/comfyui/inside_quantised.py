@@ -41,10 +41,9 @@ def main(pack: str, model: str, lora: str, form: str) -> dict[str, Any]:
     import comfy.sd
     import comfy.utils
 
-    host = importlib.import_module("pack.nodes.host_embedded")
     kind = {"fp8": stored.PatchedFp8Linear, "int8": stored.PatchedInt8Linear}[form]
-    exact = host.load_model(Path(model), "auto", "auto").model.diffusion_model
-    patcher = host.load_model(Path(model), form, "auto")
+    exact = ours.load_model(Path(model), "auto", "auto").model.diffusion_model
+    patcher = ours.load_model(Path(model), form, "auto")
     layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, kind)}
     before = kept(form, layers)
     size = comfy.model_management.module_size(patcher.model.diffusion_model)

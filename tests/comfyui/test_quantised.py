@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rectiflux.host.files import Folders
-from rectiflux.nodes import host_embedded as _host
+from rectiflux.nodes import host_embedded_loading as loading
 
 from ..nodes import graphs
 from ..nodes.tiny import NAMES
@@ -56,7 +56,7 @@ def test_the_picture_moves_as_far_as_in_the_embedded_host(
     """No nearer to that of the embedded host: a rounding of 1e-7 between the two turns some inputs' codes,
     by 1/16 in fp8, from block to block more. How far either is from the exact picture is the same.
     """
-    monkeypatch.setattr(_host, "can_pack", lambda device, dtype: False)  # float32, as ComfyUI on a CPU
+    monkeypatch.setattr(loading, "can_pack", lambda device, dtype: False)  # float32, as ComfyUI on a CPU
     names = ["rectiflux-mini-schnell", "rectiflux-mini-clip", "rectiflux-mini-t5", "rectiflux-mini-vae"]
     files = graphs.loaders(*(f"{name}.safetensors" for name in names))
     prompt = graphs.text_to_image(files, prompt="a red heart", steps=4, width=128, height=128)

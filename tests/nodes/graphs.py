@@ -31,7 +31,7 @@ def text_to_image(
     batch_size: int = 1,
     **schedule: Any,
 ) -> Prompt:
-    """Our own nodes from loaders to a decoded picture at node "decode"."""
+    """Our own nodes from loaders to a decoded image at node "decode"."""
     plan = {"steps": steps, "denoise": 1.0, "shift": "by size", "mu": 1.15, **schedule}
     return {
         **files,

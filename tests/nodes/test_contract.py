@@ -1,7 +1,8 @@
-"""What every node owes its hosts and its users."""
+"""What every node must provide to its hosts and its users."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 from pathlib import Path
 
@@ -29,7 +30,7 @@ SHIPPED_IDS = {
     "RectifluxAdaptiveSolver": ["rtol", "atol", "max_evaluations"],
     "RectifluxStochasticSolver": ["eta"],
     "RectifluxStepCache": ["method", "threshold"],
-    "RectifluxCompile": [],
+    "RectifluxCompile": ["mode"],
     "RectifluxSampler": ["cfg_scale", "cfg_until"],
     "RectifluxVAEDecode": [],
     "RectifluxVAEEncode": [],
@@ -75,6 +76,20 @@ def test_attributes(node: type) -> None:
     assert 20 <= len(node.DESCRIPTION) <= 200
 
 
+ORDER = "NODE_ID TITLE CATEGORY RETURN_TYPES RETURN_NAMES FUNCTION DESCRIPTION".split()
+
+
+def test_attributes_have_one_order() -> None:
+    names = {node.__name__ for node in NODES}
+    found = {}
+    for path in ROOT.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name in names:
+                found[node.name] = [ast.unparse(a.targets[0]) for a in node.body if isinstance(a, ast.Assign)]
+    assert found.keys() == names
+    assert all(order[: len(ORDER)] == ORDER for order in found.values())
+
+
 @each_node
 def test_inputs_are_the_functions_parameters(node: type) -> None:
     parameters = dict(inspect.signature(getattr(node, node.FUNCTION)).parameters)
@@ -88,7 +103,7 @@ def test_inputs_are_the_functions_parameters(node: type) -> None:
 @each_node
 def test_every_input_is_explained_and_every_default_is_allowed(node: type, embedded: Folders) -> None:
     for name, (kind, options) in inputs(node).items():
-        assert len(options["tooltip"]) > 10, name
+        assert 10 < len(options["tooltip"]) <= 160 and options["tooltip"].count(". ") <= 1, name
         if isinstance(kind, list):
             assert options.get("default", kind[0]) in kind, name
         elif kind in WIDGETS:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from rectiflux.host.files import Folders
-from rectiflux.nodes import host_embedded as _host
+from rectiflux.nodes import host_embedded_loading as loading
+from rectiflux.nodes.host import current_host
 from safetensors.torch import save_file
 
 from . import graphs
@@ -44,7 +45,7 @@ def merged(strength_model: float, strength_clip: float) -> dict[str, tuple[Any, 
     done: dict[str, tuple[Any, ...]] = {}
     with pytest.MonkeyPatch.context() as patched:
         # unpacked, so that the weights are parameters
-        patched.setattr(_host, "pack_weights", lambda network, on_progress: 0)
+        patched.setattr(loading, "pack_weights", lambda network, on_progress: 0)
         model, encoders = (graphs.run(dict(FILES), name, done)[0] for name in ("model", "clip"))
     tensors = lora_tensors()
     for parameters, front, strength in (
@@ -106,7 +107,7 @@ def test_the_report_counts_with_and_without_the_encoders(embedded: Folders) -> N
     ]
     del prompt["lora0"]["inputs"]["clip"]
     model, clip, report = graphs.run(prompt, "lora0")
-    assert clip is None and isinstance(model, _host.EmbeddedModel)
+    assert clip is None and isinstance(model, loading.EmbeddedModel)
     assert report.splitlines()[1:] == [
         f"matched: {3 * layers - 6} keys",
         "unmatched: 0 keys",
@@ -152,16 +153,16 @@ def test_what_does_not_fit_is_one_sentence(
     done: dict[str, Any] = {}
     model, clip = (graphs.run(dict(FILES), name, done)[0] for name in ("model", "clip"))
     with pytest.raises(ValueError, match=re.escape(message)):
-        _host.add_lora(model, settings.get("clip", clip), path, 1.0, 1.0, settings.get("blocks", ""))
+        current_host().add_lora(model, settings.get("clip", clip), path, 1.0, 1.0, settings.get("blocks", ""))
 
 
 def test_wires_of_another_kind_are_refused(embedded: Folders) -> None:
-    path = _host.model_path("loras", NAMES["loras"])
+    path = current_host().model_path("loras", NAMES["loras"])
     with pytest.raises(TypeError, match="the MODEL must come from Load FLUX Model here, got str"):
-        _host.add_lora("x", None, path, 1.0, 1.0, "")
+        current_host().add_lora("x", None, path, 1.0, 1.0, "")
     model = graphs.run(dict(FILES), "model")[0]
     with pytest.raises(TypeError, match="the CLIP must come from Load FLUX Text Encoders here, got str"):
-        _host.add_lora(model, "x", path, 1.0, 1.0, "")
+        current_host().add_lora(model, "x", path, 1.0, 1.0, "")
 
 
 def test_a_name_that_is_not_there_is_told_before_the_run(embedded: Folders) -> None:

@@ -15,9 +15,10 @@ from rectiflux.flux_core.pipeline import Models, text_to_image
 from rectiflux.host import context
 from rectiflux.host.files import Folders
 from rectiflux.nodes import NODE_CLASS_MAPPINGS
-from rectiflux.nodes import host_embedded as _host
-from rectiflux.nodes import wires as _wires
+from rectiflux.nodes.host import current_host
+from rectiflux.nodes.host_embedded import EmbeddedModel
 from rectiflux.nodes.model_files import prefer
+from rectiflux.nodes.wires import start_latent
 
 from . import graphs
 from .tiny import NAMES, TXT_LENGTH
@@ -45,12 +46,12 @@ def latent(width: int = 64, height: int = 48, batch_size: int = 1) -> dict[str, 
     ],
     ids=str,
 )
-def test_the_nodes_paint_what_the_library_paints(embedded: Folders, settings: dict[str, Any]) -> None:
-    """The chain of nodes is flux_core's text_to_image, to the rounding of the latent's two scales."""
+def test_nodes_and_library_give_the_same_image(embedded: Folders, settings: dict[str, Any]) -> None:
+    """The chain of nodes computes flux_core's text_to_image, to the rounding of the latent's two scales."""
     done: dict[str, Any] = {}
     image = graphs.run(graphs.text_to_image(FILES, **settings), "decode", done)[0]
     models = Models(done["clip"][0], done["model"][0].network, done["vae"][0])
-    asked = {
+    request = {
         "prompt": "a red circle on white",
         "seed": 7,
         "steps": 4,
@@ -58,26 +59,26 @@ def test_the_nodes_paint_what_the_library_paints(embedded: Folders, settings: di
         "width": 64,
         "height": 48,
     }
-    expected = text_to_image(models, **{**asked, **settings})
+    expected = text_to_image(models, **{**request, **settings})
     assert image.dtype == torch.float32 and image.shape == (
         settings.get("batch_size", 1), settings.get("height", 48), settings.get("width", 64), 3
     )  # fmt: skip
     torch.testing.assert_close(image, (expected.permute(0, 2, 3, 1) + 1) / 2, atol=2e-5, rtol=0)
 
 
-def test_image_to_image_returns_to_the_picture_as_denoise_falls(embedded: Folders) -> None:
+def test_image_to_image_returns_to_the_image_as_denoise_falls(embedded: Folders) -> None:
     done: dict[str, Any] = {"start": ({"samples": torch.randn(1, 16, 6, 8)},)}
     distances = []
     for denoise in (0.05, 0.5, 1.0):
         prompt = graphs.text_to_image(FILES, denoise=denoise)
         prompt["sample"]["inputs"]["latent"] = ["start", 0]
-        painted = graphs.run(prompt, "sample", {**done})[0]["samples"]
-        distances.append(float((painted - done["start"][0]["samples"]).norm()))
+        result = graphs.run(prompt, "sample", {**done})[0]["samples"]
+        distances.append(float((result - done["start"][0]["samples"]).norm()))
     assert distances[0] < distances[1] < distances[2]
 
 
 def test_sampling_in_two_halves_is_sampling_once(embedded: Folders) -> None:
-    """A path that stops early is handed on so that a second sampler without noise continues it."""
+    """A path that stops early is continued by a second sampler without noise."""
     done: dict[str, Any] = {}
     prompt = graphs.text_to_image(FILES, steps=6)
     whole = graphs.run(prompt, "sample", done)[0]["samples"]
@@ -103,16 +104,14 @@ def test_masks_travel_with_the_latent_and_inputs_stay_untouched(embedded: Folder
     before = start["samples"].clone()
     prompt["sample"]["inputs"]["latent"] = ["start", 0]
     done["start"] = (start,)
-    painted = graphs.run(prompt, "sample", done)[0]
-    assert set(painted) == set(start) and painted is not start
+    result = graphs.run(prompt, "sample", done)[0]
+    assert set(result) == set(start) and result is not start
     assert torch.equal(start["samples"], before)
-    torch.testing.assert_close(
-        painted["samples"], before, atol=1e-5, rtol=1e-5
-    )  # all masked: nothing changes
+    torch.testing.assert_close(result["samples"], before, atol=1e-5, rtol=1e-5)  # all masked: nothing changes
     assert "guidance" not in done["negative"][0][0][1]
 
 
-def test_encode_then_decode_speaks_the_editors_image_format(embedded: Folders) -> None:
+def test_encode_and_decode_use_the_editors_image_format(embedded: Folders) -> None:
     vae = call("RectifluxVAELoader", vae_name=NAMES["vae"])
     image = torch.rand(2, 32, 48, 4)
     encoded = call("RectifluxVAEEncode", image=image, vae=vae)["samples"]
@@ -159,7 +158,7 @@ def test_noise_by_the_references_convention_is_drawn_in_bfloat16() -> None:
 
 @pytest.mark.parametrize(("choice", "length"), [("auto", 16), ("512", 16), ("prompt", 4)])
 def test_t5_reads_as_many_tokens_as_chosen(embedded: Folders, choice: str, length: int) -> None:
-    """Never more than the encoders are made for; `prompt` is three words and the end mark."""
+    """Never more than the encoders support; `prompt` is three words and the end token."""
     clip = call("RectifluxTextEncoderLoader", clip_name=NAMES["clip"], t5_name=NAMES["t5"])
     encoded = call("RectifluxTextEncode", clip=clip, prompt="a red circle", guidance=3.5, t5_length=choice)
     expected = clip.encode_t5(clip.t5_ids(["a red circle"], length))
@@ -171,12 +170,9 @@ def test_t5_reads_as_many_tokens_as_chosen(embedded: Folders, choice: str, lengt
     [({"guidance_embed": True}, 512), ({}, 256), ({"guidance_embed": True, "in_channels": 384}, 128)],
     ids=["dev", "schnell", "fill"],
 )
-def test_the_connected_model_says_how_many_tokens_it_is_used_with(sizes: dict[str, Any], length: int) -> None:
-    model = _host.EmbeddedModel(SimpleNamespace(spec=replace(flux_core.FLUX_SCHNELL, **sizes)))
-    assert _host.t5_length("auto", model) == length
-    assert _host.t5_length("auto", None) is None and _host.t5_length("128", model) == 128
-    with pytest.raises(TypeError, match="MODEL"):
-        _host.t5_length("auto", "no model")
+def test_the_connected_model_sets_the_number_of_tokens(sizes: dict[str, Any], length: int) -> None:
+    model = EmbeddedModel(SimpleNamespace(spec=replace(flux_core.FLUX_SCHNELL, **sizes)))
+    assert current_host().t5_length(model) == length
 
 
 def test_schedule_counts_the_latents_tokens() -> None:
@@ -186,23 +182,24 @@ def test_schedule_counts_the_latents_tokens() -> None:
     assert torch.equal(sigmas, flux_core.make_sigmas(3, 64 * 32))
 
 
-def told(stop: bool = False) -> tuple[context.RunContext, list[Any]]:
-    heard: list[Any] = []
+def listening(stop: bool = False) -> tuple[context.RunContext, list[Any]]:
+    """A run, and the events that its nodes send to the editor."""
+    events: list[Any] = []
     run = context.RunContext(
         "9",
-        lambda node, value, total: heard.append(("progress", value, total)),
-        lambda node, text: heard.append(("notice", text)),
-        lambda node, make: heard.append(("preview", tuple(make().shape), make().dtype)),
+        lambda node, value, total: events.append(("progress", value, total)),
+        lambda node, text: events.append(("notice", text)),
+        lambda node, make: events.append(("preview", tuple(make().shape), make().dtype)),
     )
     if stop:
         run.stop.set()
-    return run, heard
+    return run, events
 
 
-def test_a_picture_too_large_for_the_memory_is_coded_in_strips_with_a_bar(
+def test_an_image_too_large_for_the_memory_is_coded_in_strips_with_a_bar(
     embedded: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vae = call("RectifluxVAELoader", vae_name=NAMES["vae"]).double()  # so that rounding is no part of it
+    vae = call("RectifluxVAELoader", vae_name=NAMES["vae"]).double()  # so that rounding does not matter
     image = torch.rand(1, 256, 256, 3, generator=torch.Generator().manual_seed(0))
     encoded = call("RectifluxVAEEncode", image=image, vae=vae)["samples"]
     decoded = call("RectifluxVAEDecode", samples={"samples": encoded}, vae=vae)
@@ -212,51 +209,51 @@ def test_a_picture_too_large_for_the_memory_is_coded_in_strips_with_a_bar(
         ("RectifluxVAEEncode", {"image": image}, encoded),
         ("RectifluxVAEDecode", {"samples": {"samples": encoded}}, decoded),
     ):
-        run, heard = told()
+        run, events = listening()
         with context.running(run):
             result = call(name, vae=vae, **inputs)
         result = result["samples"] if isinstance(result, dict) else result
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
-        shown = [event[1:] for event in heard if event[0] == "progress"]
+        shown = [event[1:] for event in events if event[0] == "progress"]
         assert len(shown) > 10 and shown == sorted(shown) and shown[-1] == (100, 100)
-        with pytest.raises(context.Interrupted), context.running(told(stop=True)[0]):
+        with pytest.raises(context.Interrupted), context.running(listening(stop=True)[0]):
             call(name, vae=vae, **inputs)
 
 
-def test_the_sampler_tells_the_editor(embedded: Folders) -> None:
-    run, heard = told()
+def test_the_sampler_shows_progress_and_previews(embedded: Folders) -> None:
+    run, events = listening()
     with context.running(run):
         graphs.run(graphs.text_to_image(FILES, steps=3), "sample")
-    assert [event[1:] for event in heard if event[0] == "progress"] == [(1, 3), (2, 3), (3, 3)]
-    assert [event[1:] for event in heard if event[0] == "preview"] == [((6, 8, 3), torch.uint8)] * 3
+    assert [event[1:] for event in events if event[0] == "progress"] == [(1, 3), (2, 3), (3, 3)]
+    assert [event[1:] for event in events if event[0] == "preview"] == [((6, 8, 3), torch.uint8)] * 3
 
 
 def test_a_stopped_run_ends_at_the_next_step(embedded: Folders) -> None:
-    run, heard = told(stop=True)
+    run, events = listening(stop=True)
     with context.running(run), pytest.raises(context.Interrupted):
         graphs.run(graphs.text_to_image(FILES, steps=3), "sample")
-    assert not heard
+    assert not events
 
 
-def test_a_prompt_that_is_cut_off_is_told_with_its_tokens(embedded: Folders) -> None:
+def test_a_prompt_that_is_cut_off_is_reported_with_its_tokens(embedded: Folders) -> None:
     clip = call("RectifluxTextEncoderLoader", clip_name=NAMES["clip"], t5_name=NAMES["t5"])
-    run, heard = told()
+    run, events = listening()
     with context.running(run):
         call("RectifluxTextEncode", clip=clip, prompt="a red circle " * 10, guidance=3.5)
-    assert len(heard) == 2
-    assert heard[0][1] == "the prompt is too long for T5: 31 tokens, of which it reads the first 16"
+    assert len(events) == 2
+    assert "31 tokens" in events[0][1] and "16" in events[0][1]
 
 
 def test_empty_latents_stay_zero_in_model_space() -> None:
     empty = torch.zeros(1, 16, 2, 2)
-    assert torch.equal(_wires.model_space_start(empty, to_model_space), empty)
+    assert torch.equal(start_latent(empty, to_model_space), empty)
     full = torch.ones(1, 16, 2, 2)
-    assert torch.equal(_wires.model_space_start(full, to_model_space), to_model_space(full))
+    assert torch.equal(start_latent(full, to_model_space), to_model_space(full))
 
 
-def test_lists_name_the_artists_files_first_and_every_file_once(embedded: Folders) -> None:
-    assert _host.list_models("vae")[0] == NAMES["vae"]
-    names = _host.list_models("text_encoders")
+def test_lists_have_the_users_files_first_and_every_file_once(embedded: Folders) -> None:
+    assert current_host().list_models("vae")[0] == NAMES["vae"]
+    names = current_host().list_models("text_encoders")
     assert len(set(names)) == len(names)
     assert prefer(names, "t5") == NAMES["t5"] and prefer(names, "clip") == NAMES["clip"]
     assert prefer([], "t5") is None

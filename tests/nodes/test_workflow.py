@@ -22,7 +22,7 @@ WORKFLOWS = Path(rectiflux.__file__).parent / "workflows"
 PATHS = sorted(WORKFLOWS.glob("*.json"))
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 NAMES = ("pro_negative_prompt", "schnell_1_step", "schnell_4_steps", "steps_side_by_side", "text_to_image")
-ONE_PICTURE = tuple(name for name in NAMES if name != "steps_side_by_side")
+ONE_IMAGE = tuple(name for name in NAMES if name != "steps_side_by_side")
 
 
 def graph(path: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def inputs_of(name: str, folder: Path) -> list[tuple[str, Any]]:
     return [pair for node in prompt.values() for pair in node["inputs"].items()]
 
 
-@pytest.mark.parametrize("name", ONE_PICTURE)
+@pytest.mark.parametrize("name", ONE_IMAGE)
 def test_set_has_one_input_of_each_name_to_set(name: str, tmp_path: Path) -> None:
     """`run.py render --set NAME=VALUE` must be unambiguous."""
     inputs = inputs_of(name, tmp_path)
@@ -109,7 +109,7 @@ def test_workflows_use_a_variant_as_it_is_scored(name: str, variant: str, steps:
 
 
 def test_side_by_side_differs_in_steps_alone(tmp_path: Path) -> None:
-    """Five schedules of one noise; the labels name them in the order of the pictures."""
+    """Five schedules of one noise; the labels name them in the order of the images."""
     info = Registry.of_pack(Folders.under(tmp_path)).object_info()
     prompt = to_prompt(read_document(WORKFLOWS / "steps_side_by_side.json"), info)
     (sheet,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "RectifluxSideBySide")
@@ -124,17 +124,17 @@ def test_side_by_side_differs_in_steps_alone(tmp_path: Path) -> None:
 
 
 @each
-def test_the_thumbnail_is_what_the_workflow_paints(path: Path, tmp_path: Path) -> None:
-    """512 wide, as JPEG; to be saved anew when the miniature or the workflow changes."""
+def test_the_thumbnail_is_the_workflows_image(path: Path, tmp_path: Path) -> None:
+    """512 wide, as JPEG; to be saved again when the miniature or the workflow changes."""
     folders = Folders.under(tmp_path)
     prompt = to_prompt(read_document(path), Registry.of_pack(folders).object_info())
     (save,) = (node for node in prompt.values() if node["class_type"] == "SaveImage")
     with context.using(folders):
-        painted = graphs.run(prompt, save["inputs"]["images"][0])[0][0].numpy()
-    height, width = painted.shape[:2]
+        generated = graphs.run(prompt, save["inputs"]["images"][0])[0][0].numpy()
+    height, width = generated.shape[:2]
     with Image.open(path.with_suffix(".jpg")) as thumbnail:
         assert thumbnail.size == (512, round(512 * height / width))
         shown = np.asarray(thumbnail) / 255
-    picture = Image.fromarray((painted * 255).round().astype(np.uint8))
-    expected = np.asarray(picture.resize(thumbnail.size, Image.Resampling.BICUBIC)) / 255
+    image = Image.fromarray((generated * 255).round().astype(np.uint8))
+    expected = np.asarray(image.resize(thumbnail.size, Image.Resampling.BICUBIC)) / 255
     assert np.mean((shown - expected) ** 2) < 10**-3  # 30 dB
