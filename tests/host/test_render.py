@@ -355,8 +355,8 @@ def test_a_full_disk(command: Command, monkeypatch: pytest.MonkeyPatch, saves: i
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("diffusion_models", "node 10 (RectifluxSampler): the sampled values are no finite numbers"),
-        ("vae", "node 11 (RectifluxVAEDecode): the colours are no finite numbers"),
+        ("diffusion_models", "node 10 (RectifluxSampler): the sampled values contain NaN or inf"),
+        ("vae", "node 11 (RectifluxVAEDecode): the image's values contain NaN or inf"),
     ],
 )
 def test_weights_that_are_no_numbers(command: Command, tmp_path: Path, kind: str, says: str) -> None:
