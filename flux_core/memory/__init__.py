@@ -5,7 +5,7 @@ one is on its way; they are spread evenly between those that stay, so that there
 Modulations, which are used once a run, are the first to be far (plan.py).
 
 How weights come near depends on where the model computes, and is a `Mover`: the pages of the mapped file on a
-CPU (paging.py), two buffers on a CUDA device, filled by a stream of their own (staging.py).
+CPU (disk_offload.py), two buffers on a CUDA device, filled by a stream of their own (host_offload.py).
 """
 
 from .limits import GIB, LIMITS, fits, free_memory, limit_of

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..model.transformer import FluxTransformer
 from .limits import free_memory
-from .paging import Pager
-from .staging import Stager
+from .disk_offload import Pager
+from .host_offload import Stager
 from .streaming import Streaming, places, put, weights_of
 
 

@@ -13,7 +13,7 @@ from rectiflux.flux_core.backends.fp8 import Fp8Linear
 from rectiflux.flux_core.backends.quantize import quantize_to_fp8
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.memory import Streaming, stream
-from rectiflux.flux_core.memory.staging import Stager
+from rectiflux.flux_core.memory.host_offload import Stager
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
 from torch import Tensor

@@ -17,9 +17,9 @@ from rectiflux.benchmarks.reference.quantized_files import (
     write_gguf,
     write_quantized_safetensors,
 )
-from rectiflux.flux_core.memory import Streaming, limit_of, paging, plan, stream
+from rectiflux.flux_core.memory import Streaming, disk_offload, limit_of, plan, stream
 from rectiflux.flux_core.memory import limits as memory
-from rectiflux.flux_core.memory.staging import Stager
+from rectiflux.flux_core.memory.host_offload import Stager
 from rectiflux.flux_core.memory.streaming import Place, places, weights_of
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
@@ -81,7 +81,7 @@ def test_a_mapped_file_gives_its_pages_back(tmp_path: Path, form: str) -> None:
     assert isinstance(model.streaming, Streaming)
     assert torch.equal(velocities(model), expected)
     mover = model.streaming.mover
-    assert isinstance(mover, paging.Pager)
+    assert isinstance(mover, disk_offload.Pager)
     mover._thread.shutdown(wait=True)  # what was asked of the system is done
     parts = [*model.modulations(), *model.double_blocks, *model.single_blocks]
     blocks = sum(t.nbytes for part in parts for t in weights_of(part))
@@ -106,13 +106,13 @@ def test_memory_of_no_file_is_never_given_back() -> None:
 @linux
 def test_pages_are_asked_for_one_part_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
-    names = {paging.POPULATE_READ: "read", paging.PAGE_OUT: "give back"}
+    names = {disk_offload.POPULATE_READ: "read", disk_offload.PAGE_OUT: "give back"}
 
     def advise(start: int, stop: int, advice: int) -> bool:
         asked.append((names[advice], start))
         return True
 
-    monkeypatch.setattr(paging, "_advise", advise)
+    monkeypatch.setattr(disk_offload, "_advise", advise)
     model = stream(load_transformer(file_of(flux_transformer(), tmp_path, "plain")), "cpu", 0)
     assert isinstance(model.streaming, Streaming)
     blocks = list(model.single_blocks)
@@ -124,7 +124,7 @@ def test_pages_are_asked_for_one_part_ahead(tmp_path: Path, monkeypatch: pytest.
     assert order.count("compute") == 3
     assert order[0] == "read"  # the second's, before the first computes
     starts = {start for what, start in asked if what == "read"}
-    assert all(start % paging.mmap.PAGESIZE == 0 for start in starts)
+    assert all(start % disk_offload.mmap.PAGESIZE == 0 for start in starts)
     first = min(t.data_ptr() for t in weights_of(model.double_blocks[0]))
     assert any(start <= first for start in starts)  # what comes after the last is on its way
 
@@ -134,9 +134,9 @@ def test_only_files_count_as_mapped(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 16))
     mapped = torch.from_file(str(path), size=1 << 16, dtype=torch.uint8)
-    files = paging.mapped_files()
-    assert paging._lies_in(files, mapped)
-    assert not paging._lies_in(files, torch.zeros(1 << 16, dtype=torch.uint8))
+    files = disk_offload.mapped_files()
+    assert disk_offload._lies_in(files, mapped)
+    assert not disk_offload._lies_in(files, torch.zeros(1 << 16, dtype=torch.uint8))
 
 
 # On a device, for which a CPU stands in: all that belongs to the far set counts as elsewhere
