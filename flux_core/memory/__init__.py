@@ -1,15 +1,16 @@
-"""A transformer that is larger than the memory: its blocks come in just ahead of use, and go again.
+"""Run a transformer whose weights exceed a memory limit: offload its blocks, prefetch each before its turn.
 
-With a limit for the weights some blocks stay near and the others are far. While one computes, the next far
-one is on its way; they are spread evenly between those that stay, so that there is computing to hide behind.
-Modulations, which are used once a run, are the first to be far (plan.py).
+With a limit some blocks stay resident and the others are offloaded. While one block computes, the next
+offloaded one is prefetched; afterwards it is evicted. Offloaded blocks are spread evenly among the resident
+ones, so that computation hides the transfer. Modulations, which are used once a run, are offloaded first
+(plan.py).
 
-How weights come near depends on where the model computes, and is a `Mover`: the pages of the mapped file on a
-CPU (disk_offload.py), two buffers on a CUDA device, filled by a stream of their own (host_offload.py).
+Where offloaded weights lie depends on the device that computes: for a CPU they are pages of the mapped
+checkpoint file (disk_offload.py), for a CUDA device they are in host memory (host_offload.py).
 """
 
 from .limits import GIB, LIMITS, fits, free_memory, limit_of
 from .plan import stream
-from .streaming import Mover, Streaming
+from .streaming import Offloader, WeightStreamer
 
-__all__ = ["GIB", "LIMITS", "Mover", "Streaming", "fits", "free_memory", "limit_of", "stream"]
+__all__ = ["GIB", "LIMITS", "Offloader", "WeightStreamer", "fits", "free_memory", "limit_of", "stream"]

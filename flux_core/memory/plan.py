@@ -1,4 +1,4 @@
-"""Which parts of a transformer stay near within a memory limit, and which are streamed."""
+"""Which parts of a transformer stay resident within a memory limit, and which are offloaded."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from ..model.transformer import FluxTransformer
+from .disk_offload import DiskOffloader
+from .host_offload import HostOffloader
 from .limits import free_memory
-from .disk_offload import Pager
-from .host_offload import Stager
-from .streaming import Streaming, places, put, weights_of
+from .streaming import WeightStreamer, weight_slots, weights_of
 
 
 def stream(model: FluxTransformer, device: torch.device | str, limit: int | None) -> FluxTransformer:
-    """The model, made to compute on `device` with about `limit` bytes of its weights kept there.
+    """The model, prepared to compute on `device` with about `limit` bytes of its weights resident there.
 
-    It must lie on the CPU, best as `load_transformer` maps it. What is no block stays near whatever the limit
-    says, and two blocks more. Where all of it fits, or without a limit, it is simply moved; so is, on a CPU
-    of another system than Linux, every model: there the system alone decides which pages stay.
+    It must be on the CPU, best as `load_transformer` maps it. Embedders and the last layer are always
+    resident, whatever the limit, and so are two blocks: the one that computes and the one that is prefetched.
+    Where everything fits, or without a limit, the model is simply moved. So is every model on a CPU under
+    another system than Linux, where only the operating system decides which pages stay in memory.
     """
     device = torch.device(device)
     everything = [*model.parameters(), *model.buffers()]
@@ -30,38 +31,39 @@ def stream(model: FluxTransformer, device: torch.device | str, limit: int | None
     parts = [*blocks, *modulations]
     sizes = [_bytes(weights_of(part)) for part in parts]
     left = limit - (_bytes(everything) - sum(sizes)) - 2 * max(sizes)
-    near = near_parts(sizes[: len(blocks)], sizes[len(blocks) :], left)
-    far = [tensor for i, part in enumerate(parts) if i not in near for tensor in weights_of(part)]
+    resident = resident_parts(sizes[: len(blocks)], sizes[len(blocks) :], left)
+    offloaded = [tensor for i, part in enumerate(parts) if i not in resident for tensor in weights_of(part)]
     if device.type == "cpu":
-        model.streaming = Streaming(Pager(far))
+        model.streaming = WeightStreamer(DiskOffloader(offloaded))
         return model
-    away = {id(tensor) for tensor in far}
+    offloaded_ids = {id(tensor) for tensor in offloaded}
     for module in [model, *modulations]:
-        for place in places(module):
-            if id(place[2]) not in away:
-                put(place, place[2].to(device))
-    room = free_memory(torch.device("cpu")) or 0
-    model.streaming = Streaming(Stager(device, keep=room // 2))  # the rest is the pages' and everybody's
+        for slot in weight_slots(module):
+            if id(slot.tensor) not in offloaded_ids:
+                slot.put(slot.tensor.to(device))
+    host_memory = free_memory(torch.device("cpu")) or 0
+    cache_limit = host_memory // 2  # the other half is for pages of files and for other processes
+    model.streaming = WeightStreamer(HostOffloader(device, cache_limit))
     return model
 
 
-def near_parts(blocks: Sequence[int], modulations: Sequence[int], room: int) -> set[int]:
-    """Which of the parts, blocks and then modulations, of these bytes fit in `room` bytes, by number.
+def resident_parts(blocks: Sequence[int], modulations: Sequence[int], limit: int) -> set[int]:
+    """Indices of the parts (blocks, then modulations) of these sizes that stay resident within `limit` bytes.
 
-    Blocks first, evenly spread, and then what still fits.
+    Blocks first, spread evenly, and then whatever still fits.
     """
-    near, kept, seen = set[int](), 0, 0
-    share = min(1.0, room / sum(blocks))
-    for number, size in enumerate(blocks):
+    resident, used, seen = set[int](), 0, 0
+    share = min(1.0, limit / sum(blocks))
+    for index, size in enumerate(blocks):
         seen += size
-        if kept + size <= share * seen:
-            near.add(number)
-            kept += size
-    for number, size in enumerate([*blocks, *modulations]):
-        if number not in near and kept + size <= room:
-            near.add(number)
-            kept += size
-    return near
+        if used + size <= share * seen:
+            resident.add(index)
+            used += size
+    for index, size in enumerate([*blocks, *modulations]):
+        if index not in resident and used + size <= limit:
+            resident.add(index)
+            used += size
+    return resident
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,8 +1,9 @@
-"""The parts of a model one after the other, each with its weights near while it computes."""
+"""Yields the parts of a model in turn, each while its weights are resident."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -10,68 +11,78 @@ from torch import Tensor, nn
 from ..model.layers import Modulation
 
 Part = TypeVar("Part", bound=nn.Module)
-Place = tuple[dict[str, Tensor | None], str, Tensor]
-"""Where a tensor is kept: a module's parameters or buffers, and its name there."""
 
 
-class Mover(Protocol):
-    """Brings the weights of one part of a model near, and lets them go."""
+class Offloader(Protocol):
+    """Makes the weights of one part of a model resident, and evicts them."""
 
-    def is_far(self, part: nn.Module) -> bool:
-        """Whether the part's weights are anywhere else than where it computes."""
+    def is_offloaded(self, part: nn.Module) -> bool:
+        """Whether any of the part's weights is offloaded."""
         ...
 
-    def start(self, part: nn.Module) -> None:
-        """Begin to bring the weights of a far part; returns at once."""
+    def prefetch(self, part: nn.Module) -> None:
+        """Start to make the weights of an offloaded part resident; returns at once."""
 
-    def finish(self, part: nn.Module) -> None:
-        """Return once they are there, whether they were on their way or not."""
+    def wait(self, part: nn.Module) -> None:
+        """Return once the weights are resident, prefetched or not."""
 
-    def drop(self, part: nn.Module) -> None:
-        """The part has computed."""
+    def evict(self, part: nn.Module) -> None:
+        """Release what `wait` made resident."""
 
 
-class Streaming:
-    """Hands out the parts of a model, and has a mover bring those that are far."""
+class WeightStreamer:
+    """Yields the parts of a model; an offloader prefetches those that are offloaded."""
 
-    def __init__(self, mover: Mover) -> None:
-        self.mover = mover
+    def __init__(self, offloader: Offloader) -> None:
+        self.offloader = offloader
 
     def each(self, parts: Sequence[Part], then: Sequence[nn.Module] = ()) -> Iterator[Part]:
-        """The parts in order. The next far one is always on its way; after the last, the first of `then`."""
-        far = [part for part in (*parts, *then) if self.mover.is_far(part)]
+        """The parts in order, the next offloaded one being prefetched; after the last, that of `then`."""
+        offloaded = [part for part in (*parts, *then) if self.offloader.is_offloaded(part)]
         for part in parts:
-            if not far or part is not far[0]:
+            if not offloaded or part is not offloaded[0]:
                 yield part
                 continue
-            far.pop(0)
-            self.mover.finish(part)
-            if far:
-                self.mover.start(far[0])
+            offloaded.pop(0)
+            self.offloader.wait(part)
+            if offloaded:
+                self.offloader.prefetch(offloaded[0])
             try:
                 yield part
             finally:
-                self.mover.drop(part)
+                self.offloader.evict(part)
 
 
-def places(part: nn.Module) -> Iterator[Place]:
-    """Where a part keeps its weights. A block's modulations are no part of it, but parts themselves."""
-    for holder in _modules(part):
-        for kept in (holder._parameters, holder._buffers):
-            for name, tensor in kept.items():
+@dataclass(frozen=True)
+class WeightSlot:
+    """A parameter or buffer of a module: the module's dict, the name in it, the tensor found there."""
+
+    container: dict[str, Tensor | None]
+    name: str
+    tensor: Tensor
+
+    def put(self, tensor: Tensor) -> None:
+        """Assign another tensor: as a parameter if this slot's is one."""
+        is_parameter = isinstance(self.tensor, nn.Parameter)
+        self.container[self.name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+    def restore(self) -> None:
+        """Assign this slot's own tensor again."""
+        self.container[self.name] = self.tensor
+
+
+def weight_slots(part: nn.Module) -> Iterator[WeightSlot]:
+    """The parameters and buffers of a part, without a block's modulations, which are parts of their own."""
+    for module in _modules(part):
+        for container in (module._parameters, module._buffers):
+            for name, tensor in container.items():
                 if tensor is not None:
-                    yield kept, name, tensor  # type: ignore[misc]  # a dict of Parameters
+                    yield WeightSlot(container, name, tensor)  # type: ignore[arg-type]  # a dict of Parameters
 
 
 def weights_of(part: nn.Module) -> list[Tensor]:
-    """The tensors of `places`."""
-    return [tensor for *_, tensor in places(part)]
-
-
-def put(place: Place, tensor: Tensor) -> None:
-    """Keep another tensor in a place."""
-    kept, name, old = place
-    kept[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+    """The tensors of `weight_slots`."""
+    return [slot.tensor for slot in weight_slots(part)]
 
 
 def _modules(part: nn.Module) -> Iterator[nn.Module]:

@@ -12,8 +12,8 @@ from rectiflux.benchmarks.reference.models import flux_transformer, text
 from rectiflux.flux_core.backends.fp8 import Fp8Linear
 from rectiflux.flux_core.backends.quantize import quantize_to_fp8
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
-from rectiflux.flux_core.memory import Streaming, stream
-from rectiflux.flux_core.memory.host_offload import Stager
+from rectiflux.flux_core.memory import WeightStreamer, stream
+from rectiflux.flux_core.memory.host_offload import HostOffloader
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
 from torch import Tensor
@@ -46,7 +46,8 @@ def test_the_same_numbers(dtype: torch.dtype, share: float, card: torch.device) 
     model = model_in(dtype)
     expected = velocities(copy.deepcopy(model).to(card))
     streamed = stream(copy.deepcopy(model), card, int(share * bytes_of(model)))
-    assert isinstance(streamed.streaming, Streaming) and isinstance(streamed.streaming.mover, Stager)
+    assert isinstance(streamed.streaming, WeightStreamer)
+    assert isinstance(streamed.streaming.offloader, HostOffloader)
     velocities(streamed, steps=2)
     for _ in range(3):
         kept = [torch.full((1 << 20,), float(i), device=card) for i in range(20)]

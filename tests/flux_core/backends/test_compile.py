@@ -33,7 +33,7 @@ from rectiflux.flux_core.sampling.step_cache import Caching, StepCache
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..memory.test_streaming import staged
+from ..memory.test_streaming import offload_some
 
 SIZES = {"hidden_size": 256, "num_heads": 4, "mlp_ratio": 1.0}
 """Q4_K needs rows of 256 numbers."""
@@ -195,7 +195,7 @@ def test_streamed_blocks_are_one_compilation(traced: Counting, codes: bool) -> N
     compiled = compile_blocks(model)
     expected, graphs = traced.during(velocity, compiled)
     assert graphs <= 2
-    staged(compiled, every=2)
+    offload_some(compiled, every=2)
     for _ in range(2):
         found, graphs = traced.during(velocity, compiled)
         assert graphs == 0

@@ -23,7 +23,7 @@ from rectiflux.flux_core.backends.cpu_linear import PackedLinear, can_pack, gelu
 from rectiflux.flux_core.backends.cpu_pack import pack_weights
 from rectiflux.flux_core.backends.quantize import int8_bytes, quantize_to_fp8, quantize_to_int8
 from rectiflux.flux_core.lora.linear import AdaptedLinear, dense_weight
-from rectiflux.flux_core.memory import Streaming
+from rectiflux.flux_core.memory import WeightStreamer
 from rectiflux.flux_core.quant.linear import QuantizedLinear, compute_dtype, device_of, weight_count
 from torch import Tensor, nn
 
@@ -383,7 +383,7 @@ def test_quantised_weights_stay_and_streamed_models_are_left_alone(small_packed:
     block = model.single_blocks[0]
     block.linear2 = QuantizedLinear(nf4(weights(256, 1280))[0], torch.zeros(256), torch.float32)
     kept = block.linear2
-    model.streaming = Streaming(None)
+    model.streaming = WeightStreamer(None)
     assert pack_weights(model) == 0
     with pytest.raises(
         ValueError, match="int8 needs a model that is not streamed, got one that is larger than"

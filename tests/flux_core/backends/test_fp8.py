@@ -16,7 +16,7 @@ from rectiflux.flux_core.backends.fp8 import FP8, Fp8Linear, can_multiply, quant
 from rectiflux.flux_core.backends.quantize import fp8_bytes, quantize_to_fp8
 from rectiflux.flux_core.lora.adapters import LowRank
 from rectiflux.flux_core.lora.linear import AdaptedLinear, Part
-from rectiflux.flux_core.memory import Streaming
+from rectiflux.flux_core.memory import WeightStreamer
 from rectiflux.flux_core.memory.streaming import weights_of
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.quant.formats import ConcatenatedWeight, DenseWeight, ScaledWeight
@@ -273,7 +273,7 @@ def test_what_cannot_be_quantised_says_why() -> None:
         ValueError, match=r"in fp8 the model takes 0\.0 GB, the memory limit is 0\.0 GB; raise"
     ):
         quantize_to_fp8(model, limit=1 << 10)
-    model.streaming = Streaming(None)
+    model.streaming = WeightStreamer(None)
     with pytest.raises(
         ValueError, match="fp8 needs a model that is not streamed, got one that is larger than"
     ):
