@@ -1,7 +1,7 @@
-"""Sizes of a FLUX.1 transformer, what a prompt becomes, and the letters that flux_core writes shapes in.
+"""Sizes of a FLUX.1 transformer, an encoded prompt, and the letters in which flux_core writes shapes.
 
 Legend: B batch, H W pixels, h w = H/8 W/8, N = (H/16)(W/16) image tokens, L text tokens, K heads, D head dim,
-C width of the T5 sequence, P width of the pooled CLIP vector, S number of sigmas.
+C width of the T5 sequence, P width of the pooled CLIP vector, S number of sigmas. Square brackets are shapes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]
-"""(x, sigma) -> dx/dsigma = noise - image, of the shape of x: all that a solver needs to know of a model."""
+"""(x, sigma) -> dx/dsigma = noise - image, of the shape of x: all that a solver sees of a model."""
 
 
 class Shaped(Protocol):
-    """A tensor, or a weight that is stored in another form: all that sizes are read off."""
+    """A tensor, or a weight in another format: anything whose sizes can be read."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -34,7 +34,7 @@ class Conditioning:
 
 
 FILL_CHANNELS = 384
-"""A token's inputs in FLUX.1 Fill: 64 noise, 64 masked picture, 256 mask."""
+"""A token's input channels in FLUX.1 Fill: 64 noise, 64 masked image, 256 mask."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,23 @@ class FluxSpec:
 
     @property
     def axes_dim(self) -> tuple[int, int, int]:
-        """Head dims turned by (image index, row, column), in the proportion of FLUX.1's 16, 56, 56 of 128."""
+        """Head dims rotated by (image index, row, column), FLUX.1's 16, 56, 56 of 128 in proportion."""
         first = self.head_dim // 8
         rest = (self.head_dim - first) // 2
         return first, rest, rest
 
     @property
     def txt_length(self) -> int:
-        """T5's tokens that FLUX.1's pipelines give such a model: 512, [schnell] 256, Fill 128."""
+        """The number of T5 tokens that FLUX.1's pipelines use: 512, for [schnell] 256, for Fill 128."""
         if self.in_channels >= FILL_CHANNELS:
             return 128
         return 512 if self.guidance_embed else 256
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Shaped]) -> FluxSpec:
-        """Sizes read off the shapes of a state dict with BFL's names.
+        """Sizes read from the shapes of a state dict with BFL's names.
 
-        Raises ValueError when it is no FLUX.1 transformer.
+        Raises ValueError unless it belongs to a FLUX.1 transformer.
         """
         needed = (
             "img_in.weight",
