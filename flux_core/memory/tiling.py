@@ -1,17 +1,17 @@
-"""The autoencoder in strips of rows: a picture of any size in little memory, and no seam anywhere.
+"""Runs the autoencoder in strips of rows: images of any size within a memory limit, without seams.
 
-Nothing is blended or guessed. Every layer is computed for one strip after another, with the rows that its
-convolution needs of the strips around; the statistics of a GroupNorm are gathered over all strips before the
-layer behind it begins. So the result is that of one piece but for rounding. What this costs:
+Nothing is blended or approximated at the borders. Every layer is computed strip by strip, with the rows of
+neighboring strips that its convolution needs. A GroupNorm's statistics are accumulated over all strips before
+the layer behind it starts. So the result equals that of one piece up to rounding. What this costs:
 
-- The widest activations never exist as a whole. What an Upsample gives is computed whenever it is read; a
-  residual block overwrites its input from the top, and computes its first convolution twice, for the
-  statistics and for the result, where there is no room to keep it.
-- Where one whole activation does not fit, float32 is kept as 16 bits between layers, with an exponent for
-  each row, and computed in float32 as ever.
+- The widest activations never exist as a whole. The output of an Upsample is recomputed whenever it is read.
+  A residual block overwrites its input from the top; where its inner activation does not fit, the first
+  convolution runs twice, once for the statistics and once for the result.
+- Where one whole activation does not fit, float32 is stored as 16-bit integers between layers, with a scale
+  for each row of each channel, and computed in float32 as before.
 
-The lowest resolution, a 64th of the pixels, is taken in one piece, and a batch picture by picture. How an
-activation is kept is in strips.py.
+The lowest resolution, 1/64 of the pixels, is computed in one piece, and a batch image by image. How an
+activation is stored is in strips.py.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.autoencoder import AutoEncoder, Downsample, Level, ResnetBlock, Upsample, activated
+from ..model.autoencoder import AutoEncoder, Downsample, Level, ResnetBlock, Upsample, norm_silu
 from ..model.group_norm import ChannelMoments
 from . import free_memory
-from .strips import Source, Stored, Upsampled, convolved, halved
+from .strips import RowBuffer, RowSource, UpsampledRows, convolve_rows, downsample_rows
 
-LIMIT = 1_700_000_000
-"""Bytes of activations to which a CPU keeps by strips."""
-STRIPS = 96
-"""A strip of the widest activation takes this part of the limit."""
+CPU_LIMIT = 1_700_000_000
+"""Bytes of activations on a CPU, above which strips are used."""
+STRIPS_PER_LIMIT = 96
+"""A strip of the widest activation takes this fraction of the limit."""
 
 Progress = Callable[[int, int], None]
 
 
-def room(device: torch.device) -> int:
-    """Bytes that activations may take on a device: nine tenths of what is free, on a CPU at most LIMIT."""
+def activation_limit(device: torch.device) -> int:
+    """Bytes that activations may take on a device: 90 % of its free memory, on a CPU at most CPU_LIMIT."""
     free = free_memory(device)
-    most = LIMIT if free is None else free * 9 // 10
-    return most if device.type == "cuda" else min(most, LIMIT)
+    limit = CPU_LIMIT if free is None else free * 9 // 10
+    return limit if device.type == "cuda" else min(limit, CPU_LIMIT)
 
 
 @torch.no_grad()
@@ -50,30 +50,31 @@ def decode(
 ) -> Tensor:
     """Images [B, 3, H, W], about -1..1 (not clamped), of raw latents [B, 16, h, w], as `AutoEncoder.decode`.
 
-    In one piece where its activations take at most `limit` bytes, otherwise picture by picture, and each in
-    strips where that is needed; None is what `room` says. `on_progress` hears (done, total) of these; what it
-    raises ends the work. Without gradients. Raises what `AutoEncoder.decode` raises.
+    In one piece where its activations take at most `limit` bytes (default: `activation_limit`), otherwise
+    image by image, each in strips where needed. `on_progress` is then called with (done, total); an exception
+    that it raises stops the work. Without gradients. Raises what `AutoEncoder.decode` raises.
     """
     autoencoder.check_latent(raw)
     height, width = (side * autoencoder.factor for side in raw.shape[2:])
-    need = bytes_in_one_piece(autoencoder, height, width)
-    limit = room(autoencoder.device) if limit is None else limit
+    need = activation_bytes(autoencoder, height, width)
+    limit = activation_limit(autoencoder.device) if limit is None else limit
     if need * len(raw) <= limit:
         return autoencoder.decode(raw)
     decoder = autoencoder.decoder
-    steps = list(steps_of(cast(Iterable[Level], reversed(decoder.up)), raw.shape[2] * raw.shape[3]))
-    walk = Walk(limit, len(raw) * sum(step.cost for step in steps), on_progress)
+    steps = list(block_steps(cast(Iterable[Level], reversed(decoder.up)), raw.shape[2] * raw.shape[3]))
+    strips = StripPass(limit, len(raw) * sum(step.cost for step in steps), on_progress)
 
-    def one(latent: Tensor) -> Tensor:
+    def decode_one(latent: Tensor) -> Tensor:
         if need <= limit:
-            return walk.told(autoencoder.decode(latent), steps)
-        walk.begin(
-            Stored.of(decoder.mid(decoder.conv_in(latent.contiguous(memory_format=torch.channels_last))))
-        )
-        walk.through(steps)
-        return walk.end(decoder.norm_out, decoder.conv_out)
+            image = autoencoder.decode(latent)
+            strips.advance(sum(step.cost for step in steps))
+            return image
+        latent = latent.contiguous(memory_format=torch.channels_last)
+        strips.start(RowBuffer.of(decoder.mid(decoder.conv_in(latent))))
+        strips.run(steps)
+        return strips.finish(decoder.norm_out, decoder.conv_out)
 
-    return torch.cat([one(latent) for latent in raw.to(autoencoder.dtype).split(1)])
+    return torch.cat([decode_one(latent) for latent in raw.to(autoencoder.dtype).split(1)])
 
 
 @torch.no_grad()
@@ -86,29 +87,31 @@ def encode(
     """
     autoencoder.check_image(image)
     height, width = image.shape[2:]
-    need = bytes_in_one_piece(autoencoder, height, width)
-    limit = room(autoencoder.device) if limit is None else limit
+    need = activation_bytes(autoencoder, height, width)
+    limit = activation_limit(autoencoder.device) if limit is None else limit
     if need * len(image) <= limit:
         return autoencoder.encode(image)
     encoder = autoencoder.encoder
-    steps = list(steps_of(cast(Iterable[Level], encoder.down), height * width))
-    walk = Walk(limit, len(image) * sum(step.cost for step in steps), on_progress)
+    steps = list(block_steps(cast(Iterable[Level], encoder.down), height * width))
+    strips = StripPass(limit, len(image) * sum(step.cost for step in steps), on_progress)
 
-    def one(picture: Tensor) -> Tensor:
+    def encode_one(single: Tensor) -> Tensor:
         if need <= limit:
-            return walk.told(autoencoder.encode(picture), steps)
-        walk.begin_with(encoder.conv_in, picture)
-        walk.through(steps)
-        last = activated(encoder.mid(walk.x.whole()), encoder.norm_out)
-        return encoder.conv_out(last).chunk(2, dim=1)[0]
+            latent = autoencoder.encode(single)
+            strips.advance(sum(step.cost for step in steps))
+            return latent
+        strips.start_with(encoder.conv_in, single)
+        strips.run(steps)
+        return encoder.conv_out(norm_silu(encoder.mid(strips.x.whole()), encoder.norm_out)).chunk(2, dim=1)[0]
 
-    return torch.cat([one(picture) for picture in image.to(autoencoder.dtype).split(1)])
+    return torch.cat([encode_one(single) for single in image.to(autoencoder.dtype).split(1)])
 
 
-def bytes_in_one_piece(autoencoder: AutoEncoder, height: int, width: int) -> int:
-    """About the most bytes of activations at one time, for one picture in one piece.
+def activation_bytes(autoencoder: AutoEncoder, height: int, width: int) -> int:
+    """Approximate peak bytes of activations for one image in one piece.
 
-    That is in the first residual block of a level: its input, the same normed, and what it makes of that.
+    The peak is in the first residual block of a level: its input, that normalized, and the convolution's
+    output.
     """
     spec = autoencoder.spec
     widths = [spec.ch * multiple for multiple in spec.ch_mult]
@@ -118,15 +121,15 @@ def bytes_in_one_piece(autoencoder: AutoEncoder, height: int, width: int) -> int
 
 @dataclass(frozen=True)
 class BlockStep:
-    """A residual block, the change of size before it, and what they cost (multiplications, about)."""
+    """A residual block, the resampling before it, and their cost (approximate multiplications)."""
 
     block: ResnetBlock
     resample: Upsample | Downsample | None
     cost: int
 
 
-def steps_of(levels: Iterable[Level], pixels: int) -> Iterator[BlockStep]:
-    """The blocks of levels in the order of computing; the first level has so many pixels."""
+def block_steps(levels: Iterable[Level], pixels: int) -> Iterator[BlockStep]:
+    """The blocks of levels in order of execution; `pixels` are those of the first level."""
     resample: Upsample | Downsample | None = None
     for level in levels:
         if resample is not None:
@@ -139,10 +142,10 @@ def steps_of(levels: Iterable[Level], pixels: int) -> Iterator[BlockStep]:
         resample = level.resample
 
 
-class Walk:
-    """One activation on its way through the levels in strips, its moments, and how far it is."""
+class StripPass:
+    """Runs levels in strips: the current activation `x`, its `moments`, and the progress."""
 
-    x: Stored
+    x: RowBuffer
     moments: ChannelMoments
     _like: Tensor
 
@@ -150,128 +153,129 @@ class Walk:
         self._limit, self._total, self._on_progress = limit, total, on_progress
         self._done = 0.0
 
-    def begin(self, x: Stored) -> None:
+    def start(self, x: RowBuffer) -> None:
+        """Start with an activation."""
         self.x, self.moments, self._like = x, ChannelMoments().add(x.whole()), x.whole().new_empty(0)
 
-    def begin_with(self, conv: nn.Conv2d, picture: Tensor) -> None:
-        """Begin with what a 3x3 convolution makes of a whole picture."""
-        self._like, source = picture.new_empty(0), Stored.of(picture)
-        self.x = self._new((conv.out_channels, picture.shape[2], picture.shape[3]), source)
-        self._fill(lambda *span: convolved(conv, source.rows, picture.shape[2], *span), 0)
+    def start_with(self, conv: nn.Conv2d, image: Tensor) -> None:
+        """Start with a 3x3 convolution of a whole image."""
+        self._like, source = image.new_empty(0), RowBuffer.of(image)
+        self.x = self._new((conv.out_channels, image.shape[2], image.shape[3]), source)
+        self._fill(lambda *span: convolve_rows(conv, source.rows, image.shape[2], *span), 0)
 
-    def through(self, steps: Iterable[BlockStep]) -> None:
-        """Take the activation through blocks."""
+    def run(self, steps: Iterable[BlockStep]) -> None:
+        """Run blocks on the activation."""
         for step in steps:
             cost = step.cost / 2
-            source: Source = self.x
+            source: RowSource = self.x
             if isinstance(step.resample, Upsample):
                 cost = step.cost / 3
-                source = Upsampled(self.x, step.resample)
+                source = UpsampledRows(self.x, step.resample)
                 self.moments = ChannelMoments()
                 for span in self._strips(source.shape, cost):
                     self.moments.add(source.rows(*span))
             elif step.resample is not None:
                 cost = step.cost / 3
-                source = self._halve(step.resample, cost)
-            self._block(step.block, source, cost)
+                source = self._downsample(step.resample, cost)
+            self._run_block(step.block, source, cost)
 
-    def end(self, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
-        """What the last norm, SiLU and convolution make of the activation."""
+    def finish(self, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+        """The last norm, SiLU and convolution of the activation."""
         x, moments = self.x, self.moments
         _, height, width = x.shape
-        answer = torch.empty(
+        out = torch.empty(
             (1, conv.out_channels, height, width),
             dtype=self._like.dtype,
             device=self._like.device,
             memory_format=torch.channels_last,
         )
-        for first, last in self._strips(x.shape, 0):  # small results in between would hold memory open
-            answer[:, :, first:last] = convolved(
-                conv, lambda a, b: normed(moments, x.rows(a, b), norm), height, first, last
+        for first, last in self._strips(x.shape, 0):  # a list of results would fragment the memory
+            out[:, :, first:last] = convolve_rows(
+                conv, lambda a, b: norm_silu_rows(x.rows(a, b), moments, norm), height, first, last
             )
-        return answer
+        return out
 
-    def told(self, answer: Tensor, steps: Iterable[BlockStep]) -> Tensor:
-        """The answer, after telling that the steps to it are done."""
-        self._tell(sum(step.cost for step in steps))
-        return answer
+    def advance(self, cost: float) -> None:
+        """Report progress."""
+        self._done += cost
+        if self._on_progress is not None:
+            self._on_progress(min(round(self._done), self._total), self._total)
 
-    def _halve(self, layer: Downsample, cost: float) -> Stored:
+    def _downsample(self, layer: Downsample, cost: float) -> RowBuffer:
         channels, height, width = self.x.shape
         before = self.x
         self.x = self._new((channels, height // 2, width // 2), before)
-        self._fill(lambda *span: halved(layer, before, *span), cost)
+        self._fill(lambda *span: downsample_rows(layer, before, *span), cost)
         return self.x
 
-    def _block(self, block: ResnetBlock, source: Source, cost: float) -> None:
-        """Put the activation that a residual block makes of another into `x`, and its moments beside it."""
+    def _run_block(self, block: ResnetBlock, source: RowSource, cost: float) -> None:
+        """Assign the output of a residual block to `x`, and its moments to `moments`."""
         _, height, width = source.shape
         shape = (block.conv2.out_channels, height, width)
-        moments, inner = self.moments, ChannelMoments()
+        moments, inner_moments = self.moments, ChannelMoments()
 
         def first_half(first: int, last: int) -> Tensor:
-            return convolved(
+            return convolve_rows(
                 block.conv1,
-                lambda a, b: normed(moments, source.rows(a, b), block.norm1),
+                lambda a, b: norm_silu_rows(source.rows(a, b), moments, block.norm1),
                 height,
                 first,
                 last,
             )
 
-        own = source if isinstance(source, Stored) and source.shape == shape else None
-        kept = None if own is not None and not self._fits(shape, source) else self._new(shape, source)
+        in_place = source if isinstance(source, RowBuffer) and source.shape == shape else None
+        inner = None if in_place is not None and not self._fits(shape, source) else self._new(shape, source)
         for first, last in self._strips(source.shape, cost):
             rows = first_half(first, last)
-            inner.add(rows)
-            if kept is not None:
-                kept.fill(first, rows)
-        half = first_half if kept is None else kept.rows
-        into = cast(Stored, own or kept)
+            inner_moments.add(rows)
+            if inner is not None:
+                inner.fill(first, rows)
+        inner_rows = first_half if inner is None else inner.rows
+        out = cast(RowBuffer, in_place or inner)
         self.moments = ChannelMoments()
         for first, last in self._strips(source.shape, cost):
-            rows = convolved(
-                block.conv2, lambda a, b: normed(inner, half(a, b), block.norm2), height, first, last
+            rows = convolve_rows(
+                block.conv2,
+                lambda a, b: norm_silu_rows(inner_rows(a, b), inner_moments, block.norm2),
+                height,
+                first,
+                last,
             ).add_(block.nin_shortcut(source.rows(first, last)))
             self.moments.add(rows)
-            into.overwrite(first, rows)
-        self.x = into
+            out.overwrite(first, rows)
+        self.x = out
 
-    def _fill(self, make: Callable[[int, int], Tensor], cost: float) -> None:
+    def _fill(self, compute: Callable[[int, int], Tensor], cost: float) -> None:
         self.moments = ChannelMoments()
         for first, last in self._strips(self.x.shape, cost):
-            rows = make(first, last)
+            rows = compute(first, last)
             self.moments.add(rows)
             self.x.fill(first, rows)
 
     def _bytes(self, shape: tuple[int, int, int]) -> int:
         return shape[0] * shape[1] * shape[2] * self._like.dtype.itemsize
 
-    def _fits(self, shape: tuple[int, int, int], beside: Source) -> bool:
+    def _fits(self, shape: tuple[int, int, int], beside: RowSource) -> bool:
         return beside.nbytes + self._bytes(shape) <= self._limit
 
-    def _new(self, shape: tuple[int, int, int], beside: Source) -> Stored:
-        """Room for an activation, in 16 bits where it would not fit beside another; then perhaps that too."""
+    def _new(self, shape: tuple[int, int, int], beside: RowSource) -> RowBuffer:
+        """A new buffer; compact where it would not fit beside another, which may become compact, too."""
         if self._fits(shape, beside):
-            return Stored(shape, self._like)
+            return RowBuffer(shape, self._like)
         if beside.nbytes + self._bytes(shape) // 2 > self._limit:
             beside.compact()
-        return Stored(shape, self._like, compact=True)
+        return RowBuffer(shape, self._like, compact=True)
 
     def _strips(self, shape: tuple[int, int, int], cost: float) -> Iterator[tuple[int, int]]:
-        """First and last + 1 of the rows of each strip; all of them cost so much."""
+        """Rows [first, last) of each strip; `cost` is that of all of them."""
         height = shape[1]
-        rows = max(4, self._limit // STRIPS // max(1, self._bytes(shape) // height) // 2 * 2)
+        rows = max(4, self._limit // STRIPS_PER_LIMIT // max(1, self._bytes(shape) // height) // 2 * 2)
         for first in range(0, height, rows):
             last = min(first + rows, height)
             yield first, last
-            self._tell(cost * (last - first) / height)
-
-    def _tell(self, cost: float) -> None:
-        self._done += cost
-        if self._on_progress is not None:
-            self._on_progress(min(round(self._done), self._total), self._total)
+            self.advance(cost * (last - first) / height)
 
 
-def normed(moments: ChannelMoments, rows: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """SiLU of rows after a GroupNorm that has these moments of the whole activation."""
+def norm_silu_rows(rows: Tensor, moments: ChannelMoments, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm and SiLU of rows, with the moments of the whole activation."""
     return F.silu(moments.normalize(rows, norm), inplace=True)

@@ -1,12 +1,12 @@
-"""FLUX.1's autoencoder: an image in, a 16-channel latent at an eighth of its sides out, and back.
+"""FLUX.1's autoencoder: encodes an image to a 16-channel latent of an eighth of its sides, and decodes it.
 
 Names are BFL's (black-forest-labs/flux, src/flux/modules/autoencoder.py). Images are [B, 3, H, W] in -1..1.
-Latents are [B, 16, h, w] and come in two scales: raw, as the autoencoder makes them and as node editors pass
-them about, and model space, where the transformer works: SCALE * (raw - SHIFT).
+Latents are [B, 16, h, w] in one of two scales: raw, in VAE space, as the autoencoder returns them and as a
+LATENT wire carries them, or in model space, where the transformer works: SCALE * (raw - SHIFT).
 
-Activations lie channels last in memory, where convolutions are fastest; shapes and values are as ever. So do
-kernels once `channels_last` has seen to it, or each convolution would turn its own round every time.
-`decode` and `encode` here take a picture in one piece; tiling.py does it in strips, within bounded memory.
+Activations are channels last in memory, where convolutions are fastest; shapes and values do not depend on
+it. `channels_last` does the same for the weights, which each convolution would otherwise convert every time.
+`decode` and `encode` here run in one piece; memory/tiling.py runs them in strips, within bounded memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..backends import cpu_attention as attention_cpu
+from ..backends import cpu_attention
 from .group_norm import GroupNorm
 from .spec import Shaped
 
@@ -28,12 +28,12 @@ SHIFT = 0.1159
 
 
 def to_model_space(raw: Tensor) -> Tensor:
-    """Latent as the transformer sees it, about unit variance, from a raw one."""
+    """Latent in model space, of about unit variance, from a raw one."""
     return SCALE * (raw - SHIFT)
 
 
 def to_vae_space(latent: Tensor) -> Tensor:
-    """Raw latent from one in model space: the inverse of `to_model_space`."""
+    """Raw latent from one in model space, the inverse of `to_model_space`."""
     return latent / SCALE + SHIFT
 
 
@@ -41,7 +41,8 @@ def to_vae_space(latent: Tensor) -> Tensor:
 class AutoEncoderSpec:
     """Sizes of the autoencoder.
 
-    Base channels `ch`, their multiple at each level from full resolution down, residual blocks a level.
+    `ch` channels at full resolution, their multiple `ch_mult` at each level from there down, `num_res_blocks`
+    residual blocks per level.
     """
 
     ch: int = 128
@@ -52,14 +53,14 @@ class AutoEncoderSpec:
 
     @property
     def groups(self) -> int:
-        """Groups of every GroupNorm: FLUX's 32, and one where 32 do not divide the channels."""
+        """Groups of every GroupNorm: 32 as in FLUX, or 1 where `ch` is not a multiple of 32."""
         return 1 if self.ch % 32 else 32
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Shaped]) -> AutoEncoderSpec:
-        """Sizes read off a state dict with BFL's names.
+        """Sizes from the shapes of a state dict with BFL's names.
 
-        Raises ValueError when it is no autoencoder of FLUX.1's kind.
+        Raises ValueError when it is not a FLUX.1 autoencoder.
         """
         for name in (
             "encoder.conv_in.weight",
@@ -68,7 +69,7 @@ class AutoEncoderSpec:
         ):
             if name not in state_dict:
                 raise ValueError(
-                    f"not a FLUX.1 autoencoder: it has no {name}; choose FLUX.1's ae.safetensors"
+                    f"not a FLUX.1 autoencoder: {name} is missing; choose FLUX.1's ae.safetensors"
                 )
         conv_in = state_dict["encoder.conv_in.weight"].shape
         ch = conv_in[0]
@@ -93,19 +94,19 @@ def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
 
 
 def channels_last(model: nn.Module) -> None:
-    """Lay the kernels of a model's convolutions channels last in memory, one at a time."""
+    """Convert the weights of a model's convolutions to channels-last memory, one at a time."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.weight.shape[2:] != (1, 1):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def activated(x: Tensor, norm: GroupNorm) -> Tensor:
-    """SiLU of a normed activation, in one new tensor."""
+def norm_silu(x: Tensor, norm: GroupNorm) -> Tensor:
+    """GroupNorm and SiLU, allocating one tensor."""
     return F.silu(norm(x), inplace=True)
 
 
 class ResnetBlock(nn.Module):
-    """Two normed 3x3 convolutions around a shortcut."""
+    """Two 3x3 convolutions, each after GroupNorm and SiLU, with a shortcut around them."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -118,8 +119,8 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(activated(x, self.norm1))
-        return self.conv2(activated(h, self.norm2)).add_(self.nin_shortcut(x))
+        h = self.conv1(norm_silu(x, self.norm1))
+        return self.conv2(norm_silu(h, self.norm2)).add_(self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -136,15 +137,15 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (rearrange(part(normed), "b c h w -> b 1 (h w) c") for part in (self.q, self.k, self.v))
-        if attention_cpu.serves(q, k, v):
-            attn = attention_cpu.attend(q, k, v)
+        if cpu_attention.serves(q, k, v):
+            attn = cpu_attention.attend(q, k, v)
         else:
             attn = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return self.proj_out(rearrange(attn, "b (h w) c -> b c h w", h=x.shape[2])).add_(x)
 
 
 class Downsample(nn.Module):
-    """Halve the sides: a strided convolution, padded at right and bottom only, as FLUX's weights expect."""
+    """Halve the sides: a strided convolution, padded at the right and bottom only, as FLUX's weights need."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -155,10 +156,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the sides: nearest neighbours, then a 3x3 convolution, in 4/9 of the arithmetic that this takes.
+    """Double the sides: nearest neighbors and a 3x3 convolution, in 4/9 of their arithmetic.
 
-    Of the 3 x 3 pixels under the kernel at most 2 x 2 differ, so the outputs of each parity are a convolution
-    of the small picture with a 2x2 kernel, whose weights are sums of the given ones.
+    Of the 3 x 3 enlarged pixels under the kernel at most 2 x 2 differ, so the outputs of each parity are a
+    convolution of the small input with a 2x2 kernel, whose weights are sums of the given ones.
     """
 
     def __init__(self, channels: int) -> None:
@@ -166,7 +167,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, padding: int = 1) -> Tensor:
-        """[B, C, 2 h, 2 w] of [B, C, h, w]; with `padding` 0, x has a row more above and one more below."""
+        """[B, C, 2 h, 2 w] of [B, C, h, w]; with `padding` 0, x has one more row above and one below."""
         batch, channels, height, width = x.shape
         height += 2 * padding - 2
         out = torch.empty(batch, channels, 2 * height, 2 * width, dtype=x.dtype, device=x.device).contiguous(
@@ -180,9 +181,9 @@ class Upsample(nn.Module):
     def kernels(self) -> dict[tuple[int, int], Tensor]:
         """2x2 kernels [C, C, 2, 2] by the parity of row and column, channels last in memory.
 
-        All of them at once: at 16 x 16, one after the other, they took longer than the convolutions. Of three
-        rows an even output's pair of pixels meets the first, and the sum of the others; an odd one's the
-        sum of the first two, and the last. So do columns.
+        An even output row has the kernel's first row on one input row and the sum of the others on the next;
+        an odd one has the sum of the first two, and the last. The same holds for columns. All four are
+        computed at once: one after the other, at 16 x 16, they took longer than the convolutions.
         """
         weight = self.conv.weight
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32)).permute(0, 2, 3, 1)
@@ -195,7 +196,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution and the change to the next."""
+    """The blocks of one resolution and the resampling to the next."""
 
     def __init__(self, blocks: list[ResnetBlock], resample: Downsample | Upsample | None) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ class Level(nn.Module):
 
     @property
     def resample(self) -> Downsample | Upsample | None:
-        """The change to the next level, None at the last one."""
+        """The resampling to the next level, None at the last one."""
         return getattr(self, "upsample", None) or getattr(self, "downsample", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ class Level(nn.Module):
 
 
 class Mid(nn.Module):
-    """Two residual blocks around attention, at the lowest resolution."""
+    """A residual block, attention and a residual block, at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -251,13 +252,13 @@ class Encoder(nn.Module):
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for level in self.down:
             x = level(x)
-        return self.conv_out(activated(self.mid(x), self.norm_out))
+        return self.conv_out(norm_silu(self.mid(x), self.norm_out))
 
 
 class Decoder(nn.Module):
     """Raw latent [B, z, h, w] -> image [B, 3, 8 h, 8 w].
 
-    `up` is numbered from full resolution, and walked backwards.
+    As in BFL's file, `up[0]` is the level of full resolution, so the levels run in reverse.
     """
 
     def __init__(self, spec: AutoEncoderSpec) -> None:
@@ -279,7 +280,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(activated(x, self.norm_out))
+        return self.conv_out(norm_silu(x, self.norm_out))
 
 
 class AutoEncoder(nn.Module):
@@ -301,7 +302,7 @@ class AutoEncoder(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent position along each side: 8 in FLUX.1."""
+        """Pixels per latent position along each side: 8 in FLUX.1."""
         return 2 ** (len(self.spec.ch_mult) - 1)
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,13 +321,13 @@ class AutoEncoder(nn.Module):
     def decode(self, raw: Tensor) -> Tensor:
         """Images [B, 3, H, W], about -1..1 (not clamped), of raw latents [B, 16, h, w].
 
-        Raises ValueError when the latent has another number of channels.
+        Raises ValueError for a wrong number of channels.
         """
         self.check_latent(raw)
         return self.decoder(raw.to(self.dtype))
 
     def check_image(self, image: Tensor) -> None:
-        """Raises ValueError for an image that `encode` does not take."""
+        """Raises ValueError for an image that `encode` does not accept."""
         channels, height, width = image.shape[1:]
         if channels != self.spec.in_channels:
             raise ValueError(
@@ -339,7 +340,7 @@ class AutoEncoder(nn.Module):
             )
 
     def check_latent(self, raw: Tensor) -> None:
-        """Raises ValueError for a latent that `decode` does not take."""
+        """Raises ValueError for a latent that `decode` does not accept."""
         if raw.shape[1] != self.spec.z_channels:
             raise ValueError(
                 f"this autoencoder decodes latents of {self.spec.z_channels} channels, got {raw.shape[1]}; "

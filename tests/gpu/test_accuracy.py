@@ -21,7 +21,7 @@ from rectiflux.flux_core.backends.attention import (
 from rectiflux.flux_core.backends.fp8 import can_multiply
 from rectiflux.flux_core.backends.quantize import quantize_to_fp8
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
-from rectiflux.flux_core.memory.tiling import bytes_in_one_piece, decode, encode
+from rectiflux.flux_core.memory.tiling import activation_bytes, decode, encode
 from rectiflux.flux_core.model.transformer import FluxTransformer, pack
 from rectiflux.flux_core.pipeline import Models, text_to_image
 from rectiflux.flux_core.quant.formats import GGUFWeight
@@ -147,7 +147,7 @@ def test_latents_and_pictures(device: torch.device) -> None:
     picture = model.decode(latent)
     twin = copy.deepcopy(model).to(device)
     assert relative_error(twin.decode(latent.to(device)).cpu(), picture) < 1e-5
-    need = bytes_in_one_piece(model, 192, 160)
+    need = activation_bytes(model, 192, 160)
     for limit, allowed in ((need - 1, 1e-5), (0, 0.05 / 127.5)):  # the latter keeps 16 bits of each number
         assert relative_error(decode(twin, latent.to(device), limit=limit).cpu(), picture) < allowed
     again = model.encode(picture)

@@ -203,8 +203,8 @@ def test_an_image_too_large_for_the_memory_is_coded_in_strips_with_a_bar(
     image = torch.rand(1, 256, 256, 3, generator=torch.Generator().manual_seed(0))
     encoded = call("RectifluxVAEEncode", image=image, vae=vae)["samples"]
     decoded = call("RectifluxVAEDecode", samples={"samples": encoded}, vae=vae)
-    need = tiling.bytes_in_one_piece(vae, 256, 256)
-    monkeypatch.setattr(tiling, "LIMIT", need // 2)
+    need = tiling.activation_bytes(vae, 256, 256)
+    monkeypatch.setattr(tiling, "CPU_LIMIT", need // 2)
     for name, inputs, expected in (
         ("RectifluxVAEEncode", {"image": image}, encoded),
         ("RectifluxVAEDecode", {"samples": {"samples": encoded}}, decoded),
