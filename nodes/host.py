@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..flux_core.memory import LIMITS
-from ..flux_core.model.text_encoders import OWN_LENGTH
+from ..flux_core.model.text_encoders import NO_PADDING
 from ..flux_core.sampling.solver import Solver
 from ..flux_core.sampling.step_cache import Caching
 from . import model_files
@@ -33,7 +33,7 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
 time, and the rest is in bf16."""
 
 MEMORY_LIMITS = tuple(LIMITS)
-T5_LENGTHS: dict[str, int | None] = {"auto": None, "512": 512, "256": 256, "128": 128, "prompt": OWN_LENGTH}
+T5_LENGTHS: dict[str, int | None] = {"auto": None, "512": 512, "256": 256, "128": 128, "prompt": NO_PADDING}
 """Number of T5 tokens, None for the encoder's own."""
 
 

@@ -176,7 +176,7 @@ def encode_text(
 
 
 def of_length(batches: list[list[tuple[Any, ...]]], length: int) -> list[list[tuple[Any, ...]]]:
-    """ComfyUI's T5 tokens, (id or embedding, weight), cut or padded to `length`, their own at OWN_LENGTH.
+    """ComfyUI's T5 tokens, (id or embedding, weight), cut or padded to `length`, their own at NO_PADDING.
 
     The end token stays at the end.
     """

@@ -1,7 +1,8 @@
-"""Prompts to numbers, by FLUX.1's two text encoders: T5 gives a vector per token, CLIP one for the whole.
+"""Encodes prompts with FLUX.1's two text encoders: T5 returns a vector per token, CLIP one for the prompt.
 
-The encoders are `transformers`' own; here is what FLUX asks of them: T5 padded to a fixed length and read
-without an attention mask, CLIP's state at the end of the text, and sizes taken from the shapes in a file.
+The encoders are those of `transformers`, imported only when a model is built. This file adds what FLUX needs:
+T5 padded to a fixed length without an attention mask, CLIP's hidden state at the end of the text, and model
+sizes from the shapes in a file.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T5_LENGTH = 512
-"""Tokens that FLUX.1 [dev] pads the T5 text to; [schnell] is used with 256, Fill with 128."""
-OWN_LENGTH = 0
-"""In place of a length: as many tokens as the prompt has, so that no padding speaks with it."""
+"""Tokens to which FLUX.1 [dev] pads the T5 text; [schnell] uses 256, Fill 128."""
+NO_PADDING = 0
+"""As `txt_length`: do not pad; use the prompt's own token count."""
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """How many tokens a prompt needs, end marks included, and how many the encoder reads."""
+    """How many tokens a prompt has, end marks included, and how many the encoder reads."""
 
     encoder: str
     needed: int
@@ -38,7 +39,7 @@ class TokenCount:
 
 
 class TextEncoders:
-    """FLUX.1's pair of text encoders with their tokenizers, whose templates add the end marks."""
+    """FLUX.1's two text encoders with their tokenizers, whose templates add the end marks."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class TextEncoders:
         self.clip_length: int = clip.config.max_position_embeddings
         end = clip.config.eos_token_id
         if not isinstance(end, int):
-            raise ValueError(f"CLIP's config must name one end mark, got {end}")
+            raise ValueError(f"CLIP's config must have one integer eos_token_id, got {end}")
         self.clip_end = end
         for tokenizer in (t5_tokenizer, clip_tokenizer):
             tokenizer.no_padding()
@@ -68,18 +69,18 @@ class TextEncoders:
     ) -> Conditioning:
         """Conditioning with txt [B, txt_length, C] and pooled [B, P], float32, of B prompts.
 
-        CLIP reads `clip_prompts` where given. `txt_length` counts T5's tokens: the encoders' own number
-        unless given, and never more; with OWN_LENGTH, a prompt's own, without the padding that the model
-        would read too. A prompt that is too long is cut at its end, and a sentence that says so, with the
-        numbers of tokens, goes to `on_notice`, or else to the log. Raises ValueError when the lists differ
-        in length, for a negative length, and for prompts of different lengths with OWN_LENGTH, which one
-        tensor cannot hold.
+        CLIP encodes `clip_prompts` where given. `txt_length` is the number of T5 tokens: by default, and at
+        most, `self.txt_length`. With NO_PADDING it is the prompt's own token count; padding is otherwise
+        visible to the transformer. A prompt that is too long is truncated, and a sentence with both token
+        counts is passed to `on_notice`, or else to the log. Raises ValueError when the lists differ in
+        length, for a negative length, and with NO_PADDING for prompts of different lengths, which do not
+        fit in one tensor.
         """
-        prompts = [_whole(prompt) for prompt in prompts]
-        clip_prompts = prompts if clip_prompts is None else [_whole(prompt) for prompt in clip_prompts]
+        prompts = [_as_unicode(prompt) for prompt in prompts]
+        clip_prompts = prompts if clip_prompts is None else [_as_unicode(prompt) for prompt in clip_prompts]
         if len(clip_prompts) != len(prompts):
             raise ValueError(
-                f"T5 and CLIP need as many prompts as each other, got {len(prompts)} and {len(clip_prompts)}"
+                f"T5 and CLIP need the same number of prompts, got {len(prompts)} and {len(clip_prompts)}"
             )
         txt_length = self.length_of(prompts, self.txt_length if txt_length is None else txt_length)
         for prompt, clip_prompt in zip(prompts, clip_prompts, strict=True):
@@ -97,23 +98,23 @@ class TextEncoders:
             )
 
     def length_of(self, prompts: list[str], txt_length: int) -> int:
-        """T5's tokens for these prompts: `txt_length`, or for OWN_LENGTH what each of them has."""
+        """Number of T5 tokens for these prompts: `txt_length`, or with NO_PADDING their own token count."""
         if txt_length < 0:
-            raise ValueError(f"a text needs a number of T5 tokens above 0, got {txt_length}")
-        if txt_length != OWN_LENGTH:
+            raise ValueError(f"txt_length must not be negative, got {txt_length}; {T5_LENGTH} is usual")
+        if txt_length != NO_PADDING:
             return min(txt_length, self.txt_length)
         lengths = sorted({len(self.t5_tokenizer.encode(prompt).ids) for prompt in prompts})
         if len(lengths) != 1:
             raise ValueError(
-                f"texts without padding must be of one length, got {', '.join(map(str, lengths))} tokens; "
-                "encode one prompt at a time"
+                "prompts without padding must have the same token count, got "
+                f"{', '.join(map(str, lengths))}; encode one prompt at a time"
             )
         return min(lengths[0], self.txt_length)
 
     def token_counts(
         self, prompt: str, clip_prompt: str | None = None, txt_length: int | None = None
     ) -> tuple[TokenCount, TokenCount]:
-        """Tokens needed and read, of T5 and of CLIP."""
+        """Token counts for T5 and for CLIP."""
         clip_prompt = prompt if clip_prompt is None else clip_prompt
         limit = self.txt_length if txt_length is None else txt_length
         return (
@@ -122,7 +123,7 @@ class TextEncoders:
         )
 
     def t5_ids(self, prompts: list[str], txt_length: int | None = None) -> Tensor:
-        """Token ids [B, txt_length], cut so that the end mark stays, padded with T5's 0."""
+        """Token ids [B, txt_length], truncated before the end mark, padded with T5's 0."""
         return _pad(
             [self.t5_tokenizer.encode(p).ids for p in prompts],
             self.txt_length if txt_length is None else txt_length,
@@ -130,40 +131,40 @@ class TextEncoders:
         )
 
     def clip_ids(self, prompts: list[str]) -> Tensor:
-        """Token ids [B, CLIP's length], cut so that the end mark stays, padded with the end mark."""
+        """Token ids [B, CLIP's length], truncated before the end mark, padded with the end mark."""
         return _pad([self.clip_tokenizer.encode(p).ids for p in prompts], self.clip_length, self.clip_end)
 
     def encode_t5(self, ids: Tensor) -> Tensor:
-        """T5's last hidden state [B, L, C], float32: padding included and unmasked, as FLUX was trained."""
+        """T5's last hidden state [B, L, C], float32; padding is not masked, as FLUX was trained."""
         return self.t5(input_ids=ids.to(self.t5.device)).last_hidden_state.float()
 
     def encode_clip(self, ids: Tensor) -> Tensor:
-        """CLIP's state at the first end mark [B, P], float32."""
+        """CLIP's hidden state at the first end mark [B, P], float32."""
         return self.clip(input_ids=ids.to(self.clip.device)).pooler_output.float()
 
 
-def _whole(text: str) -> str:
-    """The text with U+FFFD for half an emoji (a lone surrogate), which a tokenizer does not take."""
+def _as_unicode(text: str) -> str:
+    """The text with U+FFFD for half an emoji (a lone surrogate), which a tokenizer does not accept."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _pad(rows: list[list[int]], length: int, filler: int) -> Tensor:
-    """Rows cut to `length` with their last id kept, or filled up to it."""
-    cut = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
-    return torch.tensor([row + [filler] * (length - len(row)) for row in cut], dtype=torch.long)
+def _pad(rows: list[list[int]], length: int, pad_id: int) -> Tensor:
+    """Rows truncated to `length` before their last id, or padded to it."""
+    truncated = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
+    return torch.tensor([row + [pad_id] * (length - len(row)) for row in truncated], dtype=torch.long)
 
 
-def t5_of_size(state_dict: Mapping[str, Shaped]) -> T5EncoderModel:
-    """T5 v1.1 encoder without numbers (on the meta device), its sizes read off the shapes of a state dict.
+def t5_from_shapes(state_dict: Mapping[str, Shaped]) -> T5EncoderModel:
+    """T5 v1.1 encoder without weights (on the meta device), sized by the shapes of a state dict.
 
-    Raises ValueError when the state dict is no gated T5 encoder.
+    Raises ValueError when the state dict is not that of a gated T5 encoder.
     """
     from transformers import T5Config, T5EncoderModel  # here, because this import takes seconds
 
     attention, mlp = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
     needed = ("shared.weight", f"{mlp}.wi_0.weight", f"{attention}.relative_attention_bias.weight")
     if any(name not in state_dict for name in needed):
-        raise ValueError("not a T5 v1.1 encoder: it has no encoder.block.0 with a gated MLP; choose t5xxl")
+        raise ValueError("not a T5 v1.1 encoder: encoder.block.0 has no gated MLP; choose t5xxl")
     shared = state_dict["shared.weight"].shape
     bias = state_dict[f"{attention}.relative_attention_bias.weight"].shape
     heads = bias[1]
@@ -182,19 +183,18 @@ def t5_of_size(state_dict: Mapping[str, Shaped]) -> T5EncoderModel:
         return T5EncoderModel(config)
 
 
-def clip_of_size(state_dict: Mapping[str, Shaped], eos_token_id: int | None = None) -> CLIPTextModel:
-    """CLIP text model without numbers (on the meta device), its sizes read off the shapes of a state dict.
+def clip_from_shapes(state_dict: Mapping[str, Shaped], eos_token_id: int | None = None) -> CLIPTextModel:
+    """CLIP text model without weights (on the meta device), sized by the shapes of a state dict.
 
-    Names are those of `transformers`' text model, without its prefix `text_model.`. A head has 64 dims, as
-    in every CLIP. The end mark is the last word of the vocabulary, as in CLIP's own, unless `eos_token_id`
-    says otherwise.
-    Raises ValueError when the state dict is no CLIP text model.
+    Names are those of `transformers`' text model, without its prefix `text_model.`. A head has 64 dimensions,
+    as in every CLIP. The end mark is the last token of the vocabulary, as in OpenAI's, unless `eos_token_id`
+    is given. Raises ValueError when the state dict is not that of a CLIP text model.
     """
     from transformers import CLIPTextConfig, CLIPTextModel  # here, because this import takes seconds
 
     embedding, mlp = "embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"
     if any(name not in state_dict for name in (embedding, mlp, "embeddings.position_embedding.weight")):
-        raise ValueError("not a CLIP text encoder: it has no embeddings and layers of one; choose clip_l")
+        raise ValueError("not a CLIP text encoder: its embeddings or layers are missing; choose clip_l")
     vocabulary, width = state_dict[embedding].shape[0], state_dict[embedding].shape[1]
     length = state_dict["embeddings.position_embedding.weight"].shape[0]
     config = CLIPTextConfig(
@@ -211,7 +211,7 @@ def clip_of_size(state_dict: Mapping[str, Shaped], eos_token_id: int | None = No
     )
     with torch.device("meta"):
         model = CLIPTextModel(config)
-    # No file holds this buffer.
+    # No file contains this buffer.
     inner = getattr(model, "text_model", model)  # transformers 4 wraps it, 5 does not
     inner.embeddings.register_buffer("position_ids", torch.arange(length)[None], persistent=False)
     return model

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..model.text_encoders import T5_LENGTH, TextEncoders, clip_of_size, t5_of_size
+from ..model.text_encoders import T5_LENGTH, TextEncoders, clip_from_shapes, t5_from_shapes
 from .assemble import assemble
 from .checkpoint import CLIP_PART, T5_PART, Weight, WeightFile, read_weights
 from .fill import fill
@@ -92,7 +92,7 @@ def _load_t5(
         if other in tensors:
             tensors.setdefault(name, tensors[other])
     with sizes_of(file.name, T5, tensors):
-        model = t5_of_size(tensors)
+        model = t5_from_shapes(tensors)
     model = fill(model, tensors, file.name, dtype, device, on_progress)
     model.tie_weights()
     return model
@@ -116,7 +116,7 @@ def _load_clip(file: WeightFile, dtype: torch.dtype | None, device: torch.device
     tensors = {n.removeprefix("text_model."): t for n, t in tensors.items() if not UNUSED.fullmatch(n)}
     eos_token_id = _number(file, "eos_token_id")
     with sizes_of(file.name, CLIP, tensors):
-        model = clip_of_size(tensors, eos_token_id)
+        model = clip_from_shapes(tensors, eos_token_id)
     if hasattr(model, "text_model"):  # transformers before 5
         tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
     return fill(model, tensors, file.name, dtype, device)

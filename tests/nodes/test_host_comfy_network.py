@@ -12,7 +12,7 @@ import torch
 from rectiflux.flux_core.backends import attention
 from rectiflux.flux_core.model.layers import Shared
 from rectiflux.flux_core.model.spec import Conditioning, FluxSpec
-from rectiflux.flux_core.model.text_encoders import OWN_LENGTH
+from rectiflux.flux_core.model.text_encoders import NO_PADDING
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
 from rectiflux.nodes import host_comfy_text as _comfy_text
@@ -219,7 +219,7 @@ def test_a_stock_clips_tokens_take_another_length() -> None:
     embedding = torch.ones(4)
     words = [(21, 1.0), (embedding, 1.0), (1031, 1.2), (1, 1.0)]
     batches = [words + [(0, 1.0)] * 4]
-    assert _comfy_text.of_length(batches, OWN_LENGTH) == [words]
+    assert _comfy_text.of_length(batches, NO_PADDING) == [words]
     assert _comfy_text.of_length(batches, 6) == [words + [(0, 1.0)] * 2]
     assert _comfy_text.of_length(batches, 3) == [[*words[:2], (1, 1.0)]]
     without_end = [words[:3]]
