@@ -306,7 +306,7 @@ def module_of(command: str, arguments: list) -> tuple:
     """(module, arguments of its main) of a command."""
     if command == "bench":
         return benchmarks()[arguments[0]][0], arguments[1:]
-    modules = {"serve": "host.server", "render": "host.render", "train": "miniature.cli"}
+    modules = {"serve": "host.serve", "render": "host.render", "train": "miniature.cli"}
     return modules[command], arguments
 
 

@@ -1,18 +1,23 @@
-"""The embedded node editor: serves comfyui-frontend-package and runs graphs, for one person.
+"""The embedded node editor: serves comfyui-frontend-package and runs graphs, for a single local user.
 
-  server.py      the web server: `python3 run.py`
-  guard.py       whom it refuses, and what a page may do
-  sockets.py     the editors' WebSockets: messages, previews, the Console
-  storage.py     its routes that read and write files: pictures, uploads, saved workflows, settings
-  jobs.py        the queue, its worker thread, and the history
-  validation.py  a prompt checked before anything runs
-  execution.py   a prompt run: order, cache, progress, interruption
-  context.py     what a node may ask of the host while it runs
-  registry.py    the node classes, and how the editor is told of them
-  stock.py       LoadImage, SaveImage, PreviewImage
-  files.py       folders, contained paths, atomic writes
-  workflow.py    workflow files in, prompts out; graph.py reads the editor's format
-  render.py      `python3 run.py render`; arguments.py is what its options share with the server's
+  serve.py         the command `python3 run.py [serve]`
+  render.py        the command `python3 run.py render`: a workflow file without the editor
+  arguments.py     command-line options that both share
+  server.py        the web application: page, WebSocket, and the routes of the next three
+  queue_routes.py  prompts, queue, history and jobs
+  info_routes.py   node definitions, templates, the log and the system
+  file_routes.py   images, uploads, saved workflows and settings
+  guard.py         refuses requests from other sites; sets security headers
+  sockets.py       WebSocket messages, previews, the Console panel
+  jobs.py          the queue, its worker thread and the history
+  validation.py    checks a prompt before anything runs
+  execution.py     runs a prompt: order, result cache, progress, interruption
+  run_events.py    the events of a run, as the editor receives them
+  context.py       what a running node can call: progress, preview, notice
+  registry.py      the node classes and their `object_info`
+  stock_nodes.py   LoadImage, SaveImage, PreviewImage, PreviewAny
+  files.py         folders, path checks, atomic writes
+  workflow.py      workflow files in, prompts out; graph.py reads the editor's format
 
-Everything beyond one person on one machine (other packs, list inputs, lazy nodes) is ComfyUI's.
+Other node packs, list inputs, lazy inputs and several users need ComfyUI itself.
 """

@@ -1,4 +1,4 @@
-"""What the commands' options share: one sentence for a wrong one, ports, folders of models."""
+"""Command-line parsing shared by `serve` and `render`: one-sentence errors, ports, model folders."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with arguments in one sentence, with exit code 1, as for everything else."""
+    """An argument parser that reports a wrong argument in one sentence and exits with code 1."""
 
     def error(self, message: str) -> NoReturn:
         command = self.prog.split()[-1]
         self.exit(1, f"{command}: {message} (see {self.prog} --help)\n")
 
     def add_models(self) -> None:
-        """The option --models, a list of folders."""
+        """Add the option --models, which may be given several times."""
         self.add_argument(
             "--models",
             type=_folder,
             action="append",
             default=[],
             metavar="DIR",
-            help="a folder with diffusion_models/, vae/, checkpoints/, ... in it; may be given again",
+            help="a folder with diffusion_models/, vae/, checkpoints/, ... inside; may be repeated",
         )
 
 
 def port_number(text: str) -> int:
-    """A port's number, for argparse's `type`."""
+    """The port from the command line, for argparse's `type`."""
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"takes a number from 0 to 65535, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, got {text!r}")
     return int(text)
 
 
 def _folder(text: str) -> Path:
     if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+        raise argparse.ArgumentTypeError(f"the folder {text} does not exist")
     return Path(text).absolute()

@@ -1,7 +1,7 @@
-"""What a node may ask of the embedded host while it runs: progress, previews, notices, interruption, folders.
+"""What a node can call while it runs in the embedded host: progress, preview, notice, interruption, folders.
 
-Outside a run every function does nothing, so that nodes also work from tests and scripts. The values live in
-context variables: each worker thread and each test sees its own.
+Outside a run every function does nothing, so that nodes also work in tests and scripts. The state is held in
+context variables: each worker thread and each test has its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Interrupted(BaseException):
 
 @dataclass(frozen=True)
 class RunContext:
-    """The node that runs, and where what it tells goes."""
+    """The running node and the callbacks that receive what it reports."""
 
     node_id: str
     on_progress: Callable[[str, float, float], None]
@@ -31,7 +31,7 @@ class RunContext:
     on_notice: Callable[[str, str], None]
     """(node id, one sentence for the user)"""
     on_preview: Callable[[str, Callable[[], Any]], None] | None = None
-    """(node id, what makes pixels [h, w, 3] uint8); None when nobody watches"""
+    """(node id, function that returns pixels [h, w, 3] uint8); None when previews are off"""
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -40,38 +40,38 @@ _folders: ContextVar[Folders | None] = ContextVar("folders", default=None)
 
 
 def current() -> RunContext | None:
-    """The context of the node that runs in this thread, None outside a run."""
+    """The context of the node that runs in this thread; None outside a run."""
     return _current.get()
 
 
 def model_folders() -> tuple[Path, ...]:
-    """Folders with diffusion_models/ and its like in them, the artist's own before the pack's."""
+    """Folders that contain diffusion_models/, vae/ and so on, the user's before the pack's."""
     folders = _folders.get()
     return (PACK / "models",) if folders is None else folders.models
 
 
 def folders() -> Folders:
-    """The host's folders. Raises LookupError where no host has named them."""
+    """The host's folders. Raises LookupError outside a host."""
     if (found := _folders.get()) is None:
-        raise LookupError("no host is running: this node reads and writes its folders")
+        raise LookupError("no host is running, so this node has no input and output folders")
     return found
 
 
 def progress(value: float, total: float) -> None:
-    """Show how far the running node is. Raises Interrupted when the user has stopped the run."""
+    """Report the progress of the running node. Raises Interrupted when the user has stopped the run."""
     if (run := _current.get()) is not None:
         check_interrupted()
         run.on_progress(run.node_id, value, total)
 
 
 def preview(make: Callable[[], Any]) -> None:
-    """Show the work so far; `make` returns pixels [h, w, 3] uint8 and is called only if they are shown."""
+    """Show an intermediate image; `make` returns pixels [h, w, 3] uint8 and is called only when needed."""
     if (run := _current.get()) is not None and run.on_preview is not None:
         run.on_preview(run.node_id, make)
 
 
 def notice(text: str) -> None:
-    """Tell the user one sentence that is no error, such as that a prompt was cut off."""
+    """Show the user one sentence that is not an error, for example that a prompt was truncated."""
     if (run := _current.get()) is not None:
         run.on_notice(run.node_id, text)
 

@@ -1,6 +1,6 @@
-"""The server's routes that read and write files: pictures, uploads, saved workflows, settings.
+"""The server's routes that read and write files: images, uploads, saved workflows, settings.
 
-Every path comes from a request and stays in its folder (files.contained); every file appears whole
+Every path in a request is checked to stay in its folder (files.contained); every file is written atomically
 (files.write).
 """
 
@@ -17,27 +17,27 @@ from aiohttp import web
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .files import PICTURES, Folders, contained, write
+from .files import IMAGE_SUFFIXES, Folders, contained, write
 
 log = logging.getLogger(__name__)
 
-UPLOAD_LIMIT = 100 * 2**20  # bytes, of one request
-TYPES = {".json": "application/json", ".css": "text/css"}
-"""What user files are sent as; all others as plain bytes, so that none can act as a page or a script."""
-UNWRITTEN = {"user.css": b"", "comfy.templates.json": b"[]", "workflows/.index.json": b"{}"}
-"""User files that the editor asks for unbidden, as they are before a user writes them."""
+UPLOAD_LIMIT = 100 * 2**20  # bytes of one request
+CONTENT_TYPES = {".json": "application/json", ".css": "text/css"}
+"""Media types of user files; all others are sent as bytes, so that none is run as a page or script."""
+INITIAL_FILES = {"user.css": b"", "comfy.templates.json": b"[]", "workflows/.index.json": b"{}"}
+"""User files that the editor requests at its start, as they are before it writes them."""
 DEFAULTS = {
-    "Comfy.Notification.ShowVersionUpdates": False,  # asks no server for news of ComfyUI
-    "Comfy.VueNodes.Enabled": True,  # shows pictures as large as their node
-    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # keeps the text when a whole graph is in view
-    "Comfy.Minimap.Visible": False,  # covers a part of small graphs
-    "Comfy.Graph.CanvasInfo": False,  # counts frames in a corner
-    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",  # writes on every node that it is ours
+    "Comfy.Notification.ShowVersionUpdates": False,  # no requests to api.comfy.org
+    "Comfy.VueNodes.Enabled": True,  # images as large as their node
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text also when the whole graph is in view
+    "Comfy.Minimap.Visible": False,  # it covers a part of small graphs
+    "Comfy.Graph.CanvasInfo": False,  # a frame counter in the corner
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",  # the pack's name on every node
 }
-"""Settings that differ from the editor's own until the user changes them."""
+"""Our default settings, where they differ from the editor's."""
 
 
-class Storage:
+class FileRoutes:
     """Handlers over the host's folders."""
 
     def __init__(self, folders: Folders) -> None:
@@ -45,11 +45,13 @@ class Storage:
         self.settings_file = folders.user / "comfy.settings.json"
 
     def routes(self) -> list[web.RouteDef]:
+        """All routes of this class."""
         return [
             web.get("/view", self.view),
-            web.get("/internal/files/{kind}", self.list_pictures),
+            web.get("/internal/files/{kind}", self.list_images),
             web.post("/upload/image", self.upload_image),
             web.post("/upload/mask", self.upload_mask),
+            web.get("/{file:user.css}", self.read_user_file),
             web.get("/userdata", self.list_user_files),
             web.post("/userdata/{file:.+}/move/{target:.+}", self.move_user_file),
             web.get("/userdata/{file:.+}", self.read_user_file),
@@ -61,30 +63,31 @@ class Storage:
             web.post("/settings/{name:.+}", self.write_setting),
         ]
 
-    # Pictures
+    # Images
 
     async def view(self, request: web.Request) -> web.StreamResponse:
-        """A picture; with `channel` (rgb, a) or `preview` (webp;90) converted."""
+        """An image, converted with `channel` (rgb, a) or `preview` (webp;90)."""
         query = request.query
-        named = query.get("filename", ""), query.get("subfolder", ""), query.get("type", "output")
-        path = self._picture(*named)
+        path = self._existing(
+            query.get("filename", ""), query.get("subfolder", ""), query.get("type", "output")
+        )
         headers = {"Content-Disposition": "inline", "Cache-Control": "no-cache"}
-        if path.suffix.lower() not in PICTURES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             headers = {"Content-Disposition": "attachment", "Content-Type": "application/octet-stream"}
         elif query.get("channel", "rgba") != "rgba" or "preview" in query:
             kind, body = _converted(path, query.get("channel", "rgba"), query.get("preview", ""))
             return web.Response(body=body, content_type=kind, headers=headers)
         return web.FileResponse(path, headers=headers)
 
-    async def list_pictures(self, request: web.Request) -> web.Response:
-        """Names of the pictures at the top of a folder, the newest first, as `picture.png [input]`."""
+    async def list_images(self, request: web.Request) -> web.Response:
+        """Names of the images directly in a folder, newest first, as `image.png [input]`."""
         kind = request.match_info["kind"]
-        paths = [self.folders.locate(name, kind=kind) for name in self.folders.pictures(kind)]
+        paths = [self.folders.locate(name, kind=kind) for name in self.folders.images(kind)]
         paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         return web.json_response([f"{path.name} [{kind}]" for path in paths])
 
-    def _picture(self, name: str, subfolder: str, kind: str) -> Path:
-        """An existing file, or 404. `name` may end in its folder: `picture.png [input]`."""
+    def _existing(self, name: str, subfolder: str, kind: str) -> Path:
+        """The path of an existing file, else 404. `name` may state its folder: `image.png [input]`."""
         annotated = name.endswith("]")
         path = self.folders.annotated(name) if annotated else self.folders.locate(name, subfolder, kind)
         if not path.is_file():
@@ -92,41 +95,41 @@ class Storage:
         return path
 
     async def upload_image(self, request: web.Request) -> web.Response:
-        """Save an uploaded picture under its name, or another one if that is taken by another picture."""
+        """Save an uploaded image under its name; under a new name where another image has it."""
         post = await request.post()
         data = _uploaded(post)
-        return self._keep_upload(post, data)
+        return self._save_upload(post, data)
 
     async def upload_mask(self, request: web.Request) -> web.Response:
-        """Save the picture named by `original_ref` with the alpha channel of the uploaded one."""
+        """Save the image named by `original_ref` with the alpha channel of the uploaded one."""
         post = await request.post()
         data = _uploaded(post)
         reference = json.loads(str(post.get("original_ref", "{}")))
         kind = reference.get("type") or "output"
-        path = self._picture(str(reference.get("filename", "")), reference.get("subfolder") or "", kind)
+        path = self._existing(str(reference.get("filename", "")), reference.get("subfolder") or "", kind)
         with Image.open(path) as original, Image.open(io.BytesIO(data)) as mask:
             texts = PngInfo()
             for name, value in getattr(original, "text", {}).items():
                 texts.add_text(name, str(value))
             masked = original.convert("RGBA")
             if masked.size != mask.size:
-                raise ValueError(f"the mask must have the picture's size {masked.size}, got {mask.size}")
+                raise ValueError(f"the mask must have the image's size {masked.size}, got {mask.size}")
             masked.putalpha(mask.convert("RGBA").getchannel("A"))
         buffer = io.BytesIO()
         masked.save(buffer, "PNG", pnginfo=texts, compress_level=4)
-        return self._keep_upload(post, buffer.getvalue())
+        return self._save_upload(post, buffer.getvalue())
 
-    def _keep_upload(self, post: Any, data: bytes) -> web.Response:
+    def _save_upload(self, post: Any, data: bytes) -> web.Response:
         name = Path(str(post["image"].filename).replace("\\", "/")).name
         subfolder, kind = str(post.get("subfolder", "")), str(post.get("type") or "input")
         path = self.folders.locate(name, subfolder, kind)
-        if path.suffix.lower() not in PICTURES:
-            raise ValueError(f"{name} is no picture; upload one of {', '.join(PICTURES)}")
-        first, number = path, 0
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise ValueError(f"{name} is not an image; upload one of {', '.join(IMAGE_SUFFIXES)}")
+        first, copies = path, 0
         if post.get("overwrite") not in ("true", "1"):
             while path.exists() and path.read_bytes() != data:
-                number += 1
-                path = first.with_name(f"{first.stem} ({number}){first.suffix}")
+                copies += 1
+                path = first.with_name(f"{first.stem} ({copies}){first.suffix}")
         write(path, data)
         return web.json_response({"name": path.name, "subfolder": subfolder, "type": kind})
 
@@ -141,13 +144,13 @@ class Storage:
             raise web.HTTPNotFound
         return path
 
-    def _told(self, request: web.Request, path: Path) -> web.Response:
-        """What the editor is told of a file: its name, or with `full_info` size and time, too."""
+    def _describe(self, request: web.Request, path: Path) -> web.Response:
+        """The name of a file; with `full_info` also its size and times."""
         entry = _entry(self.folders.user.resolve(), path)
         return web.json_response(entry if request.query.get("full_info") == "true" else entry["path"])
 
     async def list_user_files(self, request: web.Request) -> web.Response:
-        """The files in the folder `dir`, as names or with `full_info`."""
+        """The files in the folder `dir`: their names, or descriptions with `full_info`."""
         query = request.query
         root = self._user_path(query.get("dir", ""))
         found = root.rglob("*") if query.get("recurse") == "true" else root.glob("*")
@@ -160,35 +163,39 @@ class Storage:
         return web.json_response([[name, *name.split("/")] for name in names] if split else names)
 
     async def read_user_file(self, request: web.Request) -> web.StreamResponse:
+        """A user file."""
         name = request.match_info["file"]
-        kind = TYPES.get(Path(name).suffix.lower(), "application/octet-stream")
-        if name in UNWRITTEN and not self._user_path(name).is_file():
-            return web.Response(body=UNWRITTEN[name], content_type=kind)
+        kind = CONTENT_TYPES.get(Path(name).suffix.lower(), "application/octet-stream")
+        if name in INITIAL_FILES and not self._user_path(name).is_file():
+            return web.Response(body=INITIAL_FILES[name], content_type=kind)
         return web.FileResponse(self._user_file(request), headers={"Content-Type": kind})
 
     async def write_user_file(self, request: web.Request) -> web.Response:
+        """Write a user file; 409 if it exists and `overwrite` is false."""
         path = self._user_path(request.match_info["file"])
         if request.query.get("overwrite") == "false" and path.exists():
-            raise web.HTTPConflict(text=f"there is already a file {path.name}")
+            raise web.HTTPConflict(text=f"the file {path.name} exists already")
         write(path, await request.read())
-        return self._told(request, path)
+        return self._describe(request, path)
 
     async def delete_user_file(self, request: web.Request) -> web.Response:
+        """Delete a user file."""
         self._user_file(request).unlink()
         return web.Response(status=204)
 
     async def move_user_file(self, request: web.Request) -> web.Response:
+        """Move a user file; 409 if the target exists, unless `overwrite` is true."""
         path, target = self._user_file(request), self._user_path(request.match_info["target"])
         if request.query.get("overwrite") != "true" and target.exists():
-            raise web.HTTPConflict(text=f"there is already a file {target.name}")
+            raise web.HTTPConflict(text=f"the file {target.name} exists already")
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-        return self._told(request, target)
+        return self._describe(request, target)
 
     # Settings
 
     def settings(self) -> dict[str, Any]:
-        """The saved settings; a damaged file is put aside, and they begin anew."""
+        """The saved settings; a damaged file is renamed and replaced by empty settings."""
         try:
             found = json.loads(self.settings_file.read_text(encoding="utf-8"))
             if isinstance(found, dict):
@@ -206,18 +213,22 @@ class Storage:
         return web.Response()
 
     async def read_settings(self, request: web.Request) -> web.Response:
+        """All settings."""
         return web.json_response(DEFAULTS | self.settings())
 
     async def read_setting(self, request: web.Request) -> web.Response:
+        """One setting."""
         return web.json_response((DEFAULTS | self.settings()).get(request.match_info["name"]))
 
     async def write_settings(self, request: web.Request) -> web.Response:
+        """Change several settings."""
         changes = await request.json()
         if not isinstance(changes, dict):
-            raise ValueError("settings come as a table of names and values")
+            raise ValueError(f"settings must be a JSON object, got {type(changes).__name__}")
         return self._change_settings(changes)
 
     async def write_setting(self, request: web.Request) -> web.Response:
+        """Change one setting."""
         return self._change_settings({request.match_info["name"]: await request.json()})
 
 
@@ -228,21 +239,21 @@ def _entry(root: Path, path: Path) -> dict[str, Any]:
 
 
 def _uploaded(post: Any) -> bytes:
-    """The bytes of the field `image`. Raises ValueError unless it is a readable picture."""
+    """The bytes of the field `image`. Raises ValueError unless they are a readable image."""
     field = post.get("image")
     if not isinstance(field, web.FileField):
-        raise ValueError("the upload holds no picture in its field image")
+        raise ValueError("the upload has no file in its field image")
     data = field.file.read()
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{field.filename} is no readable picture; save it again as PNG or JPEG") from error
+        raise ValueError(f"{field.filename} is not a readable image; save it again as PNG or JPEG") from error
     return data
 
 
 def _converted(path: Path, channel: str, preview: str) -> tuple[str, bytes]:
-    """(media type, bytes) of a picture's colours, of its alpha, or of a smaller file for a preview."""
+    """(media type, bytes) of an image's colors, of its alpha channel, or of a compressed preview."""
     kind, _, quality = preview.partition(";")
     with Image.open(path) as image:
         if channel == "a":

@@ -1,7 +1,7 @@
-"""The host's folders, paths that cannot leave them, and files that appear whole or not at all.
+"""The host's folders, path checks against traversal, and atomic file writes.
 
-Folders are called by the ecosystem's words: "input" (uploads), "output" (finished pictures), "temp"
-(previews, emptied at every start).
+Folder kinds use ComfyUI's names: "input" (uploads), "output" (saved images), "temp" (previews, deleted at the
+next start).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import IO, Any
 PACK = Path(__file__).resolve().parent.parent
 KINDS = ("input", "output", "temp")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
-PROBE = 64 * 1024  # bytes, the size of a small picture
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PROBE_BYTES = 64 * 1024  # about a small image, so that a full disk is noticed
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ANNOTATED = re.compile(r"^(.*?) \[(input|output|temp)\]$")
 
 
@@ -30,9 +30,9 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True)
 class Folders:
-    """Where everything lies.
+    """The folders the host reads and writes.
 
-    `models`: folders that hold diffusion_models/, text_encoders/, vae/, checkpoints/, loras/.
+    `models`: folders that contain diffusion_models/, text_encoders/, vae/, checkpoints/, loras/.
     """
 
     input: Path
@@ -45,17 +45,17 @@ class Folders:
     def under(
         cls, data: Path | None = None, output: Path | None = None, models: tuple[Path, ...] = ()
     ) -> Folders:
-        """The folders in `data` (the pack's data/ by default), made. Raises SaveError when they cannot be."""
+        """Create the folders in `data` (default: the pack's data/). Raises SaveError."""
         data = (data or PACK / "data").absolute()
-        made = {name: data / name for name in ("input", "output", "temp", "user")}
+        paths = {name: data / name for name in ("input", "output", "temp", "user")}
         if output is not None:
-            made["output"] = output.absolute()
-        for folder in made.values():
+            paths["output"] = output.absolute()
+        for folder in paths.values():
             make_folder(folder)
-        return cls(**made, models=(*models, PACK / "models"))
+        return cls(**paths, models=(*models, PACK / "models"))
 
     def locate(self, filename: str, subfolder: str = "", kind: str = "output") -> Path:
-        """The path of a file as the editor names it. Raises ValueError for one outside its folder."""
+        """The path of a file named as the editor names it. Raises ValueError for one outside its folder."""
         return contained(self._root(kind), subfolder, filename)
 
     def _root(self, kind: str) -> Path:
@@ -64,27 +64,27 @@ class Folders:
         return getattr(self, kind)
 
     def annotated(self, name: str) -> Path:
-        """The path of an input picture; `picture.png [output]` takes it from another folder."""
+        """The path of an input image; `image.png [output]` names one in another folder."""
         found = _ANNOTATED.match(name)
         return self.locate(found[1], kind=found[2]) if found else self.locate(name, kind="input")
 
-    def pictures(self, kind: str = "input") -> list[str]:
-        """Names of the pictures at the top of a folder."""
+    def images(self, kind: str = "input") -> list[str]:
+        """Names of the image files directly in a folder, sorted."""
         paths = self._root(kind).iterdir()
-        return sorted(path.name for path in paths if path.is_file() and path.suffix.lower() in PICTURES)
+        return sorted(path.name for path in paths if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def contained(root: Path, *parts: str) -> Path:
-    """The path of `parts` below `root`, links followed. Raises ValueError when it is not below."""
+    """The path of `parts` below `root`, symbolic links resolved. Raises ValueError when it is not below."""
     root = root.resolve()
     path = Path(root, *(part.replace("\\", "/") for part in parts)).resolve()
     if path == root or not path.is_relative_to(root):
-        raise ValueError(f"{'/'.join(filter(None, parts))!r} is no name of a file in the folder {root.name}")
+        raise ValueError(f"{'/'.join(filter(None, parts))!r} does not name a file in the folder {root.name}")
     return path
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises SaveError."""
+    """Create a folder and its parents. Raises SaveError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,16 +95,17 @@ def explain(path: Path, error: OSError) -> str:
     """One sentence on why `path` could not be written."""
     if error.errno in NO_SPACE:
         return f"the disk is full, {path.name} was not saved to {path.parent}; free some space and run again"
-    return f"{path} cannot be written: {error.strerror or error}; choose another folder or change its rights"
+    reason = error.strerror or error
+    return f"cannot write {path}: {reason}; choose another folder or change its permissions"
 
 
 def check_writable(folder: Path) -> None:
-    """Raise SaveError when no picture can be saved in a folder: its disk is full, or it may only be read."""
-    _write_beside(folder / "picture.png", bytes(PROBE), lambda part: None)
+    """Raise SaveError when no image can be saved in `folder`: the disk is full or the folder read-only."""
+    _write_beside(folder / "image.png", bytes(PROBE_BYTES), lambda part: None)
 
 
 def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
-    """Replace `path` in one step: a reader, or a start after a power cut, sees the old file or the new one.
+    """Replace `path` atomically: a reader, also after a power failure, sees the old file or the new one.
 
     `content` may be a function that writes into the open file. Raises SaveError.
     """
@@ -112,21 +113,21 @@ def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
 
 
 def write_numbered(folder: Path, stem: str, content: Callable[[IO[bytes]], Any]) -> Path:
-    """Write a new PNG `<stem>_00001_.png`, with the first number after those in use. Raises SaveError."""
+    """Write a new PNG `<stem>_00001_.png`, counting on from the highest index in use. Raises SaveError."""
     make_folder(folder)
     pattern = re.compile(re.escape(stem) + r"_(\d{1,12})_?\.\w+", re.IGNORECASE)
 
     def publish(part: Path) -> Path:
         used = [int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name))]
-        number = max(used, default=0)
+        index = max(used, default=0)
         while True:
-            number += 1
-            path = folder / f"{stem}_{number:05}_.png"
+            index += 1
+            path = folder / f"{stem}_{index:05}_.png"
             try:
-                os.link(part, path)  # unlike a rename it fails when another program took the number meanwhile
+                os.link(part, path)  # unlike a rename this fails when another program has taken the name
             except FileExistsError:
                 continue
-            except OSError:  # a file system without links
+            except OSError:  # a file system without hard links
                 if path.exists():
                     continue
                 os.replace(part, path)
@@ -138,7 +139,7 @@ def write_numbered(folder: Path, stem: str, content: Callable[[IO[bytes]], Any])
 def _write_beside(
     path: Path, content: bytes | Callable[[IO[bytes]], Any], publish: Callable[[Path], Any]
 ) -> Any:
-    """Write a hidden file next to `path`, flushed to the disk, then `publish` it; what that returns."""
+    """Write and fsync a hidden file next to `path`, then return `publish(that file)`."""
     part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,5 +151,5 @@ def _write_beside(
     except OSError as error:
         raise SaveError(explain(path, error)) from error
     finally:
-        with suppress(OSError):  # what went wrong before is what counts
+        with suppress(OSError):  # the first error is the one to report
             part.unlink(missing_ok=True)

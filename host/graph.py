@@ -1,11 +1,10 @@
-"""The editor's saved graph read as a prompt {node id: {class_type, inputs}}: what pressing Run does there.
+"""Converts the editor's saved graph to a prompt {node id: {class_type, inputs}}, as its Run button does.
 
-A saved graph keeps widget values by position, without names; those come from the node classes (`object_info`,
-the table that the editor itself reads). Source of the rules: the frontend's `graphToPrompt`
-(comfyui-frontend-package 1.58), observed from outside. Muted nodes fall away, bypassed ones hand their input
-through, Reroute and PrimitiveNode are followed to where they lead, notes are ignored, subgraphs are flattened
-to ids like `5:3`. Not covered: the group nodes of before subgraphs, and values that a pack's own JavaScript
-makes up.
+A saved graph stores widget values by position; their names come from the node classes (`object_info`, which
+the editor reads as well). Source of the rules: `graphToPrompt` of comfyui-frontend-package 1.58, observed
+from outside. Muted nodes are dropped, bypassed ones pass their input through, Reroute and
+PrimitiveNode are followed to their source, notes are ignored, subgraphs are flattened to ids such as `5:3`.
+Not supported: group nodes (the predecessor of subgraphs) and values computed by a pack's JavaScript.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from typing import Any
 NOTES = ("Note", "MarkdownNote")
 REROUTE, PRIMITIVE = "Reroute", "PrimitiveNode"
 MUTED, BYPASSED = 2, 4
-SUBGRAPH_INPUTS, SUBGRAPH_OUTPUTS = "-10", "-20"  # the two ends of a subgraph, as node ids in its links
+SUBGRAPH_INPUTS, SUBGRAPH_OUTPUTS = "-10", "-20"  # node ids of a subgraph's boundary in its links
 CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
+MAX_DEPTH = 200  # reroutes, bypassed nodes and subgraph levels in one chain
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 Info = dict[str, dict[str, Any]]
@@ -27,12 +27,12 @@ Node = dict[str, Any]
 
 
 class WorkflowError(ValueError):
-    """One sentence on what is wrong with a workflow file and what to do about it."""
+    """A workflow file cannot be used; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A wire of the saved graph: from an output slot to an input slot, by node id."""
+    """A link of the saved graph, from an output slot to an input slot."""
 
     origin: str
     origin_slot: int
@@ -42,7 +42,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Scope:
-    """One level of a graph: the graph itself, or one use of a subgraph (`prefix` "5:" for the node 5)."""
+    """One level of a graph: the graph itself, or one instance of a subgraph (`prefix` "5:" for node 5)."""
 
     prefix: str
     nodes: dict[str, Node]
@@ -52,7 +52,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Use:
-    """What a subgraph's level knows of outside: the node that stands for it, where, and the definition."""
+    """An instance of a subgraph: its node, the level that node is on, and the subgraph's definition."""
 
     scope: Scope
     node: Node
@@ -61,9 +61,9 @@ class Use:
 
 @dataclass(frozen=True)
 class Source:
-    """Where an input gets its value: a node's output (`wire`, as in a prompt) or a widget elsewhere.
+    """Where an input gets its value: a node's output (`wire`, as in a prompt) or another node's widget.
 
-    `holder` and `index` name the list that keeps a widget's value: the node's `widgets_values[index]`.
+    A widget's value is stored in `holder["widgets_values"][index]`.
     """
 
     wire: list[Any] | None = None
@@ -73,8 +73,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A node that runs: its id in the prompt, its saved form, the level it stands on and its class."""
+class FlatNode:
+    """A node that runs: its id in the prompt, its saved form, its level and its class description."""
 
     id: str
     node: Node
@@ -94,10 +94,10 @@ def widget_specs(info: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def widget_positions(info: dict[str, Any], values: list[Any]) -> dict[str, int]:
-    """{widget name: index into `widgets_values`}, stepping over what the editor adds after seeds.
+    """{widget name: index into `widgets_values`}, skipping the values that the editor adds after seeds.
 
-    A seed carries a second value, how it changes after a run; a combo with that control a filter as well. Old
-    files may lack them, so a value is stepped over only if it can be one.
+    A seed is followed by its control_after_generate value, a combo with that control also by a filter. Old
+    files may lack them, so a value is skipped only if it is one of CONTROL_VALUES.
     """
     positions: dict[str, int] = {}
     index = 0
@@ -112,14 +112,14 @@ def widget_positions(info: dict[str, Any], values: list[Any]) -> dict[str, int]:
     return positions
 
 
-def widget_value(placed: Placed, name: str) -> Any:
-    """The saved value of a widget; its default where the file is older than the widget."""
-    values = placed.node.get("widgets_values") or []
-    kind, options = widget_specs(placed.info)[name]
+def widget_value(flat_node: FlatNode, name: str) -> Any:
+    """The saved value of a widget; its default if the file is older than the widget."""
+    values = flat_node.node.get("widgets_values") or []
+    kind, options = widget_specs(flat_node.info)[name]
     if isinstance(values, dict):
         found = values.get(name)
     else:
-        index = widget_positions(placed.info, values)[name]
+        index = widget_positions(flat_node.info, values)[name]
         found = values[index] if index < len(values) else None
     if found is not None:
         return found
@@ -128,21 +128,21 @@ def widget_value(placed: Placed, name: str) -> Any:
 
 
 @contextmanager
-def reading(where: str = "the workflow") -> Iterator[None]:
-    """A block that walks a document; WorkflowError where it has not the form that the editor writes."""
+def parse_errors(where: str = "the workflow") -> Iterator[None]:
+    """Context manager that raises WorkflowError for errors from a malformed document."""
     try:
         yield
     except WorkflowError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise WorkflowError(
-            f"{where} is damaged: a node or link in it has no readable form; save it again in the editor"
+            f"{where} is damaged: it has a malformed node or link; save it again in the editor"
         ) from error
 
 
 def read_scope(graph: dict[str, Any], where: str = "the workflow") -> Scope:
-    """The top level of a saved graph. Raises WorkflowError when its nodes or links have no readable form."""
-    with reading(where):
+    """The top level of a saved graph. Raises WorkflowError for malformed nodes or links."""
+    with parse_errors(where):
         nodes = {str(node["id"]): node for node in graph["nodes"] if node["type"] is not None}
         links = dict(_read_link(link) for link in graph.get("links") or [])
     return Scope("", nodes, links)
@@ -151,17 +151,17 @@ def read_scope(graph: dict[str, Any], where: str = "the workflow") -> Scope:
 def _read_link(link: Any) -> tuple[Any, Link]:
     if isinstance(link, dict):
         ends = (link["origin_id"], link["origin_slot"], link["target_id"], link["target_slot"])
-        number = link["id"]
+        link_id = link["id"]
     else:
-        number, *ends = link[:5]
-    return number, Link(str(ends[0]), int(ends[1]), str(ends[2]), int(ends[3]))
+        link_id, *ends = link[:5]
+    return link_id, Link(str(ends[0]), int(ends[1]), str(ends[2]), int(ends[3]))
 
 
 def promoted(use: Use) -> Iterator[tuple[str, str, Source]]:
-    """(inner node id, widget name, value) for the widgets that a subgraph's node shows and keeps itself.
+    """(inner node id, widget name, value) of the widgets that a subgraph's node shows and stores itself.
 
-    The id is "-1" where the name is that of a subgraph input, which leads to the widget. Files of 2025 list
-    the widgets in `properties.proxyWidgets`; later ones mark the inputs of the subgraph's node.
+    The id is "-1" if the name is that of a subgraph input connected to the widget. Files of 2025 list the
+    widgets in `properties.proxyWidgets`; later ones mark the inputs of the subgraph's node.
     """
     listed = (use.node.get("properties") or {}).get("proxyWidgets")
     if listed:
@@ -177,7 +177,7 @@ def promoted(use: Use) -> Iterator[tuple[str, str, Source]]:
 
 
 class Graph:
-    """A saved graph together with the node classes that give its values their names."""
+    """A saved graph with the node classes that name its widget values."""
 
     def __init__(self, document: dict[str, Any], info: Info) -> None:
         self.info = info
@@ -185,30 +185,30 @@ class Graph:
         self.definitions = {str(definition["id"]): definition for definition in subgraphs}
         self.top = read_scope(document)
 
-    def placed(self) -> list[Placed]:
-        """Every node that runs, subgraphs flattened. Raises WorkflowError naming the unknown types."""
+    def flat_nodes(self) -> list[FlatNode]:
+        """Every node that runs, subgraphs flattened. Raises WorkflowError listing unknown types."""
         unknown: dict[str, str] = {}
         found = list(self._walk(self.top, unknown, ()))
         if unknown:
-            named = ", ".join(f"node {number} ({kind})" for number, kind in unknown.items())
+            named = ", ".join(f"node {node_id} ({kind})" for node_id, kind in unknown.items())
             raise WorkflowError(
                 f"the workflow uses nodes that are not installed here: {named}; remove or mute them"
             )
         return found
 
-    def _walk(self, scope: Scope, unknown: dict[str, str], inside: tuple[str, ...]) -> Iterator[Placed]:
-        for number, node in scope.nodes.items():
+    def _walk(self, scope: Scope, unknown: dict[str, str], inside: tuple[str, ...]) -> Iterator[FlatNode]:
+        for node_id, node in scope.nodes.items():
             kind = str(node["type"])
             if kind in (*NOTES, REROUTE, PRIMITIVE) or node.get("mode", 0) in (MUTED, BYPASSED):
                 continue
             if kind in self.definitions:
                 if kind in inside:
-                    raise WorkflowError(f"the subgraph of node {scope.prefix}{number} contains itself")
+                    raise WorkflowError(f"the subgraph of node {scope.prefix}{node_id} contains itself")
                 yield from self._walk(self.enter(scope, node), unknown, (*inside, kind))
             elif kind in self.info:
-                yield Placed(scope.prefix + number, node, scope, self.info[kind])
+                yield FlatNode(scope.prefix + node_id, node, scope, self.info[kind])
             else:
-                unknown[scope.prefix + number] = kind
+                unknown[scope.prefix + node_id] = kind
 
     def enter(self, scope: Scope, node: Node) -> Scope:
         """The level inside a subgraph node."""
@@ -218,16 +218,16 @@ class Graph:
         return Scope(prefix, inner.nodes, inner.links, Use(scope, node, definition))
 
     def source(self, scope: Scope, node: Node, slot: dict[str, Any], depth: int = 0) -> Source | None:
-        """What feeds an input slot, None when nothing does (any more). Raises WorkflowError."""
-        number = slot.get("link")
-        if number is None:
+        """The source of an input slot, None if it has none. Raises WorkflowError."""
+        link_id = slot.get("link")
+        if link_id is None:
             return None
         where = f"input {slot.get('name')} of node {scope.prefix}{node['id']} ({node['type']})"
-        link = scope.links.get(number)
+        link = scope.links.get(link_id)
         if link is None:
-            raise WorkflowError(f"{where} names the link {number}, which does not exist; connect it again")
-        if depth > 200:
-            raise WorkflowError(f"{where} is fed in a circle; disconnect one of its reroutes")
+            raise WorkflowError(f"{where} refers to link {link_id}, which does not exist; connect it again")
+        if depth > MAX_DEPTH:
+            raise WorkflowError(f"{where} depends on itself; disconnect one of its reroutes")
         if link.origin == SUBGRAPH_INPUTS and scope.use is not None:
             return self._from_outside(scope.use, link, depth)
         origin = scope.nodes.get(link.origin)
@@ -239,7 +239,7 @@ class Graph:
         return self._from_output(scope, origin, link.origin_slot, slot.get("type"), depth)
 
     def _from_outside(self, use: Use, link: Link, depth: int) -> Source | None:
-        """What a subgraph takes from the node that stands for it: a wire there, or a value kept there."""
+        """The source of a subgraph's input: a link to its node, or a value stored there."""
         names = [slot.get("name") for slot in use.definition.get("inputs") or []]
         name = names[link.origin_slot] if link.origin_slot < len(names) else None
         for slot in use.node.get("inputs") or []:
@@ -250,6 +250,7 @@ class Graph:
         )
 
     def _from_output(self, scope: Scope, node: Node, output: int, kind: Any, depth: int) -> Source | None:
+        """The source behind a node's output: the node itself, or what it passes through."""
         slots = node.get("inputs") or []
         mode = node.get("mode", 0)
         if mode == MUTED:
@@ -276,14 +277,14 @@ class Graph:
             return None
         return Source(wire=[scope.prefix + str(node["id"]), output])
 
-    def sources(self, placed: Placed) -> dict[str, Source]:
-        """{input name: what feeds it} for the connected inputs of a node that runs."""
+    def sources(self, flat_node: FlatNode) -> dict[str, Source]:
+        """{input name: source} of the connected inputs of a node."""
         found = {}
-        if placed.scope.use is not None:
-            own = str(placed.node["id"])
-            found = {name: source for inner, name, source in promoted(placed.scope.use) if inner == own}
-        for slot in placed.node.get("inputs") or []:
-            source = self.source(placed.scope, placed.node, slot)
+        if flat_node.scope.use is not None:
+            own = str(flat_node.node["id"])
+            found = {name: source for inner, name, source in promoted(flat_node.scope.use) if inner == own}
+        for slot in flat_node.node.get("inputs") or []:
+            source = self.source(flat_node.scope, flat_node.node, slot)
             if source is not None:
                 name = (slot.get("widget") or {}).get("name") or slot.get("name")
                 found[str(name)] = source
@@ -291,19 +292,21 @@ class Graph:
 
     def prompt(self) -> dict[str, dict[str, Any]]:
         """The prompt of this graph. Raises WorkflowError."""
-        nodes = self.placed()
-        running = {placed.id for placed in nodes}
+        nodes = self.flat_nodes()
+        running = {flat_node.id for flat_node in nodes}
         prompt = {}
-        for placed in nodes:
-            inputs = {name: widget_value(placed, name) for name in widget_specs(placed.info)}
-            for name, source in self.sources(placed).items():
+        for flat_node in nodes:
+            inputs = {name: widget_value(flat_node, name) for name in widget_specs(flat_node.info)}
+            for name, source in self.sources(flat_node).items():
                 if source.wire is None:
                     inputs[name] = source.value
                 elif source.wire[0] in running:
                     inputs[name] = list(source.wire)
-            title = placed.node.get("title") or placed.info.get("display_name") or placed.node["type"]
-            prompt[placed.id] = {
-                "class_type": placed.node["type"],
+            title = (
+                flat_node.node.get("title") or flat_node.info.get("display_name") or flat_node.node["type"]
+            )
+            prompt[flat_node.id] = {
+                "class_type": flat_node.node["type"],
                 "inputs": inputs,
                 "_meta": {"title": title},
             }

@@ -1,4 +1,4 @@
-"""The node classes that graphs may use, and how the editor is told of them."""
+"""The node classes that prompts may use, and their description for the editor (`object_info`)."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 from . import context
 from .files import Folders
-from .stock import NODES as STOCK
+from .stock_nodes import NODES as STOCK
 
 PACK_NAME = "rectiflux"
-"""What the editor calls the pack, in paths (/extensions/rectiflux/) and on its nodes."""
+"""The pack's name in the editor, in paths (/extensions/rectiflux/) and on its nodes."""
 
 log = logging.getLogger(__name__)
 NodeClass = type[Any]
 
 
 class Registry:
-    """Node classes by id, with the folders that their file lists are read from."""
+    """Node classes by id, with the folders that their file lists come from."""
 
     def __init__(self, classes: dict[str, NodeClass], titles: dict[str, str], folders: Folders) -> None:
-        """The stock nodes and `classes`; as in ComfyUI, a stock node cannot be replaced."""
+        """Register the stock nodes and `classes`; as in ComfyUI, a stock node cannot be replaced."""
         self.classes = {**classes, **{node.NODE_ID: node for node in STOCK}}
         self.titles = {**titles, **{node.NODE_ID: node.TITLE for node in STOCK}}
         self.folders = folders
 
     @classmethod
     def of_pack(cls, folders: Folders) -> Registry:
-        """The nodes of the pack that this host is part of."""
+        """A registry of this pack's nodes."""
         from .. import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
         return cls(NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, folders)
@@ -39,20 +39,20 @@ class Registry:
         return self.classes[class_type]
 
     def title(self, class_type: str) -> str:
-        """What the editor writes on the node."""
+        """The title that the editor shows on the node."""
         return self.titles.get(class_type, class_type)
 
     def is_output(self, class_type: str) -> bool:
-        """Whether a node of this class is a reason to run: it saves or shows something."""
+        """Whether a node of this class saves or shows something, so that a prompt may end in it."""
         return bool(getattr(self.classes[class_type], "OUTPUT_NODE", False))
 
     def inputs(self, class_type: str) -> dict[str, dict[str, Any]]:
-        """INPUT_TYPES of a class, its file lists as they are now."""
+        """INPUT_TYPES of a class, with current file lists."""
         with context.using(self.folders):
             return self.classes[class_type].INPUT_TYPES()
 
     def input_specs(self, class_type: str) -> dict[str, tuple[Any, dict[str, Any], bool]]:
-        """{input: (type, options, required)}; a combo's type is the list of its choices."""
+        """{input: (type, options, required)}; the type of a combo is the list of its choices."""
         specs = {}
         for part, required in (("optional", False), ("required", True)):
             for name, spec in self.inputs(class_type).get(part, {}).items():
@@ -61,17 +61,17 @@ class Registry:
         return specs
 
     def object_info(self) -> dict[str, dict[str, Any]]:
-        """{id: what the editor knows of a node class}; one that cannot describe itself is left out."""
+        """{id: description} of all node classes; a class whose INPUT_TYPES fails is left out."""
         table = {}
         for class_type in self.classes:
             try:
                 table[class_type] = self.describe(class_type)
-            except Exception:  # one broken node must not take the editor down
-                log.exception("%s does not describe its inputs, it is left out", class_type)
+            except Exception:  # one broken node must not make the editor unusable
+                log.exception("INPUT_TYPES of %s failed; the node is left out", class_type)
         return table
 
     def describe(self, class_type: str) -> dict[str, Any]:
-        """One class's entry in `object_info`."""
+        """The entry of one class in `object_info`."""
         node, inputs = self.classes[class_type], self.inputs(class_type)
         outputs = list(node.RETURN_TYPES)
         described = {

@@ -1,7 +1,7 @@
-"""`python3 run.py render`: a workflow file run without the editor, into pictures with the workflow inside.
+"""The command `python3 run.py render`: runs a workflow file without the editor and saves its images.
 
-Pictures' paths go to stdout, one a line; the progress bar, texts that nodes show, notices and errors to
-stderr. Exit code 0, or 1 after one sentence for each thing that is wrong.
+Paths of the images are printed to stdout, one per line; the progress bar, texts that nodes show, notices and
+errors to stderr. Exit code 0, or 1 after one sentence for each error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,11 +24,11 @@ from .workflow import WorkflowError, apply_settings, read_document, to_prompt
 
 BAR_WIDTH = 30
 PREVIEWS = ("PreviewImage", "PreviewAny")
-"""Nodes that show something and save nothing."""
+"""Output nodes that save nothing."""
 
 
 class ProgressBar:
-    """What the executor tells, as a line that is redrawn; off a terminal, a line for each node with steps."""
+    """Prints a run's progress: one redrawn line on a terminal, else one line for each node with steps."""
 
     def __init__(self, stream: TextIO, title: Callable[[str], str]) -> None:
         self.stream = stream
@@ -39,7 +40,7 @@ class ProgressBar:
         self.started = time.monotonic()
 
     def __call__(self, kind: str, data: dict[str, Any]) -> None:
-        """An event of `Executor.run`."""
+        """Receive an event of `Executor.run`."""
         if kind == "executing":
             self.finish_node()
             self.node, self.steps, self.started = self.title(data["node"]), "", time.monotonic()
@@ -54,7 +55,7 @@ class ProgressBar:
             self.stream.write(f"note: {data['text']}\n")
 
     def finish_node(self) -> None:
-        """Keep the line of a node that had steps, with the seconds that it took."""
+        """Print the final line of a node with steps, with its seconds."""
         self.clear()
         if self.steps:
             self.stream.write(f"{self.node} {self.steps} {time.monotonic() - self.started:.1f} s\n")
@@ -62,6 +63,7 @@ class ProgressBar:
         self.stream.flush()
 
     def clear(self) -> None:
+        """Erase the line that is drawn."""
         if self.drawn:
             self.stream.write("\r" + " " * self.drawn + "\r")
             self.drawn = 0
@@ -80,10 +82,10 @@ def render(
     settings: list[str] | None = None,
     on_event: Callable[[Registry, Checked], Callable[[str, dict[str, Any]], None]] | None = None,
 ) -> Result:
-    """Run the workflow in a file; its pictures lie in `folders.output` and carry the values that made them.
+    """Run the workflow in a file; images are saved in `folders.output` with the workflow as metadata.
 
-    `on_event` makes the executor's listener for what will run. Raises WorkflowError, InvalidPrompt, and
-    SaveError for a folder that takes no pictures, before anything runs; what a node raises is in the result.
+    `on_event` creates the executor's listener for the validated prompt. Before anything runs, raises
+    WorkflowError, InvalidPrompt, or SaveError if no image can be saved; a node's error is in the result.
     """
     registry = Registry.of_pack(folders)
     document = read_document(path)
@@ -92,9 +94,9 @@ def render(
         document = apply_settings(document, settings, info)
     checked = validate(to_prompt(document, info), registry)
     if checked.node_errors:
-        raise InvalidPrompt({"message": "the workflow cannot run as it is"}, checked.node_errors)
-    if all(checked.prompt[number]["class_type"] in PREVIEWS for number in checked.outputs):
-        raise WorkflowError(f"{path} saves no picture, it only previews; add a Save Image node")
+        raise InvalidPrompt({"message": "the workflow cannot run"}, checked.node_errors)
+    if all(checked.prompt[node_id]["class_type"] in PREVIEWS for node_id in checked.outputs):
+        raise WorkflowError(f"{path} has only preview nodes and saves no image; add a Save Image node")
     check_writable(folders.output)
     return Executor(registry).run(
         checked,
@@ -103,81 +105,98 @@ def render(
     )
 
 
-def title_of(registry: Registry, checked: Checked, number: str) -> str:
-    """What the editor writes on a node."""
-    node = checked.prompt[number]
+def title_of(registry: Registry, checked: Checked, node_id: str) -> str:
+    """The title that the editor shows on a node."""
+    node = checked.prompt[node_id]
     meta = node.get("_meta")
     title = meta.get("title") if isinstance(meta, dict) else None
     return str(title or registry.title(node["class_type"]))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of `python3 run.py render`."""
     parser = Parser(
         prog="run.py render",
-        description="Run a workflow file without the editor; prints the paths of the pictures that it saves.",
+        description="Run a workflow file without the editor; print the paths of the saved images.",
     )
     parser.add_argument(
-        "workflow", help="a workflow (.json: the editor's or the API format), or a .png with one inside"
+        "workflow",
+        help="a workflow (.json, the editor's or the API format) or a .png with one inside",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="set a widget, by its name or as NODE_ID.NAME; may be given several times",
+        help="set a widget by NAME or NODE_ID.NAME; may be repeated",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where pictures go (default: data/output)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the images (default: data/output)")
     parser.add_models()
     parser.add_argument("--verbose", action="store_true", help="show the log, with tracebacks")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
-    """The command; its exit code."""
+    """Run the command; returns its exit code."""
     arguments = parse(argv)
-    log = logging.getLogger(__package__.partition(".")[0])  # the whole pack's
-    handler = logging.StreamHandler(sys.stderr) if arguments.verbose else logging.NullHandler()
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if arguments.verbose else logging.NOTSET)
-    log.propagate = False  # errors are told below, in the command's own words
     bars: list[ProgressBar] = []
 
     def listen(registry: Registry, checked: Checked) -> ProgressBar:
-        bars.append(ProgressBar(sys.stderr, lambda number: title_of(registry, checked, number)))
+        bars.append(ProgressBar(sys.stderr, lambda node_id: title_of(registry, checked, node_id)))
         return bars[0]
 
+    with _log_to_stderr(arguments.verbose):
+        try:
+            folders = Folders.under(output=arguments.out, models=tuple(arguments.models))
+            result = render(arguments.workflow, folders, arguments.set, listen)
+        except InvalidPrompt as error:
+            return _fail(error.sentences())
+        except (WorkflowError, SaveError) as error:
+            return _fail([str(error)])
+        finally:
+            for bar in bars:
+                bar.finish_node()
+    return _print_result(result, folders)
+
+
+@contextmanager
+def _log_to_stderr(verbose: bool) -> Iterator[None]:
+    """Log to stderr, or nowhere unless `verbose`: `main` reports errors in one sentence each."""
+    log = logging.getLogger(__package__.partition(".")[0])  # the whole pack's
+    handler = logging.StreamHandler(sys.stderr) if verbose else logging.NullHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if verbose else logging.NOTSET)
+    log.propagate = False
     try:
-        folders = Folders.under(output=arguments.out, models=tuple(arguments.models))
-        result = render(arguments.workflow, folders, arguments.set, listen)
-    except InvalidPrompt as error:
-        return _fail(error.sentences())
-    except (WorkflowError, SaveError) as error:
-        return _fail([str(error)])
+        yield
     finally:
-        for bar in bars:
-            bar.finish_node()
         log.removeHandler(handler)
         log.setLevel(logging.NOTSET)
         log.propagate = True
+
+
+def _print_result(result: Result, folders: Folders) -> int:
+    """Print texts to stderr and paths of images to stdout; returns the exit code."""
     for output in result.outputs.values():
         sys.stderr.writelines(f"{text}\n" for text in output.get("text", ()))
     try:
         for image in result.images():
             sys.stdout.write(f"{folders.locate(image['filename'], image['subfolder'])}\n")
         sys.stdout.flush()
-    except (OSError, UnicodeError) as error:  # a closed pipe, a full disk, an alphabet that it cannot show
-        sys.stdout = None  # or Python would try, and fail, once more at its end
-        return _fail([f"the pictures are in {folders.output}, but their names cannot be printed: {error}"])
+    except (OSError, UnicodeError) as error:  # a closed pipe, a full disk, or an encoding without a character
+        sys.stdout = None  # or Python would flush it again at exit and fail again
+        return _fail([f"the images are in {folders.output}, but their paths cannot be printed: {error}"])
     if result.error is not None:
         return _fail([f"node {result.error.node_id} ({result.error.class_type}): {result.error.message}"])
     return 0
 
 
 def _fail(sentences: list[str]) -> int:
-    told = set()
+    """Print each error once; returns exit code 1."""
+    reported = set()
     for sentence in sentences:
-        what = sentence.partition("): ")[2] or sentence
-        if what not in told:  # a circle is an error of each node on it
+        message = sentence.partition("): ")[2] or sentence
+        if message not in reported:  # every node of a cycle has the same error
             sys.stderr.write(f"render: {sentence}\n")
-        told.add(what)
+        reported.add(message)
     return 1

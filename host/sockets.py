@@ -1,4 +1,4 @@
-"""The editors' WebSockets: who is there, what their Console shows, and messages that are more than JSON."""
+"""The editors' WebSocket connections, their Console panel, and binary messages (previews, texts)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 from aiohttp import WSMsgType, web
 from PIL import Image
 
-from .storage import UPLOAD_LIMIT
+from .file_routes import UPLOAD_LIMIT
 
 FEATURES = {"supports_preview_metadata": True, "max_upload_size": UPLOAD_LIMIT}
-PREVIEW_SIDE = 512  # pixels, the most for the longer side
+PREVIEW_SIDE = 512  # maximum of the longer side, pixels
 
 
 class Sockets:
-    """The open editors. `tell` may be called from any thread; each editor gets its messages in order."""
+    """The open editors. `send` may be called from any thread; each editor receives messages in order."""
 
     def __init__(self) -> None:
         self._queues: dict[str, asyncio.Queue[str | bytes | None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def tell(self, message: dict[str, Any] | bytes, client_id: str | None = None) -> None:
-        """Send a message to one editor, or to all."""
+    def send(self, message: dict[str, Any] | bytes, client_id: str | None = None) -> None:
+        """Send a message to one editor, or to all without `client_id`."""
         data = message if isinstance(message, bytes) else json.dumps(message)
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._put, data, client_id)
@@ -42,7 +42,7 @@ class Sockets:
     async def serve(
         self, request: web.Request, greeting: Callable[[str], list[dict[str, Any]]]
     ) -> web.StreamResponse:
-        """Hold one editor's socket until it closes."""
+        """Serve one editor's WebSocket until it closes; `greeting(client id)` gives its first messages."""
         self._loop = asyncio.get_running_loop()
         client_id = request.query.get("clientId") or uuid.uuid4().hex
         socket = web.WebSocketResponse(heartbeat=30, max_msg_size=2**20)
@@ -50,7 +50,7 @@ class Sockets:
         queue: asyncio.Queue[str | bytes | None] = asyncio.Queue()
         for message in greeting(client_id):
             queue.put_nowait(json.dumps(message))
-        if client_id in self._queues:  # the same editor again, after a break
+        if client_id in self._queues:  # the same editor, reconnected
             self._queues[client_id].put_nowait(None)
         self._queues[client_id] = queue
         writer = asyncio.create_task(self._write(socket, queue))
@@ -67,7 +67,7 @@ class Sockets:
 
     @staticmethod
     async def _write(socket: web.WebSocketResponse, queue: asyncio.Queue[str | bytes | None]) -> None:
-        """Send what is queued; None closes the socket."""
+        """Send queued messages until None, then close the socket."""
         try:
             while (data := await queue.get()) is not None:
                 await (socket.send_bytes(data) if isinstance(data, bytes) else socket.send_str(data))
@@ -76,38 +76,39 @@ class Sockets:
         await socket.close()
 
     async def close(self, app: web.Application) -> None:
+        """Close all connections."""
         self._put(None, None)
 
 
 class Console(logging.StreamHandler):
-    """The log on stderr, and its last lines in the editor's Console panel."""
+    """Logs to stderr and to the editor's Console panel; keeps the last lines for editors opened later."""
 
-    def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
         self.entries: deque[dict[str, str]] = deque(maxlen=300)
-        self._tell = tell
+        self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
         super().emit(record)
         text = self.format(record).replace("\n", "\r\n")
         self.entries.append({"t": str(record.created), "m": f"{text}\r\n"})
-        self._tell({"type": "logs", "data": {"entries": [self.entries[-1]]}})
+        self._send({"type": "logs", "data": {"entries": [self.entries[-1]]}})
 
 
 def preview_frame(data: dict[str, Any]) -> bytes:
-    """Type 4: length and JSON of where the picture belongs, then the picture as JPEG, in its final size."""
-    picture = Image.fromarray(data["pixels"].numpy())
-    scale = min(8, PREVIEW_SIDE / max(picture.size))
-    picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+    """Type 4: length of the metadata, the metadata as JSON, then the image as JPEG in its final size."""
+    image = Image.fromarray(data["pixels"].numpy())
+    scale = min(8, PREVIEW_SIDE / max(image.size))
+    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     node = data["node_id"]
-    where = {"node_id": node, "display_node_id": node, "parent_node_id": None, "real_node_id": node}
-    head = json.dumps({**where, "prompt_id": data["prompt_id"], "image_type": "image/jpeg"}).encode()
+    target = {"node_id": node, "display_node_id": node, "parent_node_id": None, "real_node_id": node}
+    head = json.dumps({**target, "prompt_id": data["prompt_id"], "image_type": "image/jpeg"}).encode()
     buffer = BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
+    image.save(buffer, "JPEG", quality=90)
     return struct.pack(">II", 4, len(head)) + head + buffer.getvalue()
 
 
 def notice_frame(data: dict[str, Any]) -> bytes:
-    """Type 3: length and id of the node, then the text that it shows."""
+    """Type 3: length of the node id, the node id, then the text that it shows."""
     node = data["node_id"].encode()
     return struct.pack(">II", 3, len(node)) + node + data["text"].encode()

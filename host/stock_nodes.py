@@ -1,7 +1,7 @@
-"""LoadImage, SaveImage, PreviewImage and PreviewAny under ComfyUI's ids: a workflow runs in both hosts.
+"""LoadImage, SaveImage, PreviewImage and PreviewAny under ComfyUI's ids, so that workflows run in both hosts.
 
 Ids, widgets, wires and file names are ComfyUI's interface (nodes.py and comfy_extras/nodes_preview_any.py,
-0.33); the code is our own. Not covered: LoadImage reads pictures, no videos.
+0.33); the code is our own. Unlike ComfyUI's, LoadImage does not read videos.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,20 +22,20 @@ from torch import Tensor
 
 from . import context, files
 
-LONGEST_NAME = 200  # bytes before a picture's number; file systems allow 255 in all
+MAX_NAME_BYTES = 200  # before the image's index; file systems allow 255 in all
 
 
-def read_picture(path: Any) -> tuple[Tensor, Tensor]:
+def read_image(path: Path) -> tuple[Tensor, Tensor]:
     """IMAGE [B, H, W, 3] and MASK [B, H, W] (1 = transparent; [B, 64, 64] of zeros without alpha) of a file.
 
-    An animation gives one picture per frame. Raises ValueError for a file that is no readable picture.
+    An animation gives one image per frame. Raises ValueError for a file that is not a readable image.
     """
     images, masks = [], []
     try:
         with Image.open(path) as file:
             for raw in ImageSequence.Iterator(file):
                 frame = ImageOps.exif_transpose(raw)
-                if frame.mode == "I" or frame.mode.startswith("I;16"):  # 16 bits a pixel, as grey
+                if frame.mode == "I" or frame.mode.startswith("I;16"):  # 16 bits per pixel, grayscale
                     frame = Image.fromarray((np.asarray(frame) >> 8).clip(0, 255).astype(np.uint8))
                 rgba = np.asarray(frame.convert("RGBA"), dtype=np.float32) / 255
                 has_alpha = "A" in frame.getbands() or "transparency" in frame.info
@@ -44,11 +44,11 @@ def read_picture(path: Any) -> tuple[Tensor, Tensor]:
                 images.append(rgba[..., :3])
                 masks.append(1 - rgba[..., 3] if has_alpha else np.zeros((64, 64), np.float32))
     except FileNotFoundError as error:
-        raise ValueError(f"there is no picture {path.name} any more; choose or upload one") from error
+        raise ValueError(f"the image {path.name} no longer exists; choose or upload one") from error
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path.name} is no readable picture; save it again as PNG or JPEG") from error
+        raise ValueError(f"{path.name} is not a readable image; save it again as PNG or JPEG") from error
     same = [mask for mask in masks if mask.shape == masks[0].shape]
-    if len(same) < len(masks):  # some frames of an animation have alpha, others none
+    if len(same) < len(masks):  # only some frames of an animation have alpha
         masks = [
             mask if mask.shape == images[0].shape[:2] else np.zeros(images[0].shape[:2], np.float32)
             for mask in masks
@@ -57,7 +57,7 @@ def read_picture(path: Any) -> tuple[Tensor, Tensor]:
 
 
 class LoadImage:
-    """Loads a picture from the input folder; its transparency comes out as a mask."""
+    """Loads an image from the input folder; its transparency is the MASK output."""
 
     NODE_ID = "LoadImage"
     TITLE = "Load Image"
@@ -69,9 +69,9 @@ class LoadImage:
 
     @classmethod
     def INPUT_TYPES(cls):
-        tooltip = "A picture in the input folder; upload one with the button or drop it on the node."
+        tooltip = "An image in the input folder; upload one with the button or drop it on the node."
         return {
-            "required": {"image": (context.folders().pictures(), {"image_upload": True, "tooltip": tooltip})}
+            "required": {"image": (context.folders().images(), {"image_upload": True, "tooltip": tooltip})}
         }
 
     @classmethod
@@ -81,18 +81,18 @@ class LoadImage:
             found = folders.annotated(image).is_file()
         except ValueError:
             found = False
-        return found or f"there is no picture {image} in {folders.input}; choose or upload one"
+        return found or f"the image {image} is not in {folders.input}; choose or upload one"
 
     @classmethod
     def IS_CHANGED(cls, image):
         return hashlib.sha256(context.folders().annotated(image).read_bytes()).hexdigest()
 
     def load_image(self, image):
-        return read_picture(context.folders().annotated(image))
+        return read_image(context.folders().annotated(image))
 
 
-def fill_in(prefix: str, width: int, height: int) -> str:
-    """A file name's prefix with %width%, %height% and the parts of the time filled in."""
+def expand_prefix(prefix: str, width: int, height: int) -> str:
+    """A file name prefix with %width%, %height% and the parts of the date and time replaced."""
     now = time.localtime()
     values = {"width": width, "height": height, "year": now.tm_year}
     parts = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min}
@@ -103,44 +103,44 @@ def fill_in(prefix: str, width: int, height: int) -> str:
 
 
 def checked_prefix(prefix: str, kind: str = "output") -> str:
-    """The prefix with forward slashes. Raises ValueError for one that is no name in the folder `kind`."""
+    """The prefix with forward slashes. Raises ValueError unless it is a name in the folder `kind`."""
     path = PurePosixPath(prefix.replace("\\", "/"))
     if str(path) == ".":
-        raise ValueError("filename_prefix is empty; write how the pictures' names begin")
-    if len(path.name.encode()) > LONGEST_NAME:
+        raise ValueError("filename_prefix must not be empty; enter the start of the images' names")
+    if len(path.name.encode()) > MAX_NAME_BYTES:
         got = len(path.name.encode())
-        raise ValueError(f"filename_prefix must have at most {LONGEST_NAME} bytes, got {got}; shorten it")
+        raise ValueError(f"filename_prefix must have at most {MAX_NAME_BYTES} bytes, got {got}; shorten it")
     try:
         context.folders().locate(str(path), kind=kind)
     except ValueError as error:
         raise ValueError(
-            f"filename_prefix must stay in the folder {kind}, got {prefix!r}; write a name or subfolder/name"
+            f"filename_prefix must stay in the folder {kind}, got {prefix!r}; enter name or subfolder/name"
         ) from error
     return str(path)
 
 
-def save_pictures(
+def write_images(
     images: Tensor, prefix: str, kind: str, compress_level: int, texts: dict[str, Any]
 ) -> list[dict[str, str]]:
-    """Save an IMAGE as PNGs that carry `texts` as JSON; what the editor calls them.
+    """Save an IMAGE as PNGs with `texts` as JSON metadata; returns the files as the editor names them.
 
-    Raises ValueError for a prefix that leads out of the folder, SaveError when a file cannot be written.
+    NaN becomes 0. Raises ValueError for a prefix outside the folder, SaveError when a write fails.
     """
     info = PngInfo()
     for name, value in texts.items():
         info.add_text(name, json.dumps(value))
-    path = checked_prefix(fill_in(prefix, images.shape[2], images.shape[1]), kind)
+    path = checked_prefix(expand_prefix(prefix, images.shape[2], images.shape[1]), kind)
     saved = []
     for index, image in enumerate(images):
         pixels = (image.detach().cpu().float().nan_to_num().clamp(0, 1) * 255).numpy().astype(np.uint8)
-        picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        encoded = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
         target = context.folders().locate(path.replace("%batch_num%", str(index)), kind=kind)
-        save = partial(picture.save, format="PNG", pnginfo=info, compress_level=compress_level)
+        save = partial(encoded.save, format="PNG", pnginfo=info, compress_level=compress_level)
         try:
             written = files.write_numbered(target.parent, target.name, save)
         except files.SaveError as error:
-            told = f" ({index} of {len(images)} pictures are saved)" if index else ""
-            raise files.SaveError(f"{error}{told}") from error
+            saved_so_far = f" ({index} of {len(images)} images are saved)" if index else ""
+            raise files.SaveError(f"{error}{saved_so_far}") from error
         subfolder = written.parent.relative_to(getattr(context.folders(), kind).resolve()).as_posix()
         saved.append(
             {"filename": written.name, "subfolder": "" if subfolder == "." else subfolder, "type": kind}
@@ -149,7 +149,7 @@ def save_pictures(
 
 
 class SaveImage:
-    """Saves pictures as PNGs in the output folder, each with the workflow that made it inside."""
+    """Saves images as PNGs in the output folder, each with its workflow as metadata."""
 
     NODE_ID = "SaveImage"
     TITLE = "Save Image"
@@ -164,12 +164,12 @@ class SaveImage:
     @classmethod
     def INPUT_TYPES(cls):
         tooltip = (
-            "How the files' names begin; a number follows. May name a subfolder (animals/fox) and hold "
-            "%width%, %height%, %year%, %month%, %day%, %hour%, %minute%, %second% and %batch_num%."
+            "Start of the file names; may contain a subfolder (animals/fox). Replaced: %width%, %height%, "
+            "%year%, %month%, %day%, %hour%, %minute%, %second%, %batch_num%."
         )
         return {
             "required": {
-                "images": ("IMAGE", {"tooltip": "The pictures to save."}),
+                "images": ("IMAGE", {"tooltip": "The images to save."}),
                 "filename_prefix": ("STRING", {"default": "ComfyUI", "tooltip": tooltip}),
             },
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
@@ -178,19 +178,19 @@ class SaveImage:
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix):
         try:
-            checked_prefix(fill_in(filename_prefix, 0, 0))
+            checked_prefix(expand_prefix(filename_prefix, 0, 0))
         except ValueError as error:
             return str(error)
         return True
 
     def save_images(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None):
         texts = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
-        saved = save_pictures(images, filename_prefix, "output", 4, texts)
+        saved = write_images(images, filename_prefix, "output", 4, texts)
         return {"ui": {"images": saved}, "result": (images,)}
 
 
 class PreviewImage:
-    """Shows pictures without saving them; they are gone after the next start."""
+    """Shows images without saving them; they are deleted at the next start."""
 
     NODE_ID = "PreviewImage"
     TITLE = "Preview Image"
@@ -205,18 +205,18 @@ class PreviewImage:
     @classmethod
     def INPUT_TYPES(cls):
         return {
-            "required": {"images": ("IMAGE", {"tooltip": "The pictures to show."})},
+            "required": {"images": ("IMAGE", {"tooltip": "The images to show."})},
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
 
     def save_images(self, images, prompt=None, extra_pnginfo=None):
         texts = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
-        prefix = f"preview_{secrets.token_hex(3)}"  # a browser keeps what it saw under a name
-        return {"ui": {"images": save_pictures(images, prefix, "temp", 1, texts)}, "result": (images,)}
+        prefix = f"preview_{secrets.token_hex(3)}"  # browsers cache images by name
+        return {"ui": {"images": write_images(images, prefix, "temp", 1, texts)}, "result": (images,)}
 
 
 class PreviewAny:
-    """Shows what comes over a wire as text."""
+    """Shows any value as text."""
 
     NODE_ID = "PreviewAny"
     TITLE = "Preview as Text"
@@ -229,7 +229,9 @@ class PreviewAny:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"source": ("*", {"tooltip": "What to show: a text, a number, anything."})}}
+        return {
+            "required": {"source": ("*", {"tooltip": "The value to show: text, a number, anything else."})}
+        }
 
     def main(self, source=None):
         text = as_text(source)
@@ -237,7 +239,7 @@ class PreviewAny:
 
 
 def as_text(value: Any) -> str:
-    """A text as it is, numbers as Python writes them, the rest as JSON where it can be, else by its name."""
+    """Strings as they are, numbers as Python formats them, other values as JSON if possible, else str()."""
     if isinstance(value, (str, bool, int, float)) or value is None:
         return str(value)
     try:

@@ -1,8 +1,8 @@
-"""Workflow files in, prompts out: the editor's format, the API format, or a PNG that carries either.
+"""Reads workflow files and makes prompts of them: the editor's format, the API format, or a PNG with either.
 
-A picture written by this host or by ComfyUI carries both: `prompt`, exactly what ran, and `workflow`, the
-graph as the editor shows it. The prompt is what gets rendered again; `--set` values go into both, so that a
-picture always tells the values that made it. host/graph.py turns the one into the other.
+An image saved by this host or by ComfyUI contains both: `prompt`, exactly what ran, and `workflow`, the graph
+as the editor shows it. `render` runs the prompt; `--set` values are written into both, so that an image
+always has the values it was made with. graph.py converts the graph to a prompt.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ from typing import Any
 
 from PIL import Image
 
-from .graph import Graph, Info, Placed, WorkflowError, reading, widget_positions, widget_specs, widget_value
-from .validation import no_such_choice
+from .graph import (
+    FlatNode,
+    Graph,
+    Info,
+    WorkflowError,
+    parse_errors,
+    widget_positions,
+    widget_specs,
+    widget_value,
+)
+from .validation import explain_choice
 
 __all__ = ["Document", "WorkflowError", "apply_settings", "read_document", "to_prompt"]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-LARGEST_JSON = 64 * 2**20  # bytes; the largest workflows met in the wild are below 2 MB
+MAX_JSON_BYTES = 64 * 2**20  # the largest workflows found in practice have less than 2 MB
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 Prompt = dict[str, dict[str, Any]]
@@ -30,29 +39,29 @@ Prompt = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Document:
-    """A workflow as it was found: the saved graph, the prompt, or both (then they say the same)."""
+    """A workflow as read from a file: the saved graph, the prompt, or both (of the same workflow)."""
 
     graph: dict[str, Any] | None
     prompt: Prompt | None
 
 
 def read_document(path: str | Path) -> Document:
-    """The workflow in a JSON or PNG file. Raises WorkflowError, naming the file, when there is none."""
+    """The workflow in a JSON or PNG file. Raises WorkflowError, with the file's name, if it has none."""
     path = Path(path)
     try:
         if path.is_dir():
-            raise WorkflowError(f"{path} is a folder; name a workflow's .json or a picture's .png")
+            raise WorkflowError(f"{path} is a folder; give a workflow (.json) or an image (.png)")
         with path.open("rb") as file:
             signature = file.read(len(PNG_SIGNATURE))
-            data = b"" if signature == PNG_SIGNATURE else signature + file.read(LARGEST_JSON + 1)
+            data = b"" if signature == PNG_SIGNATURE else signature + file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError as error:
-        raise WorkflowError(f"there is no file {path}") from error
+        raise WorkflowError(f"the file {path} does not exist") from error
     except OSError as error:
-        raise WorkflowError(f"{path} cannot be read: {error.strerror}") from error
+        raise WorkflowError(f"cannot read {path}: {error.strerror}") from error
     if signature == PNG_SIGNATURE:
         return _read_png(path)
-    if len(data) > LARGEST_JSON:
-        raise WorkflowError(f"{path} is larger than {LARGEST_JSON >> 20} MB, too large for a workflow")
+    if len(data) > MAX_JSON_BYTES:
+        raise WorkflowError(f"{path} is too large for a workflow: the limit is {MAX_JSON_BYTES >> 20} MB")
     return classify(_parse(data, str(path)), str(path))
 
 
@@ -65,10 +74,10 @@ def classify(found: Any, where: str) -> Document:
     nodes = found.values() if isinstance(found, dict) else ()
     if nodes and all(isinstance(node, dict) and isinstance(node.get("class_type"), str) for node in nodes):
         if not all(isinstance(node.get("inputs", {}), dict) for node in nodes):
-            raise WorkflowError(f"{where} is damaged: a node's inputs are not a table of names and values")
+            raise WorkflowError(f"{where} is damaged: a node's inputs are not an object of names and values")
         return Document(None, {str(key): {"inputs": {}, **node} for key, node in found.items()})
     raise WorkflowError(
-        f"{where} holds no workflow: neither the editor's format (nodes and links) nor the API format "
+        f"{where} has no workflow: neither the editor's format (nodes and links) nor the API format "
         "(class_type and inputs)"
     )
 
@@ -84,24 +93,24 @@ def _parse(data: bytes | str, where: str) -> Any:
             raise WorkflowError(f"{where} is empty") from error
         raise WorkflowError(
             f"{where} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-            "it may have been cut short, save it again"
+            "it may be truncated, save it again"
         ) from error
     except RecursionError as error:
         raise WorkflowError(f"{where} is nested too deeply for a workflow") from error
 
 
 def _no_constant(name: str) -> None:
-    """NaN and Infinity are no JSON; the editor, too, reads them as "no value"."""
+    """NaN and Infinity are not valid JSON; read them as null, as the editor does."""
 
 
 def _read_png(path: Path) -> Document:
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            image.verify()  # every chunk to the last, so that a file cut short is found before anything runs
+            image.verify()  # checks every chunk, so that a truncated file is found before anything runs
         with Image.open(path, formats=["PNG"]) as image:
             text = {key: str(value) for key, value in image.text.items()}
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise WorkflowError(f"{path} is a damaged PNG, perhaps cut short; take the original file") from error
+        raise WorkflowError(f"{path} is damaged or truncated; use the original PNG") from error
     found = [
         classify(_parse(text[key], f"{path} ({key})"), f"{path} ({key})")
         for key in ("prompt", "workflow")
@@ -110,130 +119,132 @@ def _read_png(path: Path) -> Document:
     prompt = next((document.prompt for document in found if document.prompt), None)
     graph = next((document.graph for document in found if document.graph), None)
     if prompt is None and graph is None:
-        raise WorkflowError(f"{path} carries no workflow; only pictures as a node editor saved them do")
+        raise WorkflowError(f"{path} has no workflow; only unmodified PNGs saved by a node editor have one")
     return Document(graph, prompt)
 
 
 def to_prompt(document: Document, info: Info) -> Prompt:
-    """The prompt of a document, node ids to classes and inputs. Raises WorkflowError."""
+    """The document's prompt {node id: {class_type, inputs}}. Raises WorkflowError."""
     if document.prompt is not None:
         return copy.deepcopy(document.prompt)
     if document.graph is None:
-        raise WorkflowError("the document holds no workflow")
-    with reading():
+        raise WorkflowError("the document has no workflow")
+    with parse_errors():
         return Graph(document.graph, info).prompt()
 
 
 def apply_settings(document: Document, settings: list[str], info: Info) -> Document:
-    """A document with NAME=VALUE settings applied in the prompt and, where there is one, in the graph.
+    """The document with NAME=VALUE settings applied to its prompt and, if it has one, its graph.
 
-    NAME is a widget's name, or NODE_ID.NAME where several nodes have it. The value is read as the widget's
-    type. Raises WorkflowError for an unknown or ambiguous name (with the candidates) and for a value of
-    another type.
+    NAME is a widget's name, or NODE_ID.NAME if several nodes have it. The value is converted to the widget's
+    type. Raises WorkflowError for an unknown or ambiguous name (with the candidates) and for a value of the
+    wrong type.
     """
     prompt = to_prompt(document, info)
     if not settings or document.graph is None:
-        graph, reader, placed = document.graph, None, {}
+        graph, reader, flat_nodes = document.graph, None, {}
     else:
         graph = copy.deepcopy(document.graph)
-        with reading():
+        with parse_errors():
             reader = Graph(graph, info)
-            placed = {node.id: node for node in reader.placed()}
+            flat_nodes = {node.id: node for node in reader.flat_nodes()}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
-            raise WorkflowError(f"--set takes NAME=VALUE, got {setting!r}")
-        number, widget = _find(prompt, name.strip(), info)
-        value = read_value(text, *widget_specs(info[prompt[number]["class_type"]])[widget], name.strip())
-        prompt[number]["inputs"][widget] = value
-        if reader is not None and number in placed:
-            if sum(other.node is placed[number].node for other in placed.values()) > 1:
+            raise WorkflowError(f"--set must be NAME=VALUE, got {setting!r}")
+        node_id, widget = _find(prompt, name.strip(), info)
+        value = read_value(text, *widget_specs(info[prompt[node_id]["class_type"]])[widget], name.strip())
+        prompt[node_id]["inputs"][widget] = value
+        if reader is not None and node_id in flat_nodes:
+            if sum(other.node is flat_nodes[node_id].node for other in flat_nodes.values()) > 1:
                 raise WorkflowError(
-                    f"--set {name}: node {number} is in a subgraph used twice; set it in the editor"
+                    f"--set {name}: node {node_id} is in a subgraph used several times; set it in the editor"
                 )
-            with reading():
-                _store(reader, placed[number], widget, value)
+            with parse_errors():
+                _store(reader, flat_nodes[node_id], widget, value)
     return Document(graph, prompt)
 
 
 def _candidates(prompt: Prompt, info: Info) -> dict[str, list[str]]:
-    """{widget name: ids of the nodes that have it}; wired widgets are left out, a wire is no value to set."""
+    """{widget name: ids of the nodes that have it}, without widgets whose value comes from a wire."""
     found: dict[str, list[str]] = {}
-    for number, node in prompt.items():
+    for node_id, node in prompt.items():
         if node["class_type"] not in info:
-            raise WorkflowError(f"node {number} is a {node['class_type']}, which is not installed here")
+            raise WorkflowError(f"node {node_id} is a {node['class_type']}, which is not installed here")
         for widget in widget_specs(info[node["class_type"]]):
             if not isinstance(node["inputs"].get(widget), list):
-                found.setdefault(widget, []).append(number)
+                found.setdefault(widget, []).append(node_id)
     return found
 
 
 def _find(prompt: Prompt, name: str, info: Info) -> tuple[str, str]:
-    """(node id, widget name) that NAME or NODE_ID.NAME means. Raises WorkflowError."""
+    """(node id, widget name) of NAME or NODE_ID.NAME. Raises WorkflowError."""
     candidates = _candidates(prompt, info)
-    number, dot, widget = name.rpartition(".")
+    node_id, dot, widget = name.rpartition(".")
     if not dot:
         owners = candidates.get(name, [])
         if len(owners) > 1:
             choices = ", ".join(f"{owner}.{name} ({_title(prompt, owner, info)})" for owner in owners)
-            raise WorkflowError(f"--set {name}: {len(owners)} nodes have it, say which: {choices}")
+            raise WorkflowError(f"--set {name}: {len(owners)} nodes have it; choose one of {choices}")
         if owners:
             return owners[0], name
-        raise WorkflowError(f"--set {name}: no such widget here; there are {', '.join(sorted(candidates))}")
-    if number in candidates.get(widget, []):
-        return number, widget
-    if number not in prompt:
+        raise WorkflowError(f"--set {name}: unknown widget; the workflow has {', '.join(sorted(candidates))}")
+    if node_id in candidates.get(widget, []):
+        return node_id, widget
+    if node_id not in prompt:
         known = ", ".join(f"{key} ({_title(prompt, key, info)})" for key in prompt)
-        raise WorkflowError(f"--set {name}: there is no node {number}; there are {known}")
-    if isinstance(prompt[number]["inputs"].get(widget), list):
-        raise WorkflowError(f"--set {name}: this input is fed by a wire; set the value where the wire starts")
-    own = sorted(key for key, owners in candidates.items() if number in owners)
-    raise WorkflowError(f"--set {name}: node {number} has no such widget; it has {', '.join(own) or 'none'}")
+        raise WorkflowError(f"--set {name}: node {node_id} does not exist; the workflow has {known}")
+    if isinstance(prompt[node_id]["inputs"].get(widget), list):
+        raise WorkflowError(
+            f"--set {name}: this input is connected to a wire; set the value at the wire's source"
+        )
+    own = sorted(key for key, owners in candidates.items() if node_id in owners)
+    raise WorkflowError(f"--set {name}: unknown widget; node {node_id} has {', '.join(own) or 'none'}")
 
 
-def _title(prompt: Prompt, number: str, info: Info) -> str:
-    node = prompt[number]
+def _title(prompt: Prompt, node_id: str, info: Info) -> str:
+    node = prompt[node_id]
     meta = node.get("_meta")
     title = meta.get("title") if isinstance(meta, dict) else None
     return str(title or info.get(node["class_type"], {}).get("display_name") or node["class_type"])
 
 
 def read_value(text: str, kind: Any, options: dict[str, Any], name: str) -> Any:
-    """Text from the command line as a widget's value; bounds are left to validation. Raises WorkflowError."""
+    """A widget's value from command-line text; validation checks its bounds. Raises WorkflowError."""
     if isinstance(kind, (list, tuple)) or kind == "COMBO":
         choices = list(kind) if isinstance(kind, (list, tuple)) else list(options.get("options") or ())
         for choice in choices:
             if str(choice) == text:
                 return choice
-        if options.get("image_upload"):  # may also name a picture elsewhere; the node itself looks
+        if options.get("image_upload"):  # may also be an image in another folder; the node checks it
             return text
-        raise WorkflowError(f"--set {name}: {no_such_choice(text, choices)}")
+        raise WorkflowError(f"--set {name}: {explain_choice(text, choices)}")
     if kind == "BOOLEAN":
         if text.lower() not in (*TRUE, *FALSE):
-            raise WorkflowError(f"--set {name}: takes true or false, got {text!r}")
+            raise WorkflowError(f"--set {name}: must be true or false, got {text!r}")
         return text.lower() in TRUE
     if kind in ("INT", "FLOAT"):
         try:
             value = int(text) if kind == "INT" else float(text)
         except ValueError as error:
-            wanted = "a whole number" if kind == "INT" else "a number"
-            raise WorkflowError(f"--set {name}: takes {wanted}, got {text!r}") from error
+            wanted = "an integer" if kind == "INT" else "a number"
+            raise WorkflowError(f"--set {name}: must be {wanted}, got {text!r}") from error
         if not math.isfinite(value):
-            raise WorkflowError(f"--set {name}: takes a finite number, got {text!r}")
+            raise WorkflowError(f"--set {name}: must be finite, got {text!r}")
         return value
     return text
 
 
-def _store(reader: Graph, placed: Placed, widget: str, value: Any) -> None:
-    """Write a widget's value into the saved graph (a copy), where the editor will look for it."""
-    source = reader.sources(placed).get(widget)
-    if source is not None and source.holder is not None:  # a PrimitiveNode or the node of a subgraph keeps it
+def _store(reader: Graph, flat_node: FlatNode, widget: str, value: Any) -> None:
+    """Write a widget's value into the saved graph (a copy), where the editor reads it."""
+    source = reader.sources(flat_node).get(widget)
+    if source is not None and source.holder is not None:  # stored in a PrimitiveNode or a subgraph's node
         source.holder["widgets_values"][source.index] = value
         named = source.holder.get("widgets_values_named")
         if isinstance(named, dict) and len(named) > source.index:
             named[list(named)[source.index]] = value
         return
-    node = placed.node
+    node = flat_node.node
     if isinstance(node.get("widgets_values_named"), dict):
         node["widgets_values_named"][widget] = value
     if node.get("widgets_values") is None:
@@ -242,8 +253,8 @@ def _store(reader: Graph, placed: Placed, widget: str, value: Any) -> None:
     if isinstance(values, dict):
         values[widget] = value
         return
-    positions = widget_positions(placed.info, values)
+    positions = widget_positions(flat_node.info, values)
     for earlier, index in positions.items():
         if len(values) <= min(index, positions[widget]):  # the file is older than these widgets
-            values.append(widget_value(placed, earlier))
+            values.append(widget_value(flat_node, earlier))
     values[positions[widget]] = value

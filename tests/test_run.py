@@ -31,7 +31,7 @@ PYTEST = "import os, sys; print('pytest', sys.argv[1:], os.getcwd())"
 PACK = {
     "__init__.py": "",
     "host/__init__.py": "",
-    "host/server.py": "def main(argv): print('serve', argv, __package__)",
+    "host/serve.py": "def main(argv): print('serve', argv, __package__)",
     "host/render.py": RENDER,
     "flux_core/__init__.py": "",
     "flux_core/train/__init__.py": "",
@@ -197,8 +197,8 @@ def test_bench_installs_what_a_benchmark_says_it_needs(ready: Start) -> None:
 
 
 def test_tests_install_their_packages_first_and_run_in_the_root(ready: Start) -> None:
-    printed = ready("test", "-k", "x y", "host/server.py").splitlines()[-1]
-    assert printed == f"pytest ['-k', 'x y', 'host/server.py'] {ready.root}"
+    printed = ready("test", "-k", "x y", "host/serve.py").splitlines()[-1]
+    assert printed == f"pytest ['-k', 'x y', 'host/serve.py'] {ready.root}"
     assert "pytest==9.0" in ready.installed()
     ready("test", PIP_FIND_LINKS="")
     assert ready.errors == ""

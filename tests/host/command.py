@@ -1,4 +1,4 @@
-"""`run.py serve` as a process of its own, as a user starts it."""
+"""`run.py serve` in its own process, as a user starts it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 120  # seconds, far more than anything here takes
+PATIENCE = 120  # seconds, until a test fails
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """(address, process) of an editor that keeps everything in `folder`/data; it has ended afterwards."""
+    """(address, process) of an editor with its data in `folder`/data; it is stopped at the end."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "run.py", "serve", "--no-browser", "--port", "0", "--data", folder / "data"]
-    if Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():  # run.py would make that environment
+    if Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():  # run.py would create that environment
         command[1:3] = ["-c", "import sys, run; sys.exit(run.dispatch('serve', sys.argv[1:]))"]
     with (folder / "log").open("wb") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
         try:

@@ -1,7 +1,8 @@
-"""A pack of tiny nodes for the host's tests, with the host's folders in a temporary place."""
+"""A pack of tiny nodes for the host's tests, with the host's folders in a temporary folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
 from rectiflux.host.server import Server
 
+from .client import Client
+
 
 class Number:
-    """Gives its widget's value; counts how often each value was asked for."""
+    """Outputs value * scale."""
 
     RETURN_TYPES = ("NUMBER",)
     FUNCTION = "run"
     CATEGORY = "test"
-    ran: list[int] = []
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -34,24 +36,21 @@ class Number:
         }
 
     def run(self, value: int, scale: float, mode: str, label: str, sure: bool) -> tuple[float]:
-        self.ran.append(value)
         return (value * scale,)
 
 
 class Add:
-    """Adds; fails, reports and waits as its numbers tell it to."""
+    """Outputs a + b with progress, a preview and a notice; fails for a = 7, 8, 9."""
 
     RETURN_TYPES = ("NUMBER", "TEXT")
     FUNCTION = "run"
     CATEGORY = "test"
-    ran: list[tuple[float, float]] = []
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"a": ("NUMBER",)}, "optional": {"b": ("NUMBER",)}}
 
     def run(self, a: float, b: float = 0.0) -> tuple[float, str]:
-        self.ran.append((a, b))
         if a == 7:
             raise ValueError("seven is refused; choose another number")
         if a == 8:
@@ -65,8 +64,8 @@ class Add:
         return a + b, "sum"
 
 
-class Picture:
-    """A picture 8 wide and 4 high of one grey."""
+class Gray:
+    """An image 8 wide and 4 high, `number` / 10 bright."""
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "run"
@@ -80,7 +79,7 @@ class Picture:
         return (torch.full((1, 4, 8, 3), number / 10),)
 
 
-NODES = {"Number": Number, "Add": Add, "Picture": Picture}
+NODES = {"Number": Number, "Add": Add, "Gray": Gray}
 
 
 @pytest.fixture
@@ -90,26 +89,24 @@ def folders(tmp_path: Path) -> Folders:
 
 @pytest.fixture
 def registry(folders: Folders) -> Registry:
-    Number.ran.clear()
-    Add.ran.clear()
     return Registry(NODES, {"Add": "Add Numbers"}, folders)
 
 
 class Prompts:
-    """Makes prompts of the tiny nodes."""
+    """Builds prompts of the tiny nodes."""
 
     @staticmethod
     def number(value: Any = 1, **widgets: Any) -> dict[str, Any]:
         inputs = {"value": value, "scale": 1.0, "mode": "plain", "label": "", "sure": True, **widgets}
         return {"class_type": "Number", "inputs": inputs}
 
-    def picture(self, a: Any = 2, b: Any = 3) -> dict[str, Any]:
-        """Two numbers, their sum as a picture, saved."""
+    def image(self, a: Any = 2, b: Any = 3) -> dict[str, Any]:
+        """Two numbers (1, 2), their sum (3) as an image (4), saved (5)."""
         return {
             "1": self.number(a),
             "2": self.number(b),
             "3": {"class_type": "Add", "inputs": {"a": ["1", 0], "b": ["2", 0]}},
-            "4": {"class_type": "Picture", "inputs": {"number": ["3", 0]}},
+            "4": {"class_type": "Gray", "inputs": {"number": ["3", 0]}},
             "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "sum"}},
         }
 
@@ -141,3 +138,9 @@ def server(registry: Registry, pack: Path, tmp_path: Path) -> Server:
     (tmp_path / "frontend" / "index.html").write_text("<title>the editor</title>")
     (tmp_path / "frontend" / "assets" / "app-1234.js").write_text("app")
     return Server(registry, tmp_path / "frontend", pack)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with Client(server) as client:
+        yield client

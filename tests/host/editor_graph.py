@@ -33,12 +33,12 @@ NODES: dict[int, tuple[str, list[Any], dict[str, tuple[int, int]]]] = {
         },
     ),
     11: ("RectifluxVAEDecode", [], {"samples": (10, 0), "vae": (3, 0)}),
-    12: ("SaveImage", ["picture"], {"images": (11, 0)}),
+    12: ("SaveImage", ["image"], {"images": (11, 0)}),
 }
 
 
 def text_to_image() -> Graph:
-    """The graph; change it freely, it is made anew."""
+    """A new copy of the graph."""
     nodes, links = [], []
     for number, (kind, values, wires) in NODES.items():
         inputs = []

@@ -1,4 +1,4 @@
-"""Saved workflows to read, and the class table that they are read by, written out."""
+"""Saved workflows for the tests, and the node classes (`object_info`) they refer to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def graph(nodes: list[dict[str, Any]], links: list[Any], **more: Any) -> dict[st
 
 
 def node(number: int, kind: str, values: Any = (), wires: dict[str, int] | None = None, **more: Any) -> Any:
-    """A saved node; `wires` {input: link id}, in the order of its sockets. All sockets are NUM."""
+    """A saved node; `wires` {input: link id} in the order of its inputs. All inputs are NUM."""
     inputs = [{"name": name, "type": "NUM", "link": link} for name, link in (wires or {}).items()]
     values = values if isinstance(values, dict) else list(values)
     outputs = [{"name": "out", "type": "NUM", "links": []}]

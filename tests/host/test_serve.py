@@ -1,7 +1,8 @@
-"""The server as a process: who reaches it, and what a sudden death leaves."""
+"""The command `run.py serve`: its options, who can reach it, and what a killed process leaves behind."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -13,16 +14,16 @@ from urllib.request import Request, urlopen
 
 import pytest
 from PIL import Image
+from rectiflux.host.serve import main
 from rectiflux.host.workflow import apply_settings, read_document, to_prompt
 
 from .command import PATIENCE, ROOT, serving
 
-pytestmark = pytest.mark.slow
 CROSS = "workflows%2Fmy%20cross.json"
 
 
 def ask(address: str, path: str, body: Any = None) -> bytes:
-    """The answer to GET, or to POST when there is a body."""
+    """The response to GET, or to POST with a body."""
     data = None if body is None else json.dumps(body).encode()
     with urlopen(Request(address + path, data), timeout=PATIENCE) as answer:
         return answer.read()
@@ -36,8 +37,37 @@ def wait(happened: Callable[[], Any]) -> Any:
     return found
 
 
-def test_other_machines_find_no_door(tmp_path: Path) -> None:
-    """Bound to 127.0.0.1 alone, the port is shut on any other address, such as 127.0.0.2."""
+def test_a_port_in_use_and_wrong_options_are_reported_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def occupy() -> asyncio.Server:
+        return await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+
+    with asyncio.Runner() as runner:
+        other = runner.run(occupy())
+        port = other.sockets[0].getsockname()[1]
+        assert main(["--no-browser", "--port", str(port), "--data", str(tmp_path / "data")]) == 1
+        other.close()
+        runner.run(other.wait_closed())
+    assert capsys.readouterr().err.startswith(f"port {port} is in use; ")
+    for arguments, what in (
+        (["--port", "70000"], "argument --port: must be an integer from 0 to 65535, got '70000'"),
+        (["--port", "many"], "argument --port: must be an integer from 0 to 65535, got 'many'"),
+        (["--models", "missing"], "argument --models: the folder missing does not exist"),
+        (["--frob"], "unrecognized arguments: --frob"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == f"serve: {what} (see run.py serve --help)\n"
+    (tmp_path / "file").touch()
+    assert main(["--data", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.startswith("cannot write ")
+
+
+@pytest.mark.slow
+def test_other_machines_cannot_connect(tmp_path: Path) -> None:
+    """Bound to 127.0.0.1 alone, the port is closed on every other address, such as 127.0.0.2."""
     with serving(tmp_path / "editor") as (address, _):
         port = urlsplit(address).port
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
@@ -45,7 +75,8 @@ def test_other_machines_find_no_door(tmp_path: Path) -> None:
             socket.create_connection(("127.0.0.2", port), timeout=5).close()
 
 
-def test_killed_while_it_saves_it_leaves_whole_files(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_server_killed_while_saving_leaves_complete_files(tmp_path: Path) -> None:
     folder, output = tmp_path / "editor", tmp_path / "editor" / "data" / "output"
     with serving(folder) as (address, process):
         info = json.loads(ask(address, "api/object_info"))
@@ -57,13 +88,13 @@ def test_killed_while_it_saves_it_leaves_whole_files(tmp_path: Path) -> None:
         wait(lambda: list(output.glob("*.png")))
         process.kill()
         process.wait(PATIENCE)
-    pictures = sorted(output.glob("*.png"))
-    for path in pictures:
-        with Image.open(path) as picture:
-            picture.load()
-            assert picture.size == (128, 128)
+    images = sorted(output.glob("*.png"))
+    for path in images:
+        with Image.open(path) as image:
+            image.load()
+            assert image.size == (128, 128)
     with serving(folder) as (address, _):
         assert json.loads(ask(address, f"api/userdata/{CROSS}")) == document.graph
         assert json.loads(ask(address, "api/settings/a.b")) == 7
-        assert ask(address, f"api/view?filename={pictures[0].name}") == pictures[0].read_bytes()
+        assert ask(address, f"api/view?filename={images[0].name}") == images[0].read_bytes()
         assert json.loads(ask(address, "api/queue")) == {"queue_running": [], "queue_pending": []}
