@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""The one command: makes .venv on first use, then starts what was asked for in it.
+"""The one command: creates .venv on first use, then runs the requested command in it.
 
     python3 run.py [serve] [options]          the node editor on 127.0.0.1:8188
                                               (--port N, --models DIR, --no-browser)
-    python3 run.py render WORKFLOW [options]  the same workflow file without the editor: PNGs out
+    python3 run.py render WORKFLOW [options]  a workflow file without the editor: saves PNGs
                                               (--set NAME=VALUE, --out DIR, --models DIR)
     python3 run.py test [pytest arguments]    the tests
-    python3 run.py train [options]            the miniature's training
-    python3 run.py bench [NAME [options]]     a measurement: tables, pictures, with --json FILE every figure;
-                                              without NAME the list of them
+    python3 run.py train [options]            the training of the miniature models
+    python3 run.py bench [NAME [options]]     a benchmark: tables and figures, all values with --json FILE;
+                                              without NAME a list of the benchmarks
     python3 run.py COMMAND --help             all options of one command
 
-Standard library only: this file runs before anything is installed. It must also parse on Pythons that are far
-too old (3.6), because they can only be told so by a file that they can read: no annotation with `|` or
-`list[...]`, no walrus, no `from __future__ import annotations`.
+Standard library only: this file runs before anything is installed. It must also parse on Python 3.6, so that
+an old Python can print that it is too old: no annotation with `|` or `list[...]`, no walrus, no
+`from __future__ import annotations`.
 """
 
 import ast
@@ -30,16 +30,16 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PACKAGE = "rectiflux"  # the pack's import name, whatever the folder is called
 COMMANDS = ("serve", "render", "test", "train", "bench")
-# The tested transformers, numpy and pillow ask for it; inside ComfyUI the pack itself is content with 3.10.
+# Required by the tested transformers, numpy and pillow; inside ComfyUI the pack itself runs on 3.10.
 OLDEST_PYTHON = (3, 11)
 
 REQUIREMENTS = {"base": "requirements.txt", "test": "requirements-test.txt"}
-# Files inside .venv: the first stands there from .venv's first second until its first complete installation,
-# the others say, as a hash of the requirement files, what was installed completely.
+# Marker files inside .venv: UNFINISHED exists until the first installation is complete; INSTALLED contain the
+# hash of the requirement files from which a part was installed completely.
 UNFINISHED = "rectiflux-unfinished"
-PROOF = {"base": "rectiflux-installed", "test": "rectiflux-installed-test"}
+INSTALLED = {"base": "rectiflux-installed", "test": "rectiflux-installed-test"}
 
-CANNOT_CONNECT = (
+CONNECTION_ERRORS = (
     "after connection broken by",
     "ConnectionError",
     "ConnectTimeout",
@@ -49,11 +49,11 @@ CANNOT_CONNECT = (
 
 
 class SetupError(Exception):
-    """One sentence for the person at the keyboard: what is missing and what to do."""
+    """One sentence for the user: what is missing and what to do."""
 
 
 def check_python(version: tuple = sys.version_info[:3]) -> None:
-    """Refuse a Python that cannot hold the tested versions. Raises SetupError."""
+    """Raise SetupError on a Python for which the tested versions are not available."""
     if tuple(version[:2]) < OLDEST_PYTHON:
         raise SetupError(
             "Rectiflux needs Python {}.{} or newer, this is {} ({}); install a newer one from python.org or "
@@ -64,11 +64,11 @@ def check_python(version: tuple = sys.version_info[:3]) -> None:
 
 
 def check_modules() -> None:
-    """Refuse a Python without venv or pip inside (Debian and Ubuntu ship it so). Raises SetupError."""
+    """Raise SetupError on a Python without venv or pip (as shipped by Debian and Ubuntu)."""
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
             raise SetupError(
-                f"this Python ({sys.executable}) comes without the module `{module}` that makes .venv; "
+                f"this Python ({sys.executable}) has no module `{module}`, which creates .venv; "
                 "install it (Debian, Ubuntu: sudo apt install python3-venv) and run the same command again."
             )
 
@@ -79,7 +79,7 @@ def venv_python() -> Path:
 
 
 def fingerprint(part: str) -> str:
-    """Hash of the files that say what `part` ("base" or "test") of .venv has to hold."""
+    """Hash of the files that list the packages of `part` ("base" or "test")."""
     digest = hashlib.sha256()
     for name in (REQUIREMENTS[part], "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
@@ -87,23 +87,23 @@ def fingerprint(part: str) -> str:
 
 
 def is_installed(part: str) -> bool:
-    """Whether `part` was installed completely, and from the requirement files as they are now."""
-    proof = VENV / PROOF[part]
-    return venv_python().exists() and proof.is_file() and proof.read_text() == fingerprint(part)
+    """Whether `part` was installed completely from the current requirement files."""
+    marker = VENV / INSTALLED[part]
+    return venv_python().exists() and marker.is_file() and marker.read_text() == fingerprint(part)
 
 
 def say(message: str) -> None:
-    """Tell the person; stdout stays free for what a command prints."""
+    """Print to stderr; stdout is reserved for the output of commands."""
     print(message, file=sys.stderr, flush=True)
 
 
-class OneAtATime:
-    """A lock on .venv held for a `with` block; the system frees it however the holder ends."""
+class InstallLock:
+    """A lock on .venv for a `with` block; the system releases it even if the process is killed."""
 
     def __enter__(self) -> None:
         self.file = open(ROOT / ".venv.lock", "a+")
         if not self._try():
-            say("another start is setting up .venv; waiting for it ...")
+            say("another process is setting up .venv; waiting for it ...")
             self._wait()
 
     def __exit__(self, *_: object) -> None:
@@ -130,58 +130,58 @@ class OneAtATime:
 
 
 def make_venv() -> None:
-    """An environment with a working interpreter and pip in .venv.
+    """Create an environment with an interpreter and pip in .venv.
 
-    One that this program began and never finished (the first run was interrupted) starts over from nothing;
-    so does one whose interpreter is gone (the system's Python was upgraded). Any other is kept: what it
-    lacks, pip adds. Raises SetupError.
+    One whose creation was interrupted, or whose interpreter no longer exists (after an upgrade of Python), is
+    deleted and created again. Any other is kept; pip adds missing packages. Raises SetupError.
     """
     unfinished = VENV / UNFINISHED
     if venv_python().exists() and not unfinished.exists():
         return
-    ours = unfinished.exists() or (VENV / "pyvenv.cfg").exists()
-    if VENV.exists() and not ours:
-        raise SetupError(f"{VENV} is no Python environment; move it away and run the same command again.")
+    is_environment = unfinished.exists() or (VENV / "pyvenv.cfg").exists()
+    if VENV.exists() and not is_environment:
+        raise SetupError(f"{VENV} is not a Python environment; move it away and run the same command again.")
     if in_venv():
         raise SetupError("the active .venv is incomplete; run `deactivate`, then the same command again.")
     check_modules()
     if VENV.exists():
-        say("the environment in .venv is incomplete: making it anew ...")
+        say("the environment in .venv is incomplete and will be created again ...")
         shutil.rmtree(str(VENV))
     VENV.mkdir()
     unfinished.touch()
     command = [sys.executable, "-m", "venv", str(VENV)]
-    made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if made.returncode != 0:
-        lines = made.stdout.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise SetupError(f"making .venv with {sys.executable} failed: {lines[-1].strip()}")
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if process.returncode != 0:
+        lines = process.stdout.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise SetupError(f"creating .venv with {sys.executable} failed: {lines[-1].strip()}")
 
 
 def explain_pip(code: int, errors: str) -> str:
-    """One sentence for pip's exit code and what it wrote to stderr."""
+    """One sentence for pip's exit code and its output on stderr."""
     last = [line for line in errors.splitlines() if line.startswith("ERROR:")] or ["see its output above"]
     if "No space left on device" in errors or "not enough space" in errors:
         return (
-            "the disk is full: the packages need 2 GB, with a CUDA build of torch 8 GB; free some, run again."
+            "the disk is full: the packages need 2 GB, with a CUDA build of torch 8 GB; free some space and "
+            "run again."
         )
-    if any(sign in errors for sign in CANNOT_CONNECT):
+    if any(sign in errors for sign in CONNECTION_ERRORS):
         return (
             "pip cannot reach its package index; check the network or pip's proxy settings, then run again."
         )
     version = "{}.{}".format(*sys.version_info[:2])
     if "No matching distribution found" in errors:
         return f"{last[-1]}: no build for Python {version} on this machine; try another Python from 3.11 on."
-    if "ResolutionImpossible" in errors:  # so pip says it where constraints.txt names the version
+    if "ResolutionImpossible" in errors:  # pip's message if constraints.txt specifies the version
         what = errors.partition("Cannot install ")[2].partition(" because")[0] or "a package"
         return (
             f"pip's package index has no build of the tested {what} for Python {version} on this machine; "
-            "try another Python from 3.11 on, or check which index pip is set to."
+            "try another Python from 3.11 on, or check pip's index setting."
         )
     return f"pip ended with code {code}: {last[-1]}"
 
 
 def pip_install(arguments: list) -> None:
-    """Run pip in .venv, its output on stderr as it comes. Raises SetupError with the reason when it fails."""
+    """Run pip in .venv with its output on stderr. Raises SetupError with the reason when it fails."""
     options = ["--disable-pip-version-check", "--no-input", "-c", "constraints.txt"]
     command = [str(venv_python()), "-m", "pip", "install", *options, *arguments]
     errors = []
@@ -198,35 +198,35 @@ def pip_install(arguments: list) -> None:
 
 
 def install(part: str) -> None:
-    """Bring `part` of .venv up to the requirement files; at once when it already is. Raises SetupError."""
+    """Install `part` of .venv unless it is up to date with the requirement files. Raises SetupError."""
     if is_installed(part):
         return
-    with OneAtATime():
-        if is_installed(part):  # by the start that this one waited for
+    with InstallLock():
+        if is_installed(part):  # by the process that held the lock
             return
         if part == "base":
             make_venv()
         say(
-            "setting up Rectiflux in .venv (first use and after updates: some minutes) ..."
+            "setting up Rectiflux in .venv (on first use and after updates; takes some minutes) ..."
             if part == "base"
-            else "installing what the tests and some benchmarks need into .venv ..."
+            else "installing the packages of the tests and some benchmarks into .venv ..."
         )
-        proof = VENV / PROOF[part]
-        if proof.exists():
-            proof.unlink()
-        # torch is named here and not in requirements.txt, which must never move an artist's own torch
-        wanted = (["torch"] if part == "base" else []) + ["-r", REQUIREMENTS[part]]
-        pip_install(wanted)
-        proof.write_text(fingerprint(part))
+        marker = VENV / INSTALLED[part]
+        if marker.exists():
+            marker.unlink()
+        # torch is listed here and not in requirements.txt, which must never replace the torch of a ComfyUI
+        packages = (["torch"] if part == "base" else []) + ["-r", REQUIREMENTS[part]]
+        pip_install(packages)
+        marker.write_text(fingerprint(part))
         if part == "base" and (VENV / UNFINISHED).exists():
             (VENV / UNFINISHED).unlink()
 
 
 def let_threads_sleep(environment: dict) -> None:
-    """Have OpenMP's threads sleep while they wait, unless the user has said how they should.
+    """Set OpenMP's threads to sleep while waiting, unless the user has set their behavior.
 
-    By default they spin, and beside another busy process on two cores a render takes 20 times as long. torch
-    reads this once, when it is imported.
+    By default they spin: beside another busy process on two cores a render takes 20 times as long. torch
+    reads the variable once, at import.
     """
     if not any(name in environment for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -238,9 +238,9 @@ def in_venv() -> bool:
 
 
 def continue_in_venv(arguments: list) -> int:
-    """Run .venv's Python with these arguments in place of this process; on Windows below it."""
+    """Replace this process by .venv's Python with these arguments; on Windows, run it as a child."""
     environment = dict(os.environ)
-    # on macOS this one would send the interpreter back to the prefix that run.py was started from
+    # on macOS this variable would make the interpreter use the prefix that run.py was started from
     environment.pop("__PYVENV_LAUNCHER__", None)
     let_threads_sleep(environment)
     command = [str(venv_python()), *arguments]
@@ -263,33 +263,33 @@ def load_pack() -> None:
 
 
 def benchmarks() -> dict:
-    """What is in benchmarks/: name -> (module, what it measures, the part of .venv that it needs).
+    """The benchmarks in benchmarks/: {name: (module, description, the part of .venv it needs)}.
 
-    A benchmark is a file with a function `main(arguments)`; full_size.py is called full-size. The first line
-    of its docstring says what it measures, and NEEDS = "test" that it takes a test tool too. All of it is
-    read from the text, so that the list needs no environment.
+    A benchmark is a file with a function `main(arguments)`; full_size.py is named full-size. Its description
+    is the first line of its docstring; NEEDS = "test" means that it uses a test package. Files are parsed and
+    not imported, so that listing them needs no environment.
     """
     found = {}
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if not any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            continue  # what several benchmarks share
+            continue  # a module that benchmarks share
         part = "base"
         for node in tree.body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NEEDS":
                 part = ast.literal_eval(node.value)
-        about = (ast.get_docstring(tree) or "").split("\n")[0]
-        found[path.stem.replace("_", "-")] = ("benchmarks." + path.stem, about, part)
+        description = (ast.get_docstring(tree) or "").split("\n")[0]
+        found[path.stem.replace("_", "-")] = ("benchmarks." + path.stem, description, part)
     return found
 
 
 def list_benchmarks() -> None:
-    """Print the benchmarks there are."""
+    """Print the names and descriptions of the benchmarks."""
     found = benchmarks()
     width = max(map(len, found))
-    print("python3 run.py bench NAME [options], where NAME is one of these (NAME --help tells its options):")
-    for name, (_, about, _) in found.items():
-        print(f"    {name:{width}}  {about}")
+    print("python3 run.py bench NAME [options], where NAME is one of these (NAME --help lists its options):")
+    for name, (_, description, _) in found.items():
+        print(f"    {name:{width}}  {description}")
 
 
 def part_needed(command: str, arguments: list) -> str:
@@ -298,12 +298,14 @@ def part_needed(command: str, arguments: list) -> str:
         return "test" if command == "test" else "base"
     found = benchmarks()
     if arguments[0] not in found:
-        raise SetupError("run.py bench has no {!r}; it has {}.".format(arguments[0], ", ".join(found)))
+        raise SetupError(
+            "unknown benchmark {!r}; the benchmarks are {}.".format(arguments[0], ", ".join(found))
+        )
     return found[arguments[0]][2]
 
 
 def module_of(command: str, arguments: list) -> tuple:
-    """(module, arguments of its main) of a command."""
+    """(module, arguments for its main) of a command."""
     if command == "bench":
         return benchmarks()[arguments[0]][0], arguments[1:]
     modules = {"serve": "host.serve", "render": "host.render", "train": "miniature.cli"}
@@ -311,50 +313,50 @@ def module_of(command: str, arguments: list) -> tuple:
 
 
 def dispatch(command: str, arguments: list) -> int:
-    """Run one command with the packages of .venv around us; its exit code.
+    """Run one command inside .venv; returns its exit code.
 
-    Raises SetupError when one of them is missing or does not load.
+    Raises SetupError when a package is missing or cannot be imported.
     """
     name, arguments = module_of(command, arguments)
     try:
         load_pack()
         module = importlib.import_module(PACKAGE + "." + name)
-    except (ImportError, OSError) as error:  # OSError: a library that torch wants is not on this system
+    except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
         if (getattr(error, "name", None) or "").split(".")[0] == PACKAGE:
-            raise  # a mistake of our own
-        what = " ".join(str(error).split())
+            raise  # a bug in this pack
+        reason = " ".join(str(error).split())
         raise SetupError(
-            f"the packages in .venv do not load ({what}); delete the folder {VENV} and run the same command "
-            "again, which installs them anew."
+            f"the packages in .venv cannot be imported ({reason}); delete the folder {VENV} and run the same "
+            "command again to reinstall them."
         ) from error
     return module.main(arguments) or 0
 
 
-def side_by_side(arguments: list) -> list:
-    """What has pytest run everything in two processes, for two cores; nothing where `arguments` name a part.
+def parallel_options(arguments: list) -> list:
+    """Options for pytest to run all tests in two processes; none if `arguments` select a part or set -n.
 
-    A test computes on one core. Whoever says -n, or wants to see into a test (-s, --pdb), is left alone.
+    A test computes on one core. -s and --pdb need a single process.
     """
-    named = [argument.split("::")[0] for argument in arguments]
-    alone = any(name.startswith(("-n", "-s", "--pdb", "--numprocesses")) for name in named)
-    if alone or any((ROOT / name).exists() for name in named) or (os.cpu_count() or 1) < 2:
+    paths = [argument.split("::")[0] for argument in arguments]
+    single = any(path.startswith(("-n", "-s", "--pdb", "--numprocesses")) for path in paths)
+    if single or any((ROOT / path).exists() for path in paths) or (os.cpu_count() or 1) < 2:
         return []
     return ["-n", "2", "--dist", "worksteal"]
 
 
 def split_command(argv: list) -> tuple:
-    """(command, its arguments); no command means serve. Raises SetupError for an unknown one."""
+    """(command, its arguments); the default command is serve. Raises SetupError for an unknown one."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         return "serve", list(argv)
     if argv[0] in ("-h", "--help", "help"):
         return "help", []
     if argv[0] not in COMMANDS:
-        raise SetupError("run.py has no command {!r}; it has {}.".format(argv[0], ", ".join(COMMANDS)))
+        raise SetupError("unknown command {!r}; the commands are {}.".format(argv[0], ", ".join(COMMANDS)))
     return argv[0], list(argv[1:])
 
 
 def main(argv: list) -> int:
-    """Set up what is missing, then run the command; the exit code."""
+    """Install what is missing, then run the command; returns the exit code."""
     try:
         command, arguments = split_command(argv)
         if command == "help":
@@ -369,7 +371,7 @@ def main(argv: list) -> int:
         install(part)
         if command == "test":
             os.chdir(str(ROOT))
-            return continue_in_venv(["-m", "pytest", *side_by_side(arguments), *arguments])
+            return continue_in_venv(["-m", "pytest", *parallel_options(arguments), *arguments])
         if not in_venv():
             return continue_in_venv([str(ROOT / "run.py"), command, *arguments])
         let_threads_sleep(os.environ)
@@ -382,7 +384,7 @@ def main(argv: list) -> int:
         return 130
 
 
-if __name__ == "__mp_main__":  # in a worker process that a command spawned: it looks for rectiflux.* names
+if __name__ == "__mp_main__":  # in a worker process that a command spawned, which unpickles rectiflux.* names
     load_pack()
 
 if __name__ == "__main__":
