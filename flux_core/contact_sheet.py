@@ -1,4 +1,4 @@
-"""Pictures side by side with a label below each: what one looks at to compare."""
+"""Contact sheet: images side by side with a label below each, for comparison."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-PAPER = 0.96
-"""Grey of the sheet, in 0..1."""
-INK = (40, 40, 44)
+BACKGROUND = 0.96
+"""Gray level of the sheet, in 0..1."""
+TEXT_COLOR = (40, 40, 44)
 
 
 def side_by_side(images: Sequence[Tensor], labels: Sequence[str] = (), gap: int = 8) -> Tensor:
-    """One image [1, 3, H', W'], float32 in -1..1, of batches [B, 3, H, W]: a column each, its label below it.
+    """One image [1, 3, H', W'], float32 in -1..1, of batches [B, 3, H, W]: a column each, its label below.
 
-    A batch's pictures stand below each other; smaller ones stand in the middle of their cell. A label that is
-    wider than its column is cut. Raises ValueError without images or with more labels than images.
+    The images of a batch are stacked; smaller ones are centered in their cell. A label that is wider than its
+    column is truncated. Raises ValueError without images or with more labels than images.
     """
     if not images:
         raise ValueError("a sheet needs at least one image, got none; connect one")
@@ -33,27 +33,27 @@ def side_by_side(images: Sequence[Tensor], labels: Sequence[str] = (), gap: int 
     size = max(11, round(min(width, height) / 11))
     footer = round(1.9 * size) if any(label.strip() for label in labels) else 0
     sheet_height = rows * (height + gap) + gap + footer
-    sheet = torch.full((1, 3, sheet_height, len(images) * (width + gap) + gap), 2 * PAPER - 1)
+    sheet = torch.full((1, 3, sheet_height, len(images) * (width + gap) + gap), 2 * BACKGROUND - 1)
     for column, image in enumerate(images):
         left = gap + column * (width + gap)
-        for row, picture in enumerate(image):
-            h, w = picture.shape[-2:]
+        for row, single in enumerate(image):
+            h, w = single.shape[-2:]
             y = gap + row * (height + gap) + (height - h) // 2
             x = left + (width - w) // 2
-            sheet[0, :, y : y + h, x : x + w] = picture.float().cpu()
+            sheet[0, :, y : y + h, x : x + w] = single.float().cpu()
         if column < len(labels) and footer:
-            strip = _written(labels[column].strip(), width, footer, size)
+            strip = _draw_label(labels[column].strip(), width, footer, size)
             sheet[0, :, sheet_height - footer :, left : left + width] = strip
     return sheet
 
 
-def _written(label: str, width: int, height: int, size: int) -> Tensor:
-    """The label in the middle of a strip [3, height, width] in -1..1."""
-    paper = round(255 * PAPER)
-    strip = Image.new("RGB", (width, height), (paper, paper, paper))
+def _draw_label(label: str, width: int, height: int, size: int) -> Tensor:
+    """The label centered in a strip [3, height, width] in -1..1."""
+    gray = round(255 * BACKGROUND)
+    strip = Image.new("RGB", (width, height), (gray, gray, gray))
     pen, font = ImageDraw.Draw(strip), ImageFont.load_default(size)
     while label and pen.textlength(label, font=font) > width:
         label = label[:-1]
-    pen.text((width / 2, height / 2), label, fill=INK, font=font, anchor="mm")
+    pen.text((width / 2, height / 2), label, fill=TEXT_COLOR, font=font, anchor="mm")
     pixels = torch.from_numpy(np.array(strip, dtype=np.float32)) / 127.5 - 1
     return rearrange(pixels, "h w c -> c h w")

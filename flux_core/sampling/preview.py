@@ -1,8 +1,8 @@
-"""A latent as a small picture, cheaply: each position becomes one pixel, by a linear map of its channels.
+"""Fast preview of a latent: each position becomes one pixel, by a linear map of its channels.
 
-The map belongs to the autoencoder that the latents come from. `fit` finds it from pairs of latents and
-pictures; it travels in the metadata of the transformer's file (`to_metadata`, `from_metadata`). Without it
-the channel that varies most is shown in grey.
+The map belongs to the autoencoder of the latents. `fit` determines it from pairs of latents and images; it is
+stored in the metadata of the transformer's file (`to_metadata`, `from_metadata`). Without it the channel with
+the largest variance is shown in gray.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 KEY = "preview_factors"
-"""Name in the metadata: a JSON list of 17 rows [red, green, blue], one for each channel and last the bias."""
+"""Metadata key: a JSON list of 17 rows [red, green, blue], one per channel and last the bias."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ def to_rgb(latent: Tensor, factors: Factors | None = None) -> Tensor:
     """Pixels [h, w, 3], uint8 on the CPU, of the first of the latents [B, 16, h, w] in model space."""
     first = latent[0].detach().float().cpu()
     if factors is None:
-        return _grey(first)
+        return _gray(first)
     rgb = torch.einsum("chw,ck->hwk", first, factors.weight) + factors.bias
     return ((rgb.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def fit(latents: Tensor, images: Tensor) -> Factors:
-    """The least-squares map from latents [B, 16, h, w] in model space to images [B, 3, H, W] in -1..1."""
+    """Least-squares map from latents [B, 16, h, w] in model space to images [B, 3, H, W] in -1..1."""
     small = F.interpolate(images.float(), size=latents.shape[-2:], mode="area")
     channels = rearrange(latents.float(), "b c h w -> (b h w) c")
-    known = torch.cat([channels, torch.ones_like(channels[:, :1])], dim=1).double()
-    solution = torch.linalg.lstsq(known, rearrange(small, "b k h w -> (b h w) k").double()).solution.float()
+    inputs = torch.cat([channels, torch.ones_like(channels[:, :1])], dim=1).double()
+    solution = torch.linalg.lstsq(inputs, rearrange(small, "b k h w -> (b h w) k").double()).solution.float()
     return Factors(solution[:-1], solution[-1])
 
 
@@ -53,22 +53,22 @@ def to_metadata(factors: Factors) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Factors | None:
-    """The factors that a file carries, or None. Raises ValueError when they are not 17 rows of 3 numbers."""
+    """The factors in metadata, None without any. Raises ValueError unless they have shape [17, 3]."""
     if KEY not in metadata:
         return None
     try:
         rows = torch.tensor(json.loads(metadata[KEY]), dtype=torch.float32)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"the file's {KEY} must be a JSON list of 17 rows of 3 numbers; export it again"
+            f"the file's {KEY} must be a JSON list of 17 rows of 3 values; export it again"
         ) from error
     if rows.shape != (17, 3):
         raise ValueError(f"the file's {KEY} must have shape [17, 3], got {[*rows.shape]}; export it again")
     return Factors(rows[:-1], rows[-1])
 
 
-def _grey(latent: Tensor) -> Tensor:
-    """Pixels [h, w, 3] of the channel that varies most, from black to white."""
+def _gray(latent: Tensor) -> Tensor:
+    """Pixels [h, w, 3] of the channel with the largest variance, from black to white."""
     channel = latent[latent.var(dim=(1, 2)).argmax()]
     span = (channel.amax() - channel.amin()).clamp(min=1e-6)
     return (255 * (channel - channel.amin()) / span).to(torch.uint8)[..., None].expand(-1, -1, 3).contiguous()

@@ -1,9 +1,8 @@
-"""Noise schedule: how many image tokens, how many steps, how much of the path -> descending sigmas.
+"""Noise schedule: descending sigmas from the numbers of steps and image tokens.
 
-FLUX.1 spaces its sigmas evenly and then shifts them towards noise, the further the larger the picture. In
-the logit of sigma a shift by mu is a translation by mu, hence its group law: shift(a) after shift(b) is
-shift(a + b), and shift(-mu) undoes shift(mu). Shifting twice is a known mistake: only `make_sigmas` shifts,
-and it shifts once.
+FLUX.1 spaces its sigmas evenly and then shifts them towards noise, more for larger images. In the logit of
+sigma a shift by mu is a translation by mu, so shift(a) after shift(b) is shift(a + b), and shift(-mu) inverts
+shift(mu). Shifting twice is a known mistake: only `make_sigmas` shifts, and it shifts once.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 SHIFTS = ("by size", "none", "fixed")
-"""How mu is chosen: from the number of image tokens (FLUX.1 [dev]), not at all ([schnell]), or given."""
+"""mu from the number of image tokens (FLUX.1 [dev]), no shift ([schnell]), or a given mu."""
 
 FIXED_MU = 1.15
-"""mu of 4096 image tokens (1024 x 1024), which ComfyUI uses at every size unless told otherwise."""
+"""mu of 4096 image tokens (1024 x 1024), which ComfyUI uses at every size by default."""
 
 
 def mu_for_tokens(seq_len: int) -> float:
@@ -31,7 +30,7 @@ def mu_for_tokens(seq_len: int) -> float:
 
 
 def shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
-    """sigmas e^mu / (e^mu + 1/sigma - 1), of the shape and dtype of `sigmas`; 0 and 1 stay where they are.
+    """sigmas e^mu / (e^mu + 1/sigma - 1), of the shape and dtype of `sigmas`; 0 and 1 are unchanged.
 
     Source: Esser et al. 2024 (arXiv:2403.03206), eq. 23 with shift = e^mu; BFL sampling.py, time_shift.
     Written without the division by sigma, so that sigma 0 needs no special case. Raises ValueError unless
@@ -47,10 +46,12 @@ def make_sigmas(
 ) -> Tensor:
     """Descending sigmas [steps + 1], float32 on the CPU, first 1.0 (below with denoise < 1), last 0.0.
 
-    `shift` is one of SHIFTS; `mu` counts only with "fixed". `denoise` has ComfyUI's meaning: of a schedule
-    of int(steps / denoise) steps the last `steps` steps are kept, so that as many steps are run as were
-    asked for. (diffusers instead keeps the last int(steps * strength) of `steps` steps.) Raises ValueError
-    for fewer than one step, denoise outside (0, 1], an unknown shift, and what the shift raises.
+    `shift` is one of SHIFTS; `mu` is used only with "fixed". `denoise` has ComfyUI's meaning: the last
+    `steps` steps of a schedule of int(steps / denoise) steps, so that `steps` are run. (diffusers instead
+    runs the last int(steps * strength) of `steps` steps.) Raises ValueError for fewer than one step, denoise
+    outside (0, 1], an unknown shift, and what the shift raises. Example:
+
+        sigmas = make_sigmas(28, seq_len=(1024 // 16) ** 2)
     """
     if steps < 1:
         raise ValueError(f"a schedule needs at least 1 step, got {steps}; 20 to 28 is usual for FLUX.1 [dev]")

@@ -1,14 +1,14 @@
-"""The sheet: every picture whole in its place, labels below, and what it refuses."""
+"""The contact sheet: every image complete in its cell, labels below, and what is refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from rectiflux.flux_core.contact_sheet import PAPER, side_by_side
+from rectiflux.flux_core.contact_sheet import BACKGROUND, side_by_side
 
 
-def test_pictures_stand_whole_in_their_columns_and_rows() -> None:
-    """Two of 20 x 30 beside one of 10 x 10: cells of 20 x 30, gaps of 8, the small one in the middle."""
+def test_images_are_complete_in_their_columns_and_rows() -> None:
+    """Two of 20 x 30 beside one of 10 x 10: cells of 20 x 30, gaps of 8, the small one centered."""
     torch.manual_seed(0)
     tall, small = torch.rand(2, 3, 20, 30) * 2 - 1, torch.rand(1, 3, 10, 10) * 2 - 1
     sheet = side_by_side([tall, small])
@@ -17,8 +17,8 @@ def test_pictures_stand_whole_in_their_columns_and_rows() -> None:
     assert torch.equal(sheet[0, :, 36:56, 8:38], tall[1])
     assert torch.equal(sheet[0, :, 13:23, 56:66], small[0])
     rest = sheet.clone()
-    rest[0, :, 8:28, 8:38] = rest[0, :, 36:56, 8:38] = rest[0, :, 13:23, 56:66] = 2 * PAPER - 1
-    assert torch.all(rest == 2 * PAPER - 1)
+    rest[0, :, 8:28, 8:38] = rest[0, :, 36:56, 8:38] = rest[0, :, 13:23, 56:66] = 2 * BACKGROUND - 1
+    assert torch.all(rest == 2 * BACKGROUND - 1)
 
 
 def test_labels_are_written_below_their_column_alone() -> None:
@@ -30,14 +30,14 @@ def test_labels_are_written_below_their_column_alone() -> None:
     assert ink == [True, False, True]
 
 
-def test_a_label_too_wide_is_cut_inside_its_column() -> None:
+def test_a_wide_label_is_truncated_to_its_column() -> None:
     images = [torch.zeros(1, 3, 64, 64)] * 2
-    sheet = side_by_side(images, ["a label that is far too wide for its picture", ""])
+    sheet = side_by_side(images, ["a label that is far too wide for its column", ""])
     assert torch.all(sheet[0, :, 80:, 72:] > 0)
 
 
-def test_no_images_and_too_many_labels_are_sentences() -> None:
-    with pytest.raises(ValueError, match="a sheet needs at least one image, got none; connect one"):
+def test_no_images_and_too_many_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
         side_by_side([])
-    with pytest.raises(ValueError, match="at most one label for each of its 1 images, got 2; write one"):
+    with pytest.raises(ValueError, match="1 images, got 2"):
         side_by_side([torch.zeros(1, 3, 8, 8)], ["a", "b"])

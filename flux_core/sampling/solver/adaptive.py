@@ -1,4 +1,4 @@
-"""Dormand and Prince's method, which chooses its own steps so that the error of each stays in a tolerance."""
+"""Dormand and Prince's method, which chooses its own steps so that each error is within a tolerance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...model.spec import Velocity
-from .base import Noise, OnStep, Outcome, Solver, Step, in_double
+from .base import Noise, OnStep, Result, Solver, Step, in_double
 
 # Dormand and Prince 1980 (J. Comp. Appl. Math. 6, 19-26); Solving ODEs I, table II.5.2
 NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -24,7 +24,7 @@ STAGES = (
 )
 """Weights of the earlier velocities in each stage. The last stage is the end of the step, of order 5."""
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-"""Weights in the difference between the end of order 5 and the embedded one of order 4."""
+"""Weights of the velocities in the difference between order 5 and the embedded order 4."""
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
 BETA = 0.04
@@ -34,21 +34,21 @@ BETA = 0.04
 def dormand_prince_step(
     velocity: Velocity, x: Tensor, v: Tensor, sigma: float, sigma_next: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x at the next sigma, of order 5; the velocity there; the difference to order 4), six evaluations."""
+    """(x at the next sigma, of order 5; velocity there; difference from order 4), six evaluations."""
     h = sigma_next - sigma
     slopes, stage = [v], x
     for node, weights in zip(NODES, STAGES, strict=True):
-        stage = x + h * _sum(weights, slopes)
+        stage = x + h * _weighted_sum(weights, slopes)
         slopes.append(velocity(stage, sigma_next if node == 1.0 else sigma + node * h))
-    return stage, slopes[-1], h * _sum(ERROR, slopes)
+    return stage, slopes[-1], h * _weighted_sum(ERROR, slopes)
 
 
-def landing_step(
+def step_to_zero(
     velocity: Velocity, x: Tensor, v: Tensor, sigma: float, sigma_next: float
 ) -> tuple[Tensor, Tensor]:
-    """(x at the next sigma, of order 3; the difference to order 2), two evaluations inside the step.
+    """(x at the next sigma, of order 3; difference from order 2), two evaluations inside the step.
 
-    Ralston's third-order method contains the midpoint method, which serves as its embedded one.
+    Ralston's third-order method (1962) contains the midpoint method, which is its embedded one here.
     """
     h = sigma_next - sigma
     v2 = velocity(x + h / 2 * v, sigma + h / 2)
@@ -56,24 +56,24 @@ def landing_step(
     return x + h / 9 * (2 * v + 3 * v2 + 4 * v3), h / 9 * (2 * v - 6 * v2 + 4 * v3)
 
 
-def _sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+def _weighted_sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     return sum((w * v for w, v in zip(weights, slopes, strict=True) if w), torch.zeros_like(slopes[0]))
 
 
 @dataclass(frozen=True)
 class DormandPrince(Solver):
-    """Order 5 with an embedded order 4, six evaluations a step; goes from the first sigma to the last.
+    """Order 5 with an embedded order 4, six evaluations per step, from the first sigma to the last.
 
-    Of the schedule only the ends count and, as the first guess, its first step. A step is accepted when the
-    root mean square over a picture of error / (atol + rtol |x|) is at most 1 for every picture of the batch
-    (Solving ODEs I, section II.4). The velocity at the end of a step serves the next one too. The step that
-    lands on sigma 0 is Ralston's of order 3, with its own estimate, and as short as the tolerance wants it:
-    the velocity is never asked for at sigma 0 on the way down.
+    Of the schedule it uses the ends and, as a first guess, the first step. A step is accepted when the root
+    mean square over an image of error / (atol + rtol |x|) is at most 1 for every image of the batch (Solving
+    ODEs I, section II.4). The velocity at the end of an accepted step is reused by the next. The step to
+    sigma 0 is Ralston's of order 3, with its own error estimate and within the same tolerance: while sigmas
+    descend, the velocity is never evaluated at sigma 0.
 
-    The error that it reports is the sum of the estimates of the steps taken. It leaves out how the velocity
-    carries errors on, and estimates the lower order, so as a rule it overstates. Raises ValueError for
-    tolerances that are not above 0, for fewer than 9 evaluations and, when it runs, when `max_evaluations`
-    do not suffice or the velocity is not finite.
+    The reported error is the sum of the estimates of the accepted steps. It ignores how the velocity
+    propagates errors, and estimates those of the lower order, so as a rule it overstates. Raises ValueError
+    for tolerances that are not above 0, for fewer than 9 evaluations and, in a run, when `max_evaluations` do
+    not suffice or the velocity is not finite.
     """
 
     name: str = "dormand_prince"
@@ -85,7 +85,7 @@ class DormandPrince(Solver):
     def __post_init__(self) -> None:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be a number above 0, got {value}; 0.02 is usual")
+                raise ValueError(f"{name} must be finite and above 0, got {value}; 0.02 is usual")
         if self.max_evaluations < 9:
             raise ValueError(f"max_evaluations must be at least 9, got {self.max_evaluations}")
 
@@ -95,40 +95,39 @@ class DormandPrince(Solver):
 
     def run(
         self, velocity: Velocity, x: Tensor, path: list[float], on_step: OnStep | None, noise: Noise | None
-    ) -> Outcome:
+    ) -> Result:
         if path[0] == path[-1]:
-            return Outcome(x, 0, 0, 0.0)
-        walk = _Walk(self, velocity, x, path)
-        while walk.sigma != walk.path[-1]:
-            step = walk.attempt()
+            return Result(x, 0, 0, 0.0)
+        state = _State(self, velocity, x, path)
+        while state.sigma != state.path[-1]:
+            step = state.try_step()
             if step is not None and on_step is not None:
                 on_step(step)
-        return Outcome(
-            walk.x, walk.accepted, walk.rejected, float(in_double(walk.error).square().mean().sqrt())
-        )
+        error = float(in_double(state.error).square().mean().sqrt())
+        return Result(state.x, state.accepted, state.rejected, error)
 
 
-class _Walk:
-    """One run of DormandPrince: where it stands, and how long its next step shall be."""
+class _State:
+    """State of one run of DormandPrince: x, sigma, and the length of the next step."""
 
     def __init__(self, solver: DormandPrince, velocity: Velocity, x: Tensor, path: list[float]) -> None:
         self.solver, self.velocity, self.x, self.path = solver, velocity, x, path
         self.sigma = path[0]
         self.length = abs(path[1] - path[0]) or abs(path[-1] - path[0])
-        self.landing = 0.0  # the sigma to land on 0 from; 0 until a landing has been found too long
+        self.last_start = 0.0  # sigma to step to 0 from; 0 until a step to 0 has been rejected
         self.accepted = self.rejected = self.evaluations = 0
         self.error = torch.zeros_like(x)
-        self.excess = 1.0  # the last step's error over its tolerance
-        self.held = False  # after a rejection the next step does not grow
-        self.v = self.ask(x, self.sigma)
+        self.ratio = 1.0  # the last step's error over its tolerance
+        self.just_rejected = False  # then the next step does not grow
+        self.v = self.evaluate(x, self.sigma)
         if not bool(torch.isfinite(self.v).all()):
             raise ValueError(
-                f"the velocity at sigma {self.sigma:.4g} is not finite, no step is short enough; "
+                f"the velocity at sigma {self.sigma:.4g} is not finite, so no step is short enough; "
                 "the weights are damaged or too large, choose bf16 or fp32"
             )
 
-    def ask(self, x: Tensor, sigma: float) -> Tensor:
-        """The velocity, counted. Raises ValueError when it would be one too many."""
+    def evaluate(self, x: Tensor, sigma: float) -> Tensor:
+        """The velocity, counted. Raises ValueError beyond `max_evaluations`."""
         if self.evaluations == self.solver.max_evaluations:
             raise ValueError(
                 f"{self.solver.name} has used its {self.evaluations} evaluations and is at sigma "
@@ -137,49 +136,51 @@ class _Walk:
         self.evaluations += 1
         return self.velocity(x, sigma)
 
-    def attempt(self) -> Step | None:
-        """Try a step; what it was, if it is accepted."""
+    def try_step(self) -> Step | None:
+        """Compute a step; returns it if it is accepted."""
         end = self.path[-1]
-        to_go = abs(end - self.sigma)
-        if end == 0.0 and (to_go <= self.landing or (not self.landing and 1.01 * self.length >= to_go)):
-            x, error = landing_step(self.ask, self.x, self.v, self.sigma, end)
-            return self._judge(x, self.v, error, end, 3)
-        goal = self.landing or end
-        way = goal - self.sigma
-        if 1.01 * self.length < abs(way):
-            goal = self.sigma + math.copysign(self.length, way)
-        return self._judge(*dormand_prince_step(self.ask, self.x, self.v, self.sigma, goal), goal, 5)
+        remaining = abs(end - self.sigma)
+        near_end = 1.01 * self.length >= remaining
+        if end == 0.0 and (remaining <= self.last_start or (not self.last_start and near_end)):
+            x, error = step_to_zero(self.evaluate, self.x, self.v, self.sigma, end)
+            return self._accept_or_reject(x, self.v, error, end, 3)
+        target = self.last_start or end
+        distance = target - self.sigma
+        if 1.01 * self.length < abs(distance):
+            target = self.sigma + math.copysign(self.length, distance)
+        x, v, error = dormand_prince_step(self.evaluate, self.x, self.v, self.sigma, target)
+        return self._accept_or_reject(x, v, error, target, 5)
 
-    def _judge(self, x: Tensor, v: Tensor, error: Tensor, sigma: float, power: int) -> Step | None:
-        """Take the step to `sigma`, whose error falls with its length to the `power`, or shorten it."""
-        length, excess = abs(sigma - self.sigma), self._excess(x, error)
-        if excess > 1.0:
-            self.rejected, self.held = self.rejected + 1, True
-            shorter = length * max(SHRINK, SAFETY * excess ** (-1 / power))
+    def _accept_or_reject(self, x: Tensor, v: Tensor, error: Tensor, sigma: float, power: int) -> Step | None:
+        """Accept the step to `sigma`, or shorten it: its error is proportional to length^`power`."""
+        length, ratio = abs(sigma - self.sigma), self._error_ratio(x, error)
+        if ratio > 1.0:
+            self.rejected, self.just_rejected = self.rejected + 1, True
+            shorter = length * max(SHRINK, SAFETY * ratio ** (-1 / power))
             if sigma == 0.0:
-                self.landing = shorter
+                self.last_start = shorter
             else:
                 self.length = shorter
             return None
         step = self._step(sigma)
-        factor = SAFETY * excess ** -(1 / power - 0.75 * BETA) * self.excess**BETA
-        self.length = length * min(1.0 if self.held else GROW, max(SHRINK, factor))
+        factor = SAFETY * ratio ** -(1 / power - 0.75 * BETA) * self.ratio**BETA
+        self.length = length * min(1.0 if self.just_rejected else GROW, max(SHRINK, factor))
         self.x, self.v, self.sigma = x, v, sigma
         self.error = self.error + error
-        self.accepted, self.excess, self.held = self.accepted + 1, excess, False
+        self.accepted, self.ratio, self.just_rejected = self.accepted + 1, ratio, False
         return step
 
-    def _excess(self, x: Tensor, error: Tensor) -> float:
-        """Error over tolerance, of the picture where that is largest; infinite if it is no number."""
+    def _error_ratio(self, x: Tensor, error: Tensor) -> float:
+        """Error over tolerance, the largest of the batch; inf where it is not finite."""
         size = torch.maximum(self.x.abs(), x.abs())
         ratio = error / (self.solver.atol + self.solver.rtol * size)
         rows = ratio.to(torch.promote_types(ratio.dtype, torch.float32))
         rows = rows.flatten(1) if rows.ndim > 1 else rows.reshape(1, -1)
-        excess = float(rows.square().mean(1).sqrt().max())
-        return max(excess, 1e-10) if math.isfinite(excess) else math.inf
+        largest = float(rows.square().mean(1).sqrt().max())
+        return max(largest, 1e-10) if math.isfinite(largest) else math.inf
 
     def _step(self, sigma: float) -> Step:
-        """The step from here to `sigma`, as the schedule's progress; see `Step`."""
+        """The step from here to `sigma`, as progress along the schedule; see `Step`."""
         steps = len(self.path) - 1
         whole = self.path[-1] - self.path[0]
         passed = sum((sigma - node) / whole >= 0.0 for node in self.path[1:])

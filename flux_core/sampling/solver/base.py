@@ -1,4 +1,4 @@
-"""What all solvers share: the path and its steps, the loop over a schedule, and the report of a run."""
+"""What all solvers share: steps, the loop over a schedule, `integrate`, and the report of a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Noise = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """Step `index` of `steps`, now done: x where it began, and denoised = x - sigma * velocity there.
+    """Step `index` of `steps`, completed: x where it started, and denoised = x - sigma * velocity there.
 
-    A solver that chooses its own steps counts those of the schedule that its path has passed, so that a
-    progress bar moves as far as the path has come.
+    A solver that chooses its own steps counts the steps of the schedule that it has passed, so that a
+    progress bar shows how far it is.
     """
 
     index: int
@@ -36,8 +36,8 @@ OnStep = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a solver hands back: x at the end, steps taken and thrown away, the error if it estimates one."""
+class Result:
+    """x at the end, the numbers of accepted and rejected steps, and the error if the method estimates it."""
 
     x: Tensor
     accepted: int
@@ -47,48 +47,48 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """A method to follow a velocity: its name, and the order of its error in the step size."""
+    """A method that integrates a velocity: its name, and the order of its error in the step size."""
 
     name: str
     order: int
 
     @property
     def is_random(self) -> bool:
-        """Whether a run draws noise on its way, so that its path is no solution of the ODE."""
+        """Whether a run adds noise, so that its path does not solve the ODE."""
         return False
 
     @abstractmethod
     def run(
         self, velocity: Velocity, x: Tensor, path: list[float], on_step: OnStep | None, noise: Noise | None
-    ) -> Outcome:
-        """The run that `integrate` asks for; `path` has been checked."""
+    ) -> Result:
+        """Integrate along `path`, the checked sigmas; see `integrate`."""
 
     def evaluation_sigmas(self, sigmas: Tensor | Sequence[float]) -> list[float] | None:
-        """Every sigma that `integrate` will ask the velocity for, in that order, repeats included.
+        """Every sigma at which `integrate` will evaluate the velocity, in order, with repeats.
 
-        Found by running the method on a number, so it can't disagree with the run. None for a method that
-        chooses its steps as it goes.
+        Recorded from a run of the method on a scalar, so it always agrees with the run. None for a method
+        that chooses its steps during the run.
         """
-        asked: list[float] = []
+        evaluated: list[float] = []
 
         def record(x: Tensor, sigma: float) -> Tensor:
-            asked.append(sigma)
+            evaluated.append(sigma)
             return x
 
         self.run(record, torch.zeros(()), checked_path(sigmas), None, torch.zeros_like)
-        return asked
+        return evaluated
 
 
-def march(
+def fixed_step_loop(
     velocity: Velocity,
     x: Tensor,
     path: list[float],
     on_step: OnStep | None,
     advance: Callable[[Tensor, Tensor, float, float], Tensor],
-) -> Outcome:
-    """The loop of the methods that take the schedule's own steps.
+) -> Result:
+    """The loop of the methods whose steps are those of the schedule.
 
-    `advance` gives x at the next sigma from (x, velocity at x, sigma, next sigma).
+    `advance` returns x at the next sigma from (x, velocity at x, sigma, next sigma).
     """
     steps = len(path) - 1
     for index, (sigma, sigma_next) in enumerate(zip(path[:-1], path[1:], strict=True)):
@@ -97,22 +97,22 @@ def march(
         if on_step is not None:
             on_step(Step(index, steps, sigma, x, x - sigma * v, v, sigma_next))
         x = x_next
-    return Outcome(x, steps)
+    return Result(x, steps)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run cost and what its path was like.
+    """Cost of a run, estimated error and straightness of its path.
 
-    `error` is the root mean square over all elements of x of the error that the method estimates to have
-    made, in the units of x; None for the methods that estimate none. `straightness` is
+    `error` is the root mean square over all elements of x of the method's own error estimate, in the units of
+    x; None for methods without one. `straightness` is
 
         S = sum_i |h_i| mean((d - v_i)^2) / sum_i |h_i|,  d = (x_start - x_end) / (sigma_start - sigma_end),
 
-    v_i the velocity where step i (of length h_i) began, the mean over all elements of x. It is the integral
-    of Liu et al. 2022 (arXiv:2209.03003, section 2.2: S(Z)) per element and by the sum that Euler makes of
-    it: 0 for a straight path, and a figure of this path in these steps, to be compared at the same steps
-    only. None for a path that is no ODE's, because noise was added on the way.
+    v_i the velocity where step i (of length h_i) started, the mean over all elements of x. It is S(Z) of Liu
+    et al. 2022 (arXiv:2209.03003, section 2.2) per element, its integral approximated by Euler's sum: 0 for a
+    straight path, and comparable only between runs with the same steps. None where noise was added, because
+    the path then does not solve an ODE.
     """
 
     solver: str
@@ -124,7 +124,7 @@ class Report:
 
 
 class _Recorder:
-    """Counts a run's evaluations and keeps the mean and variance of its velocities, in float64."""
+    """Counts a run's evaluations and updates the mean and variance of its velocities, in float64."""
 
     def __init__(self, velocity: Velocity, on_step: OnStep | None) -> None:
         self._velocity, self._on_step = velocity, on_step
@@ -137,13 +137,13 @@ class _Recorder:
         return self._velocity(x, sigma)
 
     def on_step(self, step: Step) -> None:
-        """West's update (1979) of a weighted mean: it keeps its digits where the velocities differ little."""
+        """West's update (1979) of a weighted mean, accurate where the velocities differ little."""
         v, h = in_double(step.velocity), abs(step.sigma_next - step.sigma)
         if h > 0.0:
             self._length += h
-            before = v - self._mean
-            self._mean = self._mean + before * (h / self._length)
-            self._spread += h * float((before * (v - self._mean)).mean())
+            difference = v - self._mean
+            self._mean = self._mean + difference * (h / self._length)
+            self._spread += h * float((difference * (v - self._mean)).mean())
         if self._on_step is not None:
             self._on_step(step)
 
@@ -169,12 +169,14 @@ def integrate(
     noise: Noise | None = None,
     on_report: Callable[[Report], None] | None = None,
 ) -> Tensor:
-    """x carried along the ODE from sigmas[0] to sigmas[-1], of the shape and dtype of x.
+    """Solution of the ODE at sigmas[-1] that starts from x at sigmas[0], of the shape and dtype of x.
 
-    `sigmas` may also ascend (from picture to noise). `on_step` is called after every step and may raise to
-    interrupt; `on_report` is told at the end what the run was like. `noise` is what a stochastic solver
-    draws from. The velocity is asked for with Python floats, so that a sigma is the same key on every device.
-    Raises ValueError for fewer than two sigmas, for sigmas outside 0..1, and what the solver raises.
+    `sigmas` may also ascend (from image to noise). `on_step` is called after every step and may raise to
+    interrupt; `on_report` is called at the end. A stochastic solver draws from `noise`. The velocity receives
+    sigma as a Python float, so that it is the same dictionary key on every device. Raises ValueError for
+    fewer than two sigmas, for sigmas outside 0..1, and what the solver raises. Example:
+
+        image = integrate(SOLVERS["heun"], velocity, noise, make_sigmas(20, seq_len=4096))
     """
     path = checked_path(sigmas)
     if on_report is None:

@@ -1,7 +1,7 @@
-"""Methods that know only where they stand: Euler, Heun, midpoint, Ralston, RK4.
+"""One-step methods: Euler, Heun, midpoint, Ralston, RK4.
 
-No step that lands on sigma 0 asks for the velocity there. Heun and RK4, which would ask, take that one step
-by another method whose nodes lie inside the step (`last_step`).
+A step that ends at sigma 0 does not evaluate the velocity there. Heun and RK4, which would, use another
+method for that step, whose nodes lie inside it (`last_step`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...model.spec import Velocity
-from .base import Noise, OnStep, Outcome, Solver, march
+from .base import Noise, OnStep, Result, Solver, fixed_step_loop
 
 StepFunction = Callable[[Velocity, Tensor, Tensor, float, float], Tensor]
 """(velocity, x, velocity at x, sigma, next sigma) -> x at the next sigma."""
@@ -31,7 +31,7 @@ def heun_step(velocity: Velocity, x: Tensor, v: Tensor, sigma: float, sigma_next
 
 
 def midpoint_step(velocity: Velocity, x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Order 2, two evaluations, the second in mid-step. Runge 1895; Solving ODEs I, section II.1."""
+    """Order 2, two evaluations, the second at the middle. Runge 1895; Solving ODEs I, section II.1."""
     h = sigma_next - sigma
     return x + h * velocity(x + h / 2 * v, sigma + h / 2)
 
@@ -55,16 +55,16 @@ def rk4_step(velocity: Velocity, x: Tensor, v: Tensor, sigma: float, sigma_next:
 
 @dataclass(frozen=True)
 class OneStep(Solver):
-    """A method made of one step function, and the one that takes the step onto sigma 0."""
+    """A method of one step function, and another for the step that ends at sigma 0."""
 
     step: StepFunction
     last_step: StepFunction
 
     def run(
         self, velocity: Velocity, x: Tensor, path: list[float], on_step: OnStep | None, noise: Noise | None
-    ) -> Outcome:
+    ) -> Result:
         def advance(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
             step = self.last_step if sigma_next == 0.0 else self.step
             return step(velocity, x, v, sigma, sigma_next)
 
-        return march(velocity, x, path, on_step, advance)
+        return fixed_step_loop(velocity, x, path, on_step, advance)

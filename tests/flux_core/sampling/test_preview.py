@@ -1,4 +1,4 @@
-"""The linear preview: the map that made the data is found again, and travels as metadata."""
+"""The linear preview: the map that generated the data is recovered, and stored as metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rectiflux.flux_core.sampling import preview
 
 
 def linear_pairs() -> tuple[torch.Tensor, torch.Tensor, preview.Factors]:
-    """Latents, and pictures that are exactly a linear map of them, every position a flat 8 x 8 patch."""
+    """Latents, and images that are exactly a linear map of them, each position a flat 8 x 8 patch."""
     generator = torch.Generator().manual_seed(0)
     factors = preview.Factors(torch.randn(16, 3, generator=generator) / 20, torch.tensor([0.1, -0.2, 0.05]))
     latents = torch.randn(4, 16, 6, 5, generator=generator)
@@ -16,14 +16,14 @@ def linear_pairs() -> tuple[torch.Tensor, torch.Tensor, preview.Factors]:
     return latents, small.repeat_interleave(8, -1).repeat_interleave(8, -2), factors
 
 
-def test_fit_finds_the_map() -> None:
+def test_fit_recovers_the_map() -> None:
     latents, images, factors = linear_pairs()
     found = preview.fit(latents, images)
     torch.testing.assert_close(found.weight, factors.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.bias, factors.bias, rtol=1e-4, atol=1e-5)
 
 
-def test_pixels_are_the_pictures() -> None:
+def test_pixels_are_those_of_the_images() -> None:
     latents, images, factors = linear_pairs()
     pixels = preview.to_rgb(latents, factors)
     expected = (images[0, :, ::8, ::8].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5
@@ -31,7 +31,7 @@ def test_pixels_are_the_pictures() -> None:
     assert (pixels.float() - expected).abs().max() <= 0.501
 
 
-def test_without_factors_it_is_grey() -> None:
+def test_without_factors_it_is_gray() -> None:
     pixels = preview.to_rgb(linear_pairs()[0])
     assert pixels.shape == (6, 5, 3)
     assert torch.equal(pixels[..., 0], pixels[..., 1])
@@ -39,7 +39,7 @@ def test_without_factors_it_is_grey() -> None:
     assert preview.to_rgb(torch.zeros(1, 16, 2, 2)).shape == (2, 2, 3)
 
 
-def test_factors_travel_as_metadata() -> None:
+def test_factors_are_stored_as_metadata() -> None:
     factors = linear_pairs()[2]
     found = preview.from_metadata(preview.to_metadata(factors))
     assert found is not None

@@ -1,4 +1,4 @@
-"""The schedule against diffusers' scheduler, the group law of the shift, and ComfyUI's meaning of denoise."""
+"""The schedule against diffusers' scheduler, the group law of the shift, and ComfyUI's `denoise`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS = (1, 16, 64, 256, 1024, 4096, 9216, 16384)
 
 
 def diffusers_sigmas(steps: int, seq_len: int) -> torch.Tensor:
-    """What FluxPipeline sets its scheduler to (diffusers 0.42, pipeline_flux.py)."""
+    """The sigmas of FluxPipeline (diffusers 0.42, pipeline_flux.py)."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(seq_len))
     return scheduler.sigmas
@@ -56,7 +56,7 @@ def test_no_shift_is_even_steps() -> None:
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("denoise", [1.0, 0.6, 0.05])
-def test_sigmas_have_their_promised_form(shift: str, denoise: float) -> None:
+def test_sigmas_have_the_documented_form(shift: str, denoise: float) -> None:
     sigmas = make_sigmas(12, 900, shift=shift, mu=0.8, denoise=denoise)
     assert sigmas.shape == (13,)
     assert sigmas.dtype == torch.float32
@@ -66,7 +66,7 @@ def test_sigmas_have_their_promised_form(shift: str, denoise: float) -> None:
     assert (sigmas[0] == 1.0) == (denoise == 1.0)
 
 
-def test_shifts_add_up_and_undo() -> None:
+def test_shifts_add_up_and_have_an_inverse() -> None:
     """Group law: shift(b) after shift(a) is shift(a + b); the inverse of shift(a) is shift(-a)."""
     sigmas = torch.linspace(0, 1, 101, dtype=torch.float64)
     for a, b in [(0.5, 0.65), (1.15, -0.4), (-2.0, 3.5), (7.0, 4.0)]:
@@ -84,7 +84,7 @@ def test_a_shift_moves_the_logit() -> None:
     )
 
 
-def test_ends_stay_at_the_largest_shifts() -> None:
+def test_ends_are_unchanged_at_the_largest_shifts() -> None:
     ends = torch.tensor([1.0, 0.0])
     for mu in (-50.0, 50.0):
         assert torch.equal(shift_sigmas(ends, mu), ends)
@@ -92,21 +92,21 @@ def test_ends_stay_at_the_largest_shifts() -> None:
 
 @pytest.mark.parametrize(("steps", "denoise"), [(20, 0.5), (20, 0.3), (1, 0.1), (7, 0.99), (4, 1.0)])
 def test_denoise_keeps_the_tail_of_a_longer_schedule(steps: int, denoise: float) -> None:
-    """As ComfyUI's BasicScheduler: int(steps / denoise) steps, of which the last `steps` are run."""
+    """As in ComfyUI's BasicScheduler: the last `steps` of int(steps / denoise) steps."""
     longer = make_sigmas(int(steps / denoise), 256)
     assert torch.equal(make_sigmas(steps, 256, denoise=denoise), longer[-(steps + 1) :])
 
 
-def test_wrong_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1 step, got 0; 20 to 28 is usual"):
+def test_wrong_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 step, got 0"):
         make_sigmas(0, 256)
     for denoise in (0.0, -0.5, 1.01, math.nan):
-        with pytest.raises(ValueError, match=f"denoise must be above 0 and at most 1, got {denoise}"):
+        with pytest.raises(ValueError, match=f"denoise .* got {denoise}"):
             make_sigmas(4, 256, denoise=denoise)
-    with pytest.raises(ValueError, match="shift must be one of by size, none, fixed, got 'double'"):
+    with pytest.raises(ValueError, match="by size, none, fixed, got 'double'"):
         make_sigmas(4, 256, shift="double")
-    with pytest.raises(ValueError, match="at least one image token, got 0; make the image larger"):
+    with pytest.raises(ValueError, match="at least one image token, got 0"):
         make_sigmas(4, 0)
     for mu in (50.1, -50.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"mu must lie between -50 and 50, got {mu}"):
+        with pytest.raises(ValueError, match=f"mu .* got {mu}"):
             make_sigmas(4, 256, shift="fixed", mu=mu)

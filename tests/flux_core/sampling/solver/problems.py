@@ -34,7 +34,7 @@ BENT = Problem(lambda x, s: x * x * math.cos(s), lambda s: 1 / (CONSTANTS - math
 SWINGING = Problem(
     lambda x, s: 12 * math.cos(12 * s) * x, lambda s: doubles(-2, 0.5, 1) * math.exp(math.sin(12 * s))
 )
-"""dx/ds = 12 cos(12 s) x: grows and falls twice on the way, far too fast for 20 steps of one length."""
+"""dx/ds = 12 cos(12 s) x: grows and falls twice, far too fast for 20 steps of equal length."""
 
 
 def gaussian(mean: Tensor, deviation: Tensor) -> tuple[Velocity, Callable[[float], Tensor]]:

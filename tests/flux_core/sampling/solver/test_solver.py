@@ -1,4 +1,4 @@
-"""Solvers: exact where they must be, of the order they claim, asking only for the sigmas they announce."""
+"""Solvers: exact where they must be, of the stated order, evaluated only at the listed sigmas."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .problems import BENT, doubles
 
 ALL = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 PLANNED = {name: solver for name, solver in SOLVERS.items() if not isinstance(solver, DormandPrince)}
-"""The solvers that take the schedule's own steps."""
+"""The solvers whose steps are those of the schedule."""
 EACH_PLANNED = pytest.mark.parametrize("solver", PLANNED.values(), ids=PLANNED.keys())
 ORDERED = [solver for solver in PLANNED.values() if not solver.is_random]
 bent = BENT.velocity
 
 
 def follow(solver: Solver, velocity, x: Tensor, sigmas, on_step=None) -> Tensor:
-    """`integrate` with noise for those that draw any."""
+    """`integrate` with noise for stochastic solvers."""
     return integrate(solver, velocity, x, sigmas, on_step, noise=seeded_noise(3))
 
 
@@ -50,14 +50,14 @@ def measured_order(solver: Solver, mu: float, counts: tuple[int, int] = (128, 25
 @pytest.mark.parametrize("solver", ORDERED, ids=lambda solver: solver.name)
 @pytest.mark.parametrize("mu", [-1.0, 0.0, 0.5, 1.15, mu_for_tokens(64)])
 def test_measured_order_is_the_theory(solver: Solver, mu: float) -> None:
-    """Shifted sigmas are unevenly spaced. The step onto sigma 0, which some methods take by another one, and
-    the first steps of the multistep methods are part of what is measured."""
+    """On unevenly spaced (shifted) sigmas, including the step to sigma 0, for which some methods use another
+    one, and the first steps of multistep methods."""
     assert measured_order(solver, mu) == pytest.approx(solver.order, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["ab2", "ab3"])
 def test_measured_order_on_steps_that_jump_in_length(name: str) -> None:
-    """Every second step is three times as long as the one before: no place for formulas for even steps."""
+    """Every second step is three times as long as the one before, where formulas for even steps fail."""
     errors = []
     for steps in (128, 256):
         lengths = torch.tensor([1.0, 3.0] * (steps // 2), dtype=torch.float64)
@@ -66,8 +66,8 @@ def test_measured_order_on_steps_that_jump_in_length(name: str) -> None:
     assert math.log2(errors[0] / errors[1]) == pytest.approx(SOLVERS[name].order, abs=0.1)
 
 
-def test_a_worse_start_would_cost_the_order() -> None:
-    """What the first step is taken by matters: Adams-Bashforth 3 that starts with Euler is of order 2."""
+def test_a_first_step_of_lower_order_lowers_the_order() -> None:
+    """Adams-Bashforth 3 that starts with Euler is of order 2."""
     poor = AdamsBashforth("poor", 3, euler_step)
     assert measured_order(poor, 0.0, (512, 1024)) == pytest.approx(2, abs=0.1)
 
@@ -75,18 +75,18 @@ def test_a_worse_start_would_cost_the_order() -> None:
 @ALL
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_a_straight_path_is_followed_exactly(solver: Solver, steps: int) -> None:
-    """Noise and picture are small binary fractions, so that float64 makes no error in a sum of few steps."""
-    noise, picture = torch.tensor([1.5, -2.0, 0.25]).double(), torch.tensor([0.5, 3.0, -1.75]).double()
+    """Noise and image are small binary fractions, so that float64 sums of few steps are exact."""
+    noise, image = torch.tensor([1.5, -2.0, 0.25]).double(), torch.tensor([0.5, 3.0, -1.75]).double()
     sigmas = make_sigmas(steps, 256)
-    if isinstance(solver, EulerAncestral):  # its noise is part of the path
+    if isinstance(solver, EulerAncestral):  # its noise would change the path
         solver = replace(solver, eta=0.0)
-    end = integrate(solver, lambda x, sigma: noise - picture, noise, sigmas)
-    torch.testing.assert_close(end, picture, rtol=0, atol=1e-14)
+    end = integrate(solver, lambda x, sigma: noise - image, noise, sigmas)
+    torch.testing.assert_close(end, image, rtol=0, atol=1e-14)
 
 
-def test_euler_takes_one_step_to_the_picture() -> None:
-    noise, picture = torch.tensor([1.5, -2.0]), torch.tensor([0.5, 3.0])
-    assert torch.equal(integrate(SOLVERS["euler"], lambda x, s: noise - picture, noise, [1.0, 0.0]), picture)
+def test_one_euler_step_gives_the_image() -> None:
+    noise, image = torch.tensor([1.5, -2.0]), torch.tensor([0.5, 3.0])
+    assert torch.equal(integrate(SOLVERS["euler"], lambda x, s: noise - image, noise, [1.0, 0.0]), image)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_euler_takes_one_step_to_the_picture() -> None:
     [("euler", 0), ("heun", 1), ("midpoint", 1), ("rk4", 2), ("heun_corrected", 1), ("ab2", 0), ("ab3", 1)],
 )
 def test_polynomial_velocities_are_integrated_exactly(name: str, degree: int) -> None:
-    """A method of order p integrates s^(p-1) exactly; where its first or last step is of order p - 1, that
-    is the limit."""
+    """A method of order p integrates s^(p-1) exactly, or s^(p-2) where its first or last step is of order
+    p - 1."""
     zero = torch.zeros((), dtype=torch.float64)
     end = integrate(SOLVERS[name], lambda x, s: zero + s**degree, zero, [1, 0.4, 0])
     assert end.item() == pytest.approx(-1 / (degree + 1), abs=1e-15)
@@ -134,27 +134,27 @@ def test_the_last_step_of_the_corrected_heun_extrapolates_the_velocity() -> None
 
 @EACH_PLANNED
 @pytest.mark.parametrize("denoise", [1.0, 0.4])
-def test_announced_sigmas_are_those_asked_for(solver: Solver, denoise: float) -> None:
-    asked: list[float] = []
+def test_evaluation_sigmas_are_those_evaluated(solver: Solver, denoise: float) -> None:
+    evaluated: list[float] = []
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
-        asked.append(sigma)
+        evaluated.append(sigma)
         return torch.sin(x) + sigma
 
     sigmas = make_sigmas(6, 1024, denoise=denoise)
     follow(solver, velocity, torch.randn(2, 3), sigmas)
-    assert solver.evaluation_sigmas(sigmas) == asked
-    assert solver.evaluation_sigmas(sigmas.tolist()) == asked
-    assert asked[0] == float(sigmas[0])
-    assert set(sigmas[:-1].tolist()) <= set(asked)
+    assert solver.evaluation_sigmas(sigmas) == evaluated
+    assert solver.evaluation_sigmas(sigmas.tolist()) == evaluated
+    assert evaluated[0] == float(sigmas[0])
+    assert set(sigmas[:-1].tolist()) <= set(evaluated)
 
 
-def test_a_solver_that_chooses_its_sigmas_announces_none() -> None:
+def test_a_solver_that_chooses_its_sigmas_lists_none() -> None:
     assert SOLVERS["dormand_prince"].evaluation_sigmas([1.0, 0.0]) is None
 
 
 def test_evaluations_per_step() -> None:
-    """In 5 steps, and in the one step that has no past."""
+    """In 5 steps, and in a single one, without history."""
     for steps, expected in (
         (5, {"euler": 5, "heun": 10, "midpoint": 10, "rk4": 19, "heun_corrected": 9, "ab2": 5, "ab3": 6}),
         (1, {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 3, "heun_corrected": 2, "ab2": 1, "ab3": 2}),
@@ -165,23 +165,23 @@ def test_evaluations_per_step() -> None:
 
 
 @ALL
-def test_sigma_zero_is_never_asked_for_on_the_way_down(solver: Solver) -> None:
-    """So a host that knows only the denoised picture, velocity (x - denoised) / sigma, divides by no 0."""
-    picture = torch.tensor([0.5, -1.0])
-    asked: list[float] = []
+def test_sigma_0_is_never_evaluated_while_sigmas_descend(solver: Solver) -> None:
+    """So a host that only knows the denoised image, velocity (x - denoised) / sigma, never divides by 0."""
+    image = torch.tensor([0.5, -1.0])
+    evaluated: list[float] = []
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
-        asked.append(sigma)
-        return (x - picture) / sigma
+        evaluated.append(sigma)
+        return (x - image) / sigma
 
     for steps in (1, 3, 30):
         end = follow(solver, velocity, torch.tensor([2.0, 2.0]), make_sigmas(steps, 4096))
-        assert min(asked) > 0
-        torch.testing.assert_close(end, picture, rtol=1e-5, atol=1e-5)
+        assert min(evaluated) > 0
+        torch.testing.assert_close(end, image, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", [*ORDERED, DormandPrince(rtol=1e-5, atol=1e-5)], ids=lambda s: s.name)
-def test_the_way_back_reaches_the_noise(solver: Solver) -> None:
+def test_ascending_sigmas_reach_the_noise(solver: Solver) -> None:
     sigmas = torch.linspace(0, 1, 65, dtype=torch.float64)
     end = integrate(solver, bent, BENT.exact(0.0)[1], sigmas)
     assert end.item() == pytest.approx(BENT.exact(1.0)[1].item(), abs=2e-2 if solver.order == 1 else 1e-4)
@@ -189,7 +189,7 @@ def test_the_way_back_reaches_the_noise(solver: Solver) -> None:
 
 @EACH_PLANNED
 def test_steps_are_reported(solver: Solver) -> None:
-    """x is where the step began; denoised is what it would be if the path were straight from there."""
+    """x is where the step started; denoised is the end of a straight path from there."""
     seen: list[Step] = []
     sigmas = make_sigmas(4, 256)
     start = BENT.exact(1.0)
@@ -231,11 +231,11 @@ def test_the_dtype_of_x_is_kept(solver: Solver) -> None:
 
 def test_wrong_input_is_refused() -> None:
     names = "euler, heun, midpoint, rk4, heun_corrected, ab2, ab3, dormand_prince, euler_ancestral"
-    with pytest.raises(ValueError, match=f"solver must be one of {names}, got 'dpm'"):
+    with pytest.raises(ValueError, match=f"{names}, got 'dpm'"):
         solver_named("dpm")
     assert solver_named("heun") is SOLVERS["heun"]
-    with pytest.raises(ValueError, match=r"needs at least two sigmas \(one step\), got 1"):
+    with pytest.raises(ValueError, match="at least two sigmas .* got 1"):
         integrate(SOLVERS["euler"], bent, torch.ones(1), [1.0])
     for sigma in (14.6, -0.1, math.nan):
-        with pytest.raises(ValueError, match=f"sigmas must lie between 0 and 1, got {sigma}"):
+        with pytest.raises(ValueError, match=f"between 0 and 1, got {sigma}"):
             integrate(SOLVERS["euler"], bent, torch.ones(1), torch.tensor([sigma, 0.0], dtype=torch.float64))
