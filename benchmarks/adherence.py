@@ -35,7 +35,7 @@ from ..flux_core.pipeline import latent_size
 from ..flux_core.sampling.schedule import SHIFTS
 from ..flux_core.sampling.solver import solver_named
 from ..flux_core.train.progress import ProgressLine
-from ..miniature.evaluate import FAMILY, Sampling, sheet
+from ..miniature.evaluate import FAMILY, Sampling, image_grid
 from .checker_accuracy import check_the_autoencoder, check_the_checker
 from .generate import Files, Painter, figures_of, files_of, judge_pictures, load_models, paint
 from .prompts import Prompt, categories, read_prompts
@@ -164,7 +164,7 @@ def first_pictures(prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], se
         for row in rows.values()
         for k in range(8)
     ]
-    return sheet(chosen, 8)
+    return image_grid(chosen, 8)
 
 
 def print_checker(found: dict[str, Any]) -> None:

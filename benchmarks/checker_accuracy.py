@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from ..flux_core.model.autoencoder import AutoEncoder
-from ..miniature.autoencoder import psnr, to_pictures, to_tensor
+from ..miniature.autoencoder import from_uint8, psnr, to_uint8
 from ..miniature.caption import OPPOSITE
-from ..miniature.checker import inspect, judge
+from ..miniature.checker import judge, parse_scene
 from ..miniature.draw import draw
 from ..miniature.scene import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     PLACES,
     RELATIONS,
     SHAPES,
@@ -35,10 +35,10 @@ def any_scene(rng: random.Random) -> Scene:
     """A scene with everything set; in one of three an object is changed, so that held-out ones occur too."""
     scene = random_scene(rng)
     if rng.random() < 1 / 3:
-        changed = replace(scene.items[0], shape=rng.choice(SHAPES), colour=rng.choice(tuple(COLOURS)))
+        changed = replace(scene.items[0], shape=rng.choice(SHAPES), color=rng.choice(tuple(COLORS)))
         alike = scene.kind == "count"
-        others = {(item.shape, item.colour) for item in scene.items[1:]}
-        if alike or (changed.shape, changed.colour) not in others:
+        others = {(item.shape, item.color) for item in scene.items[1:]}
+        if alike or (changed.shape, changed.color) not in others:
             scene = replace(
                 scene, items=(changed,) * len(scene.items) if alike else (changed, *scene.items[1:])
             )
@@ -53,10 +53,10 @@ def near_misses(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Scene]]
         return replace(scene, items=(item,) * len(scene.items) if alike else (item, *scene.items[1:]))
 
     yield "shape", with_first(replace(first, shape=_other(SHAPES, first.shape, rng)))
-    yield "colour", with_first(replace(first, colour=_other(tuple(COLOURS), first.colour, rng)))
+    yield "colour", with_first(replace(first, color=_other(tuple(COLORS), first.color, rng)))
     yield "background", replace(scene, background=_other(tuple(BACKGROUNDS), scene.background, rng))
-    open_colours = tuple(replace(item, colour=None) for item in scene.items)
-    yield "without", replace(scene, items=open_colours, without=first.colour)
+    open_colours = tuple(replace(item, color=None) for item in scene.items)
+    yield "without", replace(scene, items=open_colours, without=first.color)
     more, fewer = (*scene.items, scene.items[-1]), scene.items[:-1]
     yield "count", replace(scene, items=fewer if fewer and rng.random() < 0.5 else more, relation=None)
     if scene.shadow:
@@ -70,8 +70,8 @@ def near_misses(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Scene]]
         across = [name for name in RELATIONS if name not in (scene.relation, OPPOSITE[scene.relation])]
         yield "direction", replace(scene, relation=rng.choice(across))
         second = scene.items[1]
-        if first.shape != second.shape and first.colour != second.colour:
-            swapped = (replace(first, colour=second.colour), replace(second, colour=first.colour))
+        if first.shape != second.shape and first.color != second.color:
+            swapped = (replace(first, color=second.color), replace(second, color=first.color))
             yield "binding", replace(scene, items=swapped)
 
 
@@ -89,7 +89,7 @@ def check_the_checker(count: int, seed: int = 0) -> dict[str, Any]:
     for i in range(count):
         width, height = SIDES[i % len(SIDES)]
         scene = any_scene(rng)
-        finding = inspect(draw(scene, rng, width, height))
+        finding = parse_scene(draw(scene, rng, width, height))
         drawn[f"{width}x{height}"] += 1
         right[f"{width}x{height}"] += judge(finding, scene).passes
         for kind, wrong in near_misses(scene, rng):
@@ -111,9 +111,9 @@ def check_the_autoencoder(autoencoder: AutoEncoder, count: int, seed: int = 0) -
     passed, noise = 0, []
     for _ in range(0, count, 16):
         scenes = [any_scene(rng) for _ in range(16)]
-        images = to_tensor(np.stack([draw(scene, rng) for scene in scenes]))
+        images = from_uint8(np.stack([draw(scene, rng) for scene in scenes]))
         decoded = autoencoder.decode(autoencoder.encode(images.to(autoencoder.device))).float().cpu()
         noise.append(psnr(decoded, images))
-        verdicts = map(judge, map(inspect, to_pictures(decoded)), scenes)
+        verdicts = map(judge, map(parse_scene, to_uint8(decoded)), scenes)
         passed += sum(verdict.passes for verdict in verdicts)
     return {"passes": passed / (16 * len(noise)), "psnr": sum(noise) / len(noise)}

@@ -26,7 +26,7 @@ from ..flux_core.pipeline import (
     text_to_image,
 )
 from ..flux_core.train.loop import device
-from ..miniature.autoencoder import to_pictures
+from ..miniature.autoencoder import to_uint8
 from ..miniature.evaluate import FAMILY, Sampling
 from .generate import BATCH, Files, check_files, files_of, load_models, paint
 from .prompts import Prompt
@@ -86,7 +86,7 @@ class Member:
             shift=sampling.shift,
         )
         file = io.BytesIO()
-        Image.fromarray(to_pictures(image.cpu())[0]).save(file, "PNG")
+        Image.fromarray(to_uint8(image.cpu())[0]).save(file, "PNG")
         return file.getvalue()
 
 

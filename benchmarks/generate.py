@@ -13,8 +13,8 @@ import torch
 from ..flux_core.pipeline import Models
 from ..flux_core.train.loop import device
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
-from ..miniature.checker import ATTRIBUTES, inspect, judge, sharpness
-from ..miniature.evaluate import Sampling, draw_captions
+from ..miniature.checker import ATTRIBUTES, judge, parse_scene, sharpness
+from ..miniature.evaluate import Sampling, generate_images
 from .prompts import SIX, Prompt
 
 BATCH = 16
@@ -86,7 +86,7 @@ def paint(
 
     The noise of the n-th prompt depends on n alone, whoever paints and in however many steps.
     """
-    return draw_captions(
+    return generate_images(
         models.transformer,
         models.text_encoders,
         lambda latents: models.autoencoder.decode(latents).cpu(),
@@ -104,9 +104,9 @@ def judge_pictures(prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], se
     painted = []
     for i, prompt in enumerate(prompts):
         mine = pictures[i * seeds : (i + 1) * seeds]
-        found = [inspect(picture) for picture in mine]
+        found = [parse_scene(picture) for picture in mine]
         sharp = [sharpness(picture, finding) for picture, finding in zip(mine, found, strict=True)]
-        verdicts = [judge(finding, prompt.scene).right for finding in found]
+        verdicts = [judge(finding, prompt.scene).correct for finding in found]
         painted.append(Painted(prompt, verdicts, [value for value in sharp if value is not None]))
     return painted
 

@@ -24,10 +24,10 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
-from ..miniature.caption import caption, misspell, plain
+from ..miniature.caption import caption, misspell, plain_caption
 from ..miniature.scene import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     HELD_OUT_COUNTS,
     HELD_OUT_PAIRS,
     PLACES,
@@ -37,7 +37,7 @@ from ..miniature.scene import (
     Item,
     Scene,
     random_scene,
-    told,
+    with_stated_attributes,
 )
 
 EACH = 56
@@ -49,12 +49,12 @@ WAYS = ("", "", "a photo of ", "", "a picture of ", "", "draw ", "an image of ")
 """What people write before what they want."""
 ONE_OF = {
     "shape": SHAPES,
-    "colour": tuple(COLOURS),
+    "colour": tuple(COLORS),
     "size": tuple(SIZES),
     "relation": tuple(RELATIONS),
     "place": tuple(PLACES),
     "background": tuple(BACKGROUNDS),
-    "without": tuple(COLOURS),
+    "without": tuple(COLORS),
 }
 OF_OBJECTS = ("shape", "colour", "count", "size")
 OF_LINES = ("prompt", "objects", "relation", "place", "background", "without", "shadow", "category")
@@ -83,7 +83,9 @@ def categories() -> list[Prompt]:
     found = []
     for name, maker in makers.items():
         scenes = list(maker(random.Random(name)))[:EACH]
-        found += [Prompt(WAYS[i % len(WAYS)] + plain(scene), scene, name) for i, scene in enumerate(scenes)]
+        found += [
+            Prompt(WAYS[i % len(WAYS)] + plain_caption(scene), scene, name) for i, scene in enumerate(scenes)
+        ]
     return found + [Prompt(text, scene, "words") for text, scene in _words(random.Random("words"))]
 
 
@@ -106,7 +108,7 @@ def _twos(rng: random.Random) -> Iterator[Scene]:
 def _counts(rng: random.Random) -> Iterator[Scene]:
     """Every number of every shape that training shows, then in a colour, then on a background, then both."""
     for kind, (count, shape) in product(range(4), product((2, 3, 4), SHAPES)):
-        colour = rng.choice([c for c in COLOURS if (shape, c) not in HELD_OUT_PAIRS])
+        colour = rng.choice([c for c in COLORS if (shape, c) not in HELD_OUT_PAIRS])
         if (count, shape) not in HELD_OUT_COUNTS:
             item = Item(shape, colour if kind in (1, 3) else None)
             yield Scene((item,) * count, background=_ground(rng) if kind > 1 else None)
@@ -114,7 +116,7 @@ def _counts(rng: random.Random) -> Iterator[Scene]:
 
 def _colours(rng: random.Random) -> Iterator[Scene]:
     """Every shape in every colour that training shows it in, then some on a background."""
-    items = [Item(shape, c) for shape, c in product(SHAPES, COLOURS) if (shape, c) not in HELD_OUT_PAIRS]
+    items = [Item(shape, c) for shape, c in product(SHAPES, COLORS) if (shape, c) not in HELD_OUT_PAIRS]
     rng.shuffle(items)
     for i, item in enumerate(items + items):
         yield Scene((item,), background=_ground(rng) if i >= len(items) else None)
@@ -134,8 +136,8 @@ def _bindings(rng: random.Random) -> Iterator[Scene]:
     rng.shuffle(pairs)
     for shapes in pairs + pairs:
         while True:
-            scene = Scene(tuple(map(Item, shapes, rng.sample(tuple(COLOURS), 2))))
-            if not scene.held_out():
+            scene = Scene(tuple(map(Item, shapes, rng.sample(tuple(COLORS), 2))))
+            if not scene.is_held_out():
                 break
         yield scene
 
@@ -149,13 +151,13 @@ def _unseen(rng: random.Random) -> Iterator[Scene]:
         yield Scene((Item(shape, colour, size),), place=place, background=_ground(rng) if kind == 1 else None)
     for kind, (shape, colour) in product(range(2), pairs):
         other = Item(
-            rng.choice([s for s in SHAPES if s != shape]), rng.choice([c for c in COLOURS if c != colour])
+            rng.choice([s for s in SHAPES if s != shape]), rng.choice([c for c in COLORS if c != colour])
         )
         items = (Item(shape, colour), other)
         relation = rng.choice(tuple(RELATIONS)) if kind else None
         yield Scene(items if rng.random() < 0.5 else items[::-1], relation=relation)
     counts = sorted(HELD_OUT_COUNTS)
-    colours = {shape: [c for c in COLOURS if (shape, c) not in HELD_OUT_PAIRS] for _, shape in counts}
+    colours = {shape: [c for c in COLORS if (shape, c) not in HELD_OUT_PAIRS] for _, shape in counts}
     for kind, (count, shape) in product(range(5), counts):
         yield Scene((Item(shape, colours[shape][kind] if kind else None),) * count)
 
@@ -165,10 +167,10 @@ def _words(rng: random.Random) -> Iterator[tuple[str, Scene]]:
     for i in range(EACH):
         kind = i % 4
         while True:
-            scene = told(random_scene(rng), rng)
+            scene = with_stated_attributes(random_scene(rng), rng)
             if kind != 2 or scene.without or not scene.shadow:
                 break
-        text = plain(scene)
+        text = plain_caption(scene)
         yield (caption(scene, rng), misspell(text, rng), caption(scene, rng), text.upper())[kind], scene
 
 

@@ -20,12 +20,12 @@ from ..flux_core.model.spec import Conditioning
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import Models, VelocityRequest, draw_noise, guided_velocity
 from ..flux_core.sampling.schedule import make_sigmas
-from ..miniature.evaluate import SHOWN
+from ..miniature.evaluate import PREVIEW_PROMPTS
 from .generate import files_of, load_models
 from .speed_settings import Outcome, Settings, Skipped, Told
 
 SIGMAS = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1)
-PROMPTS = SHOWN
+PROMPTS = PREVIEW_PROMPTS
 GUIDANCE = 3.5
 SIDE = 16
 """Positions along a latent's side: 128 pixels."""

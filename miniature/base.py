@@ -14,7 +14,7 @@ from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.train.flow import FlowRecipe, FlowWithRepaLoss, initialize, train_flow
 from ..flux_core.train.loop import TrainingRun
 from .data import CELLS, LatentSet
-from .scene import COLOURS, SHAPES
+from .scene import COLORS, SHAPES
 
 MINI = FluxSpec(hidden_size=192, num_heads=3, depth=2, depth_single=5, context_in=192, vec_in=192)
 
@@ -28,7 +28,7 @@ class RepaHead(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.classes = (1 + len(SHAPES), 1 + len(COLOURS))
+        self.classes = (1 + len(SHAPES), 1 + len(COLORS))
         self.read = nn.Linear(hidden, sum(self.classes) + CELLS * CELLS)  # its name in checkpoints
 
     def forward(self, states: Tensor, labels: Tensor) -> Tensor:

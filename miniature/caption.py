@@ -1,7 +1,7 @@
-"""The words that people use for the miniature's world: synonyms, word order, numerals, "without", typos.
+"""Captions of scenes as people write them: synonyms, word order, numerals, "without", typos.
 
-`caption` says a told scene (world.told) in one of many ways; `plain` in the plainest. Both mean the same to
-the text encoders after training (text.py), which learn from `caption` what a scene's words are.
+`caption` describes a scene's stated attributes (scene.with_stated_attributes) in one of many ways;
+`plain_caption` in the plainest. Both mean the same to the text encoders, which are trained on `caption`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHAPE_WORDS = {
     "heart": ("heart", "love heart"),
     "cross": ("cross", "plus", "plus sign"),
 }
-COLOUR_WORDS = {
+COLOR_WORDS = {
     "red": ("red", "crimson", "scarlet"),
     "orange": ("orange", "tangerine"),
     "yellow": ("yellow", "golden", "lemon"),
@@ -30,7 +30,7 @@ COLOUR_WORDS = {
     "pink": ("pink", "rose"),
 }
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-GROUND_WORDS = {
+BACKGROUND_WORDS = {
     "gray": ("gray", "grey"),
     "beige": ("beige", "cream", "sand-coloured"),
     "mint": ("mint", "mint green", "light green", "pale green", "green"),
@@ -78,12 +78,12 @@ OPENINGS = (
 
 
 def article(words: str) -> str:
-    """The words with "a" or "an" before them."""
+    """The words with "a" or "an" in front."""
     return f"{'an' if words[:1] in 'aeiou' else 'a'} {words}"
 
 
 def plural(word: str) -> str:
-    """The plural of a shape's word."""
+    """The plural of a shape's name."""
     endings = {
         "box": "boxes",
         "cross": "crosses",
@@ -94,38 +94,41 @@ def plural(word: str) -> str:
     return endings.get(word, f"{word}s")
 
 
-class Speaker:
-    """Chooses words: the first of each list when plain, otherwise any, the first most often."""
+class Phrasing:
+    """Chooses words: without `rng` the first of each list, else any, the first most often."""
 
     def __init__(self, rng: random.Random | None) -> None:
         self.rng = rng
 
     def pick(self, words: tuple[str, ...]) -> str:
+        """One of the words."""
         if self.rng is None or self.rng.random() < 0.5:
             return words[0]
         return self.rng.choice(words)
 
     def chance(self, share: float) -> bool:
+        """True in that share of calls; never without `rng`."""
         return self.rng is not None and self.rng.random() < share
 
     def thing(self, item: Item, count: int = 1) -> str:
         """The object without its article: "large red circle", "red circles"."""
         size = self.pick(SIZE_WORDS[item.size]) if item.size in SIZE_WORDS else ""
-        colour = self.pick(COLOUR_WORDS[item.colour]) if item.colour else ""
+        color = self.pick(COLOR_WORDS[item.color]) if item.color else ""
         shape = self.pick(SHAPE_WORDS[item.shape]) if item.shape else "shape"
-        if colour and size and self.chance(0.1):
-            size, colour = colour, size
+        if color and size and self.chance(0.1):
+            size, color = color, size
         noun = plural(shape) if count > 1 else shape
-        if colour and self.chance(0.06):
-            return " ".join(word for word in (size, noun, "in", colour) if word)
-        return " ".join(word for word in (size, colour, noun) if word)
+        if color and self.chance(0.06):
+            return " ".join(word for word in (size, noun, "in", color) if word)
+        return " ".join(word for word in (size, color, noun) if word)
 
     def with_article(self, item: Item) -> str:
+        """The object, usually with its article."""
         words = self.thing(item)
         return words if self.chance(0.15) else "the " + words if self.chance(0.06) else article(words)
 
     def objects(self, scene: Scene) -> str:
-        """Everything about the objects but the place of a single one."""
+        """The objects and their relation, without the place of a single one."""
         if scene.kind == "single":
             return self.with_article(scene.items[0])
         if scene.kind == "count":
@@ -148,46 +151,44 @@ class Speaker:
         return f"{one} {'is ' if self.chance(0.15) else ''}{between} {two}"
 
     def exclusions(self, scene: Scene) -> list[str]:
-        """What the scene is without."""
+        """Phrases for an excluded color and for no shadow."""
         parts = []
         if scene.without:
-            colour = COLOUR_WORDS[scene.without][0]
-            parts.append(
-                self.pick((f"not {colour}", f"but not {colour}", f"no {colour}", f"without {colour}"))
-            )
+            color = COLOR_WORDS[scene.without][0]
+            parts.append(self.pick((f"not {color}", f"but not {color}", f"no {color}", f"without {color}")))
         if not scene.shadow:
             parts.append(self.pick(NO_SHADOW))
         return parts
 
 
-def _say(scene: Scene, speaker: Speaker) -> str:
-    what = speaker.objects(scene)
-    where = speaker.pick(PLACE_WORDS[scene.place]) if scene.place else ""
-    exclusions = " ".join(speaker.exclusions(scene))
+def _phrase(scene: Scene, words: Phrasing) -> str:
+    what = words.objects(scene)
+    where = words.pick(PLACE_WORDS[scene.place]) if scene.place else ""
+    exclusions = " ".join(words.exclusions(scene))
     ground = ""
     if scene.background:
-        named = speaker.pick(GROUND_WORDS[scene.background])
-        noun = speaker.pick(("background", "wall", "backdrop", "ground"))
+        named = words.pick(BACKGROUND_WORDS[scene.background])
+        noun = words.pick(("background", "wall", "backdrop", "ground"))
         ground = named + " " + noun
-        if speaker.chance(0.3):
+        if words.chance(0.3):
             return ", ".join(part for part in (what, where, exclusions, ground) if part)
-        if speaker.chance(0.25):
+        if words.chance(0.25):
             opening = article(ground) + " with"
             return ", ".join(part for part in (f"{opening} {what}", where, exclusions) if part)
-        ground = speaker.pick(("on", "in front of", "against")) + " " + article(ground)
+        ground = words.pick(("on", "in front of", "against")) + " " + article(ground)
     tail = " ".join(part for part in (where, ground) if part)
-    if where and speaker.chance(0.2):
+    if where and words.chance(0.2):
         return ", ".join(part for part in (where, what, ground, exclusions) if part)
-    if tail and speaker.chance(0.4):
+    if tail and words.chance(0.4):
         return ", ".join(part for part in (what, where, ground, exclusions) if part)
     return ", ".join(part for part in (f"{what} {tail}".strip(), exclusions) if part)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One way of many to say a told scene, one in eight with a typo, some in capitals."""
+    """A random caption of a scene's stated attributes: one in eight has a typo, some are in capitals."""
     if not scene.items:
         return ""
-    text = _say(scene, Speaker(rng))
+    text = _phrase(scene, Phrasing(rng))
     if text.startswith(("a ", "an ", "the ", "two", "three", "four", "2", "3", "4")):
         text = rng.choice(OPENINGS) + text
     if rng.random() < 0.12:
@@ -198,13 +199,13 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return text.upper() if chance > 0.97 else text.capitalize() if chance > 0.85 else text
 
 
-def plain(scene: Scene) -> str:
-    """The plainest way to say a told scene: "a red circle left of a blue square on a gray background"."""
-    return _say(scene, Speaker(None)) if scene.items else ""
+def plain_caption(scene: Scene) -> str:
+    """The plainest caption: "a red circle left of a blue square on a gray background"."""
+    return _phrase(scene, Phrasing(None)) if scene.items else ""
 
 
 def misspell(text: str, rng: random.Random) -> str:
-    """The text with one slip in a word of four letters or more: one lost, doubled, swapped or mistyped."""
+    """The text with one typo in a word of four letters or more: a letter lost, doubled, swapped or wrong."""
     words = text.split(" ")
     long = [i for i, word in enumerate(words) if len(word) >= 4 and word.isalpha()]
     if not long:

@@ -1,14 +1,14 @@
-"""`python3 run.py train`: the miniature family, from nothing to the files in models/, in stages that resume.
+"""`python3 run.py train`: the miniature family, from scratch to the files in models/, in resumable stages.
 
 text         captions            -> T5 and CLIP text encoders
-data         pictures            -> the written encoder, and a file of latents
-base         latents and texts   -> mini-pro, the undistilled transformer      (the long one)
-autoencoder  pictures            -> the autoencoder's decoder
-guidance     mini-pro            -> mini-dev, guidance in one pass
-pairs        mini-pro            -> noise, and the picture that its guided flow makes of it
-reflow       mini-dev, pairs     -> a straight flow
+data         rendered scenes     -> the autoencoder's encoder, and a file of latents
+base         latents and texts   -> mini-pro, the undistilled transformer      (the longest stage)
+autoencoder  rendered scenes     -> the autoencoder's decoder
+guidance     mini-pro            -> mini-dev, distilled guidance
+pairs        mini-pro            -> noise, and the latents that its guided ODE makes of it
+reflow       mini-dev, pairs     -> a straightened flow
 schnell      the straight flow   -> mini-schnell, four steps
-reading      mini-schnell        -> one that finds open colours in the noise
+reading      mini-schnell        -> its front distilled to recover unspecified colors from the noise
 decide       both                -> mini-schnell, one to four steps
 export       all of these        -> half-precision files under models/
 """
@@ -43,13 +43,18 @@ from ..flux_core.weights import load_autoencoder
 from .autoencoder import MINI_VAE, new_autoencoder, train_decoder
 from .base import MINI, train_base
 from .data import LatentSet, write_latents
-from .evaluate import FAMILY, Decode, Sampling, shown_by
+from .evaluate import FAMILY, Decode, Sampling, make_preview
 from .export import export
 from .folder import Folder, read_encoders, read_transformer
-from .front_distillation import ReadRecipe, train_reading
+from .front_distillation import FrontDistillationRecipe, train_front_distillation
 from .pairs import PairRecipe, write_pairs
-from .pca import decode_fast, linear_code
-from .seed_conditioning import DecideRecipe, full_caption, open_caption, train_decide
+from .pca import decode_linear, linear_code
+from .seed_conditioning import (
+    SeedConditioningRecipe,
+    fully_specified_caption,
+    train_seed_conditioning,
+    underspecified_caption,
+)
 from .text_encoders import random_caption, train_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +69,7 @@ NEEDS = {
     "decide": ("reading",),
     "export": ("decide", "autoencoder"),
 }
-"""Stages whose files a stage reads, besides what those need themselves."""
+"""Stages whose files a stage reads, besides those that these need."""
 STEPS = {
     "text": 2_000,
     "base": 40_000,
@@ -85,23 +90,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dir", type=Path, default=ROOT / "data" / "training", help="folder of checkpoints")
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="where export writes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of pictures, weights and noise")
-    parser.add_argument("--pictures", type=int, default=96_000, help="pictures in the file of latents")
-    parser.add_argument("--pairs", type=int, default=16_384, help="pairs of noise and picture for the reflow")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images, weights and noise")
+    parser.add_argument("--pictures", type=int, default=96_000, help="images in the file of latents")
+    parser.add_argument("--pairs", type=int, default=16_384, help="pairs of noise and latent for reflow")
     for stage, steps in STEPS.items():
         parser.add_argument(f"--{stage}-steps", type=int, default=steps, help=f"steps of the stage {stage}")
-    parser.add_argument("--batch", type=int, default=Recipe.batch, help="pictures a step of a transformer")
-    parser.add_argument("--lr", type=float, help="peak learning rate, else each stage's own")
+    parser.add_argument("--batch", type=int, default=Recipe.batch, help="batch size of the transformers")
+    parser.add_argument("--lr", type=float, help="peak learning rate; default: each stage's own")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the losses (needs a C++ compiler)"
     )
     parser.add_argument(
-        "--bf16", action="store_true", help="bfloat16 matrix products (quicker where the processor has them)"
+        "--bf16",
+        action="store_true",
+        help="bfloat16 matrix multiplications (faster where the processor supports them)",
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages asked for, in order; 0 when all ended well, 1 with a sentence when one could not run."""
+    """Run the requested stages in order; returns 0, or 1 with a message when one could not run."""
     parser = argparse.ArgumentParser(
         prog="run.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_needs(stage: str, folder: Folder) -> None:
-    """Raise ValueError when an earlier stage, whose files this one reads, was not run."""
+    """Raise ValueError when an earlier stage, whose files this one reads, is missing."""
     for earlier in NEEDS.get(stage, ()):
         check_needs(earlier, folder)
         if not folder.file(earlier).exists():
@@ -131,13 +138,13 @@ def check_needs(stage: str, folder: Folder) -> None:
 
 
 def recipe_of(kind: type[AnyRecipe], args: argparse.Namespace) -> AnyRecipe:
-    """A stage's settings with what the command line says."""
+    """A stage's settings with those of the command line."""
     recipe = replace(kind(), batch=args.batch, compiled=args.compile, bf16=args.bf16)
     return recipe if args.lr is None else replace(recipe, lr=args.lr)
 
 
-def read_written(folder: Folder) -> AutoEncoder:
-    """The autoencoder with its encoder written and its decoder untrained, as the stage data left it."""
+def read_initial_autoencoder(folder: Folder) -> AutoEncoder:
+    """The autoencoder of the stage data, its decoder untrained."""
     autoencoder = AutoEncoder(MINI_VAE)
     autoencoder.load_state_dict(load_file(folder.encoder))
     return autoencoder
@@ -149,10 +156,10 @@ def preview_of(folder: Folder, spec: FluxSpec, encoders: TextEncoders, sampling:
     if folder.file("autoencoder").exists():
         decode = load_autoencoder(folder.file("autoencoder"), dtype=torch.float32).decode
     else:
-        code = linear_code(read_written(folder))
-        decode = partial(decode_fast, code=code)
+        code = linear_code(read_initial_autoencoder(folder))
+        decode = partial(decode_linear, code=code)
 
-    return shown_by(spec, encoders, decode, sampling)
+    return make_preview(spec, encoders, decode, sampling)
 
 
 def run_of(stage: str, args: argparse.Namespace, preview: Preview | None = None) -> TrainingRun:
@@ -180,7 +187,7 @@ def run_base(folder: Folder, args: argparse.Namespace) -> None:
 
 
 def run_autoencoder(folder: Folder, args: argparse.Namespace) -> None:
-    train_decoder(read_written(folder), folder.file("autoencoder"), args.autoencoder_steps, seed=args.seed)
+    train_decoder(read_initial_autoencoder(folder), run_of("autoencoder", args))
 
 
 def run_guidance(folder: Folder, args: argparse.Namespace) -> None:
@@ -217,7 +224,9 @@ def run_schnell(folder: Folder, args: argparse.Namespace) -> None:
 
 def run_reading(folder: Folder, args: argparse.Namespace) -> None:
     student = read_transformer(folder.file("schnell"))
-    train_reading(run_of("reading", args), read_encoders(folder), student, recipe_of(ReadRecipe, args))
+    train_front_distillation(
+        run_of("reading", args), read_encoders(folder), student, recipe_of(FrontDistillationRecipe, args)
+    )
 
 
 def run_decide(folder: Folder, args: argparse.Namespace) -> None:
@@ -225,16 +234,16 @@ def run_decide(folder: Folder, args: argparse.Namespace) -> None:
     student, teacher = (read_transformer(folder.file(stage)) for stage in ("reading", "schnell"))
     own = PairRecipe(
         sampling=FAMILY["schnell"],
-        draw_caption=open_caption,
-        teacher_prompt=full_caption,
+        draw_caption=underspecified_caption,
+        teacher_prompt=fully_specified_caption,
         seed=args.seed + 1,
         bf16=args.bf16,
     )
     pairs = folder.path / "decided"
     write_pairs(pairs, teacher.to(device()), encoders, args.pairs, own)
     preview = preview_of(folder, student.spec, encoders, Sampling(1, shift="none"))
-    recipe = recipe_of(DecideRecipe, args)
-    train_decide(run_of("decide", args, preview), PairSet(pairs), encoders, student, recipe)
+    recipe = recipe_of(SeedConditioningRecipe, args)
+    train_seed_conditioning(run_of("decide", args, preview), PairSet(pairs), encoders, student, recipe)
 
 
 def run_export(folder: Folder, args: argparse.Namespace) -> None:

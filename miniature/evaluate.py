@@ -1,4 +1,4 @@
-"""Pictures of captions by a member of the family, and what the checker thinks of them."""
+"""Sampling with a model of the miniature family: images of captions, and previews of a training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import Guidance, SampleRequest, draw_noise, latent_size, sample
 from ..flux_core.sampling.schedule import make_sigmas
 from ..flux_core.sampling.solver import solver_named
-from .autoencoder import to_pictures
+from ..flux_core.train.loop import Preview
+from .autoencoder import to_uint8
 
 Decode = Callable[[Tensor], Tensor]
 """Raw latents [B, 16, h, w] -> images [B, 3, H, W] in -1..1."""
@@ -24,9 +25,9 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a member of the family is used: steps, guidance of one kind or none, shift of the schedule.
+    """Sampling settings: steps, guidance of one kind or none, shift of the schedule, solver.
 
-    True guidance of scale `cfg_scale` counts at sigmas of `cfg_until` and above.
+    Classifier-free guidance of scale `cfg_scale` applies at sigmas of `cfg_until` and above.
     """
 
     steps: int = 28
@@ -43,10 +44,10 @@ FAMILY = {
     "dev": Sampling(28, guidance=3.5, solver="euler_ancestral"),
     "schnell": Sampling(4, shift="none"),
 }
-"""How each member is meant to be used.
+"""The settings that each model is meant for.
 
-In many steps noise that is added on the way lets later steps mend what earlier ones got wrong: where Euler
-leaves one square in four a pixel too wide or high, it leaves one in ten.
+With many steps, adding noise at each lets later steps correct earlier errors: Euler draws one square in four
+a pixel too wide or high, euler_ancestral one in ten.
 """
 
 
@@ -58,7 +59,7 @@ def generate_latents(
     sampling: Sampling,
     noise: Tensor,
 ) -> Tensor:
-    """Latents [B, 16, h, w] in model space from `noise` of that shape; `negative` counts with a cfg scale."""
+    """Latents [B, 16, h, w] in model space from noise of that shape; `negative` is for a cfg scale."""
     h, w = noise.shape[-2:]
     sigmas = make_sigmas(sampling.steps, h * w // 4, shift=sampling.shift)
     return sample(
@@ -79,7 +80,7 @@ def generate_latents(
 
 
 @torch.no_grad()
-def draw_captions(
+def generate_images(
     transformer: FluxTransformer,
     encoders: TextEncoders,
     decode: Decode,
@@ -92,23 +93,23 @@ def draw_captions(
     height: int = 128,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """A picture uint8 [height, width, 3] of each caption, each from noise of its own.
+    """An image uint8 [height, width, 3] per caption, each from its own noise.
 
-    `on_batch` is told how many pictures are done.
+    `on_batch` is called with the number of finished images.
     """
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for start in range(0, len(captions), batch):
         part = list(captions[start : start + batch])
         noise = draw_noise(seed + start, len(part), *latent_size(width, height))
         empty = encoders.encode([""] * len(part))
         latents = generate_latents(transformer, encoders.encode(part), empty, sampling, noise)
-        pictures += list(to_pictures(decode(to_vae_space(latents))))
+        images += list(to_uint8(decode(to_vae_space(latents))))
         if on_batch is not None:
-            on_batch(len(pictures))
-    return pictures
+            on_batch(len(images))
+    return images
 
 
-SHOWN = (
+PREVIEW_PROMPTS = (
     "a red circle",
     "a small yellow star in the top left on a navy background",
     "a green heart",
@@ -118,29 +119,27 @@ SHOWN = (
     "four orange hearts on a mint background",
     "a large pink circle, without a shadow",
 )
-"""Prompts of the pictures that a training shows on its way."""
+"""Prompts of a training's preview."""
 
 
-def sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures of one size side by side in rows of `columns`; the last row is filled up with grey."""
+def image_grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Images of one size in rows of `columns`; the last row is padded with gray."""
     rows = []
-    for start in range(0, len(pictures), columns):
-        row = list(pictures[start : start + columns])
-        row += [np.full_like(pictures[0], 128)] * (columns - len(row))
+    for start in range(0, len(images), columns):
+        row = list(images[start : start + columns])
+        row += [np.full_like(images[0], 128)] * (columns - len(row))
         rows.append(np.concatenate(row, axis=1))
     return np.concatenate(rows)
 
 
-def shown_by(
-    spec: FluxSpec, encoders: TextEncoders, decode: Decode, sampling: Sampling
-) -> Callable[[dict[str, Tensor]], np.ndarray]:
-    """A function from a training's averaged weights to a sheet of what they paint for `SHOWN`."""
+def make_preview(spec: FluxSpec, encoders: TextEncoders, decode: Decode, sampling: Sampling) -> Preview:
+    """A preview of a training: a grid of what its averaged weights generate for `PREVIEW_PROMPTS`."""
 
-    def picture(weights: dict[str, Tensor]) -> np.ndarray:
+    def preview(weights: dict[str, Tensor]) -> np.ndarray:
         state = torch.get_rng_state()
         model = FluxTransformer(spec)
-        torch.set_rng_state(state)  # making a model draws numbers, which must not change the training's
+        torch.set_rng_state(state)  # initializing a model must not change the training's random state
         model.load_state_dict(weights)
-        return sheet(draw_captions(model, encoders, decode, SHOWN, sampling, seed=1), 4)
+        return image_grid(generate_images(model, encoders, decode, PREVIEW_PROMPTS, sampling, seed=1), 4)
 
-    return picture
+    return preview

@@ -1,4 +1,4 @@
-"""The stage `export`: what the others made, in half precision, as the files of models/."""
+"""The stage `export`: the other stages' results in half precision, as the files of models/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..flux_core.sampling import preview
 from ..flux_core.train.checkpoint import write_safetensors
 from ..flux_core.weights import load_autoencoder
 from .autoencoder import draw_batch
-from .folder import Folder, read, text_files
+from .folder import Folder, read_tensors, text_files
 
 EXPORTED = {
     "base": ("diffusion_models/rectiflux-mini-pro", "Rectiflux mini-pro"),
@@ -21,7 +21,7 @@ EXPORTED = {
     "decide": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
     "autoencoder": ("vae/rectiflux-mini-vae", "Rectiflux miniature autoencoder"),
 }
-"""What the stages' files become under models/, and what their metadata call them."""
+"""Path under models/ and title in the metadata of each exported stage."""
 
 
 def export(folder: Folder, models: Path) -> None:
@@ -35,7 +35,7 @@ def export(folder: Folder, models: Path) -> None:
         (models / "text_encoders").mkdir(parents=True, exist_ok=True)
         (models / "text_encoders" / f"{path.stem}.tokenizer.json").write_text(text, encoding="utf-8")
     for source, (target, name) in sources.items():
-        tensors, metadata = read(source)
+        tensors, metadata = read_tensors(source)
         metadata |= previews if target.startswith("diffusion_models") else {}
         half = {key: value.half() for key, value in tensors.items()}
         named = metadata | title | {"modelspec.title": name}
@@ -43,7 +43,7 @@ def export(folder: Folder, models: Path) -> None:
 
 
 def fit_preview(folder: Folder) -> preview.Factors:
-    """The linear map from latents to small pictures, which the transformers' files carry."""
+    """The linear map from latents to preview images that the transformers' files contain."""
     images = draw_batch(64, random.Random(0))
     autoencoder = load_autoencoder(folder.file("autoencoder"), dtype=torch.float32)
     return preview.fit(to_model_space(autoencoder.encode(images)), images)

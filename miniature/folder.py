@@ -1,4 +1,4 @@
-"""Where a training keeps its files, and how one stage reads what another wrote."""
+"""The training folder: where stages keep their files, and how one reads what another wrote."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from ..flux_core.weights import load_text_encoders, load_transformer
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a training keeps its files."""
+    """The files of a training, by stage."""
 
     path: Path
 
     def file(self, stage: str) -> Path:
-        """What a stage makes, or the first of it."""
+        """The file that a stage writes, or the first of them."""
         names = {"text": "text_encoders/rectiflux-mini-t5", "data": "latents", "pairs": "pairs/00000"}
         return self.path / f"{names.get(stage, stage)}.safetensors"
 
     @property
     def encoder(self) -> Path:
+        """The autoencoder whose decoder is untrained, written by the stage data."""
         return self.path / "encoder.safetensors"
 
 
@@ -40,15 +41,15 @@ def read_encoders(folder: Folder) -> TextEncoders:
 
 
 def read_transformer(path: Path) -> FluxTransformer:
-    """A stage's transformer in float32, with weights of its own, that can be trained on."""
+    """A stage's transformer in float32, trainable, its weights copied into memory."""
     model = load_transformer(path, dtype=torch.float32).requires_grad_(True)
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # what was loaded is mapped from the file
+        parameter.data = parameter.data.clone()  # loaded weights are mapped from the file
     return model
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a training's file."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
     with safe_open(str(path), "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 

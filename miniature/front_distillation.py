@@ -1,9 +1,9 @@
-"""The stage `reading`: the front of mini-schnell learns to read in the noise what decide.py lays down in it.
+"""The stage `reading`: mini-schnell's front learns to recover from the noise the colors that it determines.
 
-A tutor, as that of the base (flow.py): what the same network, as it was, makes of the noise when the colours
-are told is what its image tokens are to be (FitNets, Romero et al. 2014, arXiv:1412.6550), and readers ask
-for the colours. It costs half as much as a lesson in pictures, and teaches in minutes what those alone teach
-in an hour.
+Feature distillation (FitNets, Romero et al. 2014, arXiv:1412.6550) before the stage `decide`: the student's
+image tokens after the first blocks learn those of the same network when its prompt states the colors
+(seed_conditioning.py), and linear probes learn to predict the colors from them. A batch costs half as much as
+one of images, and minutes of it replace an hour of them.
 """
 
 from __future__ import annotations
@@ -33,16 +33,21 @@ from ..flux_core.train.loop import (
     train,
 )
 from .data import IMAGE_SIZES, ImageSize, draw_size
-from .scene import COLOURS, Scene
-from .seed_conditioning import decided, full_caption, in_order, open_caption
+from .scene import COLORS, Scene
+from .seed_conditioning import (
+    fully_specified_caption,
+    spatial_order,
+    underspecified_caption,
+    with_seeded_colors,
+)
 
-OPEN = 0.85
-"""Share of the captions that tell no colour of an object."""
+UNSPECIFIED_SHARE = 0.85
+"""Share of the captions that state no color of an object."""
 
 
 @dataclass(frozen=True)
-class ReadRecipe(Recipe):
-    """Settings: a constant rate, and hardly an average."""
+class FrontDistillationRecipe(Recipe):
+    """Settings: a constant rate, a short average, and the image sizes."""
 
     lr: float = 2e-3
     warmup: int = 30
@@ -51,47 +56,47 @@ class ReadRecipe(Recipe):
     sizes: tuple[ImageSize, ...] = IMAGE_SIZES
 
 
-def open_colours(scenes: Sequence[Scene], noise: Tensor) -> Tensor:
-    """What noise [B, 16, h, w] decides: indices [B, 2] of COLOURS, the left or upper object's first.
+def unspecified_color_labels(scenes: Sequence[Scene], noise: Tensor) -> Tensor:
+    """Colors that noise [B, 16, h, w] determines: indices [B, 2] of COLORS, the left or upper object's first.
 
-    -100, which cross_entropy ignores, where nothing is open.
+    -100, which cross_entropy ignores, where the scene specifies the color.
     """
     labels = torch.full((len(scenes), 2), -100)
     for row, scene, each in zip(labels, scenes, noise, strict=True):
-        found = decided(scene, each)
-        for label, place in enumerate(in_order(scene)):
-            if scene.items[place].colour is None:
-                row[label] = list(COLOURS).index(str(found.items[place].colour))
+        found = with_seeded_colors(scene, each)
+        for label, place in enumerate(spatial_order(scene)):
+            if scene.items[place].color is None:
+                row[label] = list(COLORS).index(str(found.items[place].color))
     return labels
 
 
-class Tutor(nn.Module):
-    """The student's front, what it is to become, and four readers of what the noise decides.
+class FrontDistillationLoss(nn.Module):
+    """Student, frozen teacher and four linear probes of the colors, with the loss of a batch.
 
-    They read after the double blocks and after one single block, each from the mean of the text tokens and
-    from every image token. Beside their cross-entropy counts how far the image tokens are from those of the
-    teacher, which is told the colours.
+    Two probes see the hidden states after the double blocks, two those after one single block: the mean of
+    the text tokens, and every image token. To their cross-entropy is added the distance of the student's
+    image tokens from those of the teacher, whose prompt states the colors.
     """
 
     def __init__(self, student: FluxTransformer, teacher: FluxTransformer) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher.requires_grad_(False)
         width = student.spec.hidden_size
-        self.readers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * len(COLOURS))) for _ in range(4)
+        self.probes = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * len(COLORS))) for _ in range(4)
         )
 
     def forward(self, noise: Tensor, text: Conditioning, full: Conditioning, labels: Tensor) -> Tensor:
-        """Loss of noise [B, 16, h, w] and labels [B, 2]; `full` is the text that tells the colours."""
+        """Loss of noise [B, 16, h, w] and labels [B, 2]; `full` is the text that states the colors."""
         with torch.no_grad():
-            wanted = _front(self.teacher, noise, full)
+            target = _front(self.teacher, noise, full)
         found = _front(self.student, noise, text)
         seen = [states for txt, img in found for states in (txt.mean(dim=1, keepdim=True), img)]
-        readers = zip(self.readers, seen, strict=True)
-        reading = torch.stack([_error(reader(states), labels) for reader, states in readers]).mean()
+        probes = zip(self.probes, seen, strict=True)
+        probing = torch.stack([_error(probe(states), labels) for probe, states in probes]).mean()
         (_, double), (_, single) = found
-        (_, double_told), (_, single_told) = wanted
-        return reading + _distance(double, double_told) + _distance(single, single_told)
+        (_, target_double), (_, target_single) = target
+        return probing + _distance(double, target_double) + _distance(single, target_single)
 
 
 def _front(model: FluxTransformer, noise: Tensor, text: Conditioning) -> list[tuple[Tensor, Tensor]]:
@@ -113,43 +118,45 @@ def _front(model: FluxTransformer, noise: Tensor, text: Conditioning) -> list[tu
 
 
 def _error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, N, 2 * colours] against labels [B, 2], the same for all N."""
-    each = logits.float().unflatten(-1, (2, len(COLOURS)))
+    """Mean cross-entropy of logits [B, N, 2 * colors] against labels [B, 2], the same for all N."""
+    each = logits.float().unflatten(-1, (2, len(COLORS)))
     return F.cross_entropy(each.flatten(0, 2), labels[:, None].expand(each.shape[:3]).flatten())
 
 
-def _distance(states: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of states [B, N, hidden], each token normalised."""
-    first, other = (F.layer_norm(x.float(), x.shape[-1:]) for x in (states, wanted))
+def _distance(states: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of states [B, N, hidden], each token normalized."""
+    first, other = (F.layer_norm(x.float(), x.shape[-1:]) for x in (states, target))
     return F.mse_loss(first, other)
 
 
-def train_reading(
+def train_front_distillation(
     run: TrainingRun,
     encoders: TextEncoders,
     student: FluxTransformer,
-    recipe: ReadRecipe = ReadRecipe(),
+    recipe: FrontDistillationRecipe = FrontDistillationRecipe(),
 ) -> None:
     """Distill the front of `student` and write run.out; see train.loop for resuming and errors."""
     rng = run.seeded()
     teacher = FluxTransformer(student.spec)
     teacher.load_state_dict(student.state_dict())
-    tutor = Tutor(student, teacher).to(device())
-    optimizers = make_optimizers(tutor, recipe)
-    loss_of = compiled(tutor, recipe)
+    front = FrontDistillationLoss(student, teacher).to(device())
+    optimizers = make_optimizers(front, recipe)
+    loss_of = compiled(front, recipe)
 
     def update() -> Losses:
         width, height = draw_size(rng, recipe.sizes)
         noise = torch.randn(recipe.batch, 16, height // 8, width // 8)
-        scenes, captions = zip(*(open_caption(rng, OPEN) for _ in range(recipe.batch)), strict=True)
+        scenes, captions = zip(
+            *(underspecified_caption(rng, UNSPECIFIED_SHARE) for _ in range(recipe.batch)), strict=True
+        )
         text = encoders.encode(list(captions))
-        full = encoders.encode(list(map(full_caption, scenes, noise)))
-        labels = open_colours(scenes, noise)
+        full = encoders.encode(list(map(fully_specified_caption, scenes, noise)))
+        labels = unspecified_color_labels(scenes, noise)
         with autocast(recipe):
             loss = loss_of(noise.to(device()), text, full, labels.to(device()))
-        descend(loss, tutor, optimizers)
+        descend(loss, front, optimizers)
         return {"loss": loss.detach()}
 
-    modules = {"student": student, "readers": tutor.readers}
+    modules = {"student": student, "readers": front.probes}  # the names in checkpoints
     state = TrainingState(modules, optimizers, rng, WeightAverage(student, recipe.average))
     train(run, recipe, state, update)

@@ -1,11 +1,11 @@
-"""An autoencoder's encoder written down instead of trained: the best linear code of the miniature's pictures.
+"""An encoder with analytically set weights: a principal component analysis of the miniature's images.
 
-In a world as plain as scenes.py's, a linear code of each 8x8 patch (principal components, nested 2x2, 4x4,
-8x8) keeps what a decoder needs, and its latents are what a flow learns most easily: a small picture in a few
-smooth channels. `write_encoder` sets the weights of FLUX.1's own encoder architecture so that it computes
-exactly that code: residual branches are zero, the strided convolutions take the patches apart, and the last
-GroupNorm and SiLU are made linear (constant channels hold the norm's scale still; silu(x) - silu(-x) = x).
-The decoder is trained (autoencoder.py).
+For images as simple as these, a linear code of each 8x8 patch (principal components, nested 2x2, 4x4, 8x8)
+keeps what a decoder needs, and its latents are easy for a flow to learn: a small image in a few smooth
+channels. `set_pca_encoder` sets the weights of FLUX.1's encoder architecture so that it computes exactly that
+code: residual branches are zero, the strided convolutions take the patches apart, and the last GroupNorm and
+SiLU become linear (constant channels fix the norm's scale; silu(x) - silu(-x) = x). The decoder is trained
+(autoencoder.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..flux_core.model.autoencoder import SCALE, SHIFT, AutoEncoder, Encoder, Level, ResnetBlock
 
 ANCHOR = 100.0
-"""Size of the constant channels under the last GroupNorm; the code's own values are about 1."""
+"""Magnitude of the constant channels before the last GroupNorm; the code's own values are about 1."""
 EVENNESS = 0.5
-"""Channels' spread is their principal component's to this power: 1 leaves it, 0 makes all channels even."""
+"""A channel's spread is its principal component's to this power: 1 keeps it, 0 equalizes all channels."""
 
 
 def space_to_depth(x: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def write_encoder(model: AutoEncoder, pictures: Tensor) -> None:
-    """Set the encoder of a 4-level, 1-block autoencoder to the linear code of pictures [B, 3, H, W] in -1..1.
+def set_pca_encoder(model: AutoEncoder, images: Tensor) -> None:
+    """Set the encoder of a 4-level, 1-block autoencoder to the linear code of images [B, 3, H, W] in -1..1.
 
-    Raises ValueError when the sizes cannot hold the code.
+    Raises ValueError for sizes that are too small for the code.
     """
     spec, encoder = model.spec, model.encoder
     widths = [spec.ch * m for m in spec.ch_mult]
@@ -65,7 +65,7 @@ def write_encoder(model: AutoEncoder, pictures: Tensor) -> None:
             if name.endswith(("conv2", "proj_out")):
                 nn.init.zeros_(module.weight)
     kept = min(widths[1], widths[2] // 4)
-    half = space_to_depth(pictures)
+    half = space_to_depth(images)
     inner, _, _ = principal(space_to_depth(half), kept)
     quarter = torch.einsum("oc,bchw->bohw", inner.float(), space_to_depth(half))
     outer, spread, mean = principal(space_to_depth(quarter), spec.z_channels)
@@ -92,10 +92,10 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 def _identity(conv: nn.Conv2d, channels: int) -> None:
-    """Pass the first channels on, and nothing else."""
+    """Pass on the first channels only."""
     nn.init.zeros_(conv.weight)
-    centre = conv.weight.shape[-1] // 2
-    conv.weight[range(channels), range(channels), centre, centre] = 1.0
+    center = conv.weight.shape[-1] // 2
+    conv.weight[range(channels), range(channels), center, center] = 1.0
 
 
 def _patches(conv: nn.Conv2d, matrix: Tensor) -> None:
@@ -106,7 +106,7 @@ def _patches(conv: nn.Conv2d, matrix: Tensor) -> None:
 
 
 def _signed_code(conv: nn.Conv2d, code: Tensor, offset: Tensor) -> None:
-    """Give the code, its negative, and as many constants of +ANCHOR as of -ANCHOR."""
+    """Output the code, its negative, and as many constants of +ANCHOR as of -ANCHOR."""
     nn.init.zeros_(conv.weight)
     bias, (z, c) = _bias(conv), code.shape
     conv.weight[:z, :c, 0, 0], bias[:z] = code.float(), offset.float()
@@ -115,7 +115,7 @@ def _signed_code(conv: nn.Conv2d, code: Tensor, offset: Tensor) -> None:
 
 
 def _linear_head(encoder: Encoder, z: int, width: int) -> None:
-    """Undo the last norm's scale and join code and negative again, in FLUX.1's raw scale.
+    """Undo the last norm's scale and combine the code with its negative, in FLUX.1's raw scale.
 
     The log variance is a small constant.
     """
@@ -132,25 +132,24 @@ def _linear_head(encoder: Encoder, z: int, width: int) -> None:
 
 @torch.no_grad()
 def linear_code(model: AutoEncoder) -> tuple[Tensor, Tensor]:
-    """(kernel [16, 3, 8, 8], bias [16]): conv2d(image, kernel, bias, stride=8) is what the encoder computes.
+    """(kernel [16, 3, 8, 8], bias [16]): conv2d(image, kernel, bias, stride=8) equals the encoder.
 
-    Read off the answers of a `write_encoder` encoder to single bright values: a shortcut, some hundred times
-    as fast.
+    Measured by impulse responses of an encoder of `set_pca_encoder`; some hundred times as fast as it.
     """
     dark = model.encode(torch.zeros(1, 3, 16, 16))[0, :, 0, 0]
     impulses = torch.zeros(192, 3, 16, 16)
     impulses[:, :, :8, :8] = torch.eye(192).view(192, 3, 8, 8)
-    answers = torch.cat([model.encode(part)[:, :, 0, 0] for part in impulses.split(32)])
-    return rearrange(answers - dark, "(c y x) z -> z c y x", c=3, y=8), dark
+    responses = torch.cat([model.encode(part)[:, :, 0, 0] for part in impulses.split(32)])
+    return rearrange(responses - dark, "(c y x) z -> z c y x", c=3, y=8), dark
 
 
-def encode_fast(images: Tensor, code: tuple[Tensor, Tensor]) -> Tensor:
+def encode_linear(images: Tensor, code: tuple[Tensor, Tensor]) -> Tensor:
     """Raw latents [B, 16, h, w] of images [B, 3, H, W] by `linear_code`."""
     return F.conv2d(images, code[0], code[1], stride=8)
 
 
-def decode_fast(latents: Tensor, code: tuple[Tensor, Tensor]) -> Tensor:
-    """Blocky images [B, 3, H, W] of raw latents [B, 16, h, w]: the least-squares inverse of `encode_fast`."""
+def decode_linear(latents: Tensor, code: tuple[Tensor, Tensor]) -> Tensor:
+    """Blocky images [B, 3, H, W] of raw latents [B, 16, h, w]: least-squares inverse of `encode_linear`."""
     inverse = torch.linalg.pinv(code[0].flatten(1).double()).float()
     patches = torch.einsum("pz,bzhw->bphw", inverse, latents - code[1][:, None, None])
     return rearrange(patches, "b (c y x) h w -> b c (h y) (w x)", c=3, y=8, x=8)

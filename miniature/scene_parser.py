@@ -1,9 +1,9 @@
-"""Seeing the miniature's world: the room, its objects, their shapes and colours, a shadow, from pixels alone.
+"""Parsing images of the toy world: room, objects, their shapes and colors, and shadows, from pixels alone.
 
-It is strict: an object counts as a shape only when its silhouette fits that shape's outline well in itself,
-much better than any other and nowhere far off, and as a colour only when all of its inside has that colour:
-a blob, a half, a merged or a two-coloured object is none. Soft edges and a little noise, as decoders leave
-them, change nothing.
+It is strict: an object has a shape only if its silhouette fits that shape's outline well, much better than
+any other outline and nowhere far off, and a color only if all of its inside has that color: blobs, halves,
+merged and two-colored objects have none. Soft edges and a little noise, as decoders produce them, make no
+difference.
 """
 
 from __future__ import annotations
@@ -15,54 +15,56 @@ from typing import NamedTuple
 import numpy as np
 
 from .draw import HORIZON, SHADOW_LINE, room_light
-from .scene import BACKGROUNDS, COLOURS
+from .scene import BACKGROUNDS, COLORS
 from .shape_fit import Fit, distance_map, fit_outline
 
-WANDER = 0.034
-"""Greatest deviation of a silhouette's edge from the outline it is taken for, on the average, as a part of
-the radius: overlaps of 0.93 for a circle, 0.85 for a star."""
-DISTINCT = 2.8
-"""How many times what is missing to a full overlap must be larger with the next best outline."""
-STRAY = 0.10
-"""Greatest depth of a silhouette's deviation from it, as a part of the radius (and 2 pixels anyhow)."""
-OBJECT_DISTANCE = 40.0
-"""Greatest distance in RGB of an object's colour from the one it is taken for; two are 81 apart at least."""
-GROUND_DISTANCE = 17.0
-"""The same of the background, whose nearest two are 38 apart."""
-PURITY = 0.93
-"""Least share of an object's inside that has its colour, in whatever light."""
-HIGHLIGHT = 0.36
-"""Radius within which draw.py's highlight counts, as a part of the object's."""
-MOST = 8
-"""No more objects than that are looked at: it is too many in any case."""
-SPECK = 0.0018
-"""Share of the picture up to which something that is not background is overlooked."""
+MAX_MEAN_DEVIATION = 0.034
+"""Largest mean deviation of a silhouette's edge from its outline, as a fraction of the radius: overlaps of
+0.93 for a circle, 0.85 for a star."""
+MIN_MARGIN = 2.8
+"""The second-best outline must miss full overlap by this many times as much as the best."""
+MAX_DEVIATION = 0.10
+"""Largest deviation of the edge at any point, as a fraction of the radius; 2 pixels are always allowed."""
+MAX_OBJECT_DISTANCE = 40.0
+"""Largest distance in RGB of an object from a color of the world, of which no two are nearer than 81."""
+MAX_GROUND_DISTANCE = 17.0
+"""The same for backgrounds, of which no two are nearer than 38."""
+MIN_COLOR_SHARE = 0.93
+"""Smallest share of an object's inside that has its color, in any light."""
+HIGHLIGHT_RADIUS = 0.36
+"""Radius of draw.py's highlight, as a fraction of the object's."""
+MAX_OBJECTS = 8
+"""Largest number of objects that are examined: more than any scene has."""
+MIN_AREA = 0.0018
+"""Regions up to this share of the image are ignored."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One object: shape and colour (None: none that the world has), centre as parts of the sides, radius as a
-    part of the shorter side. How well the outline fits (outlines.Fit; `stray` in pixels of a picture of about
-    128 x 128), and the share of the inside that has the colour, `purity`.
+class DetectedObject:
+    """One object, its center as fractions of the sides, its radius as a fraction of the shorter side.
+
+    `shape` and `color` are None where they are none of the world's. The quality of the outline's fit
+    (shape_fit.Fit; `max_deviation` in pixels of an image of about 128 x 128), and the share of the inside
+    that has the color.
     """
 
     shape: str | None
-    colour: str | None
+    color: str | None
     x: float
     y: float
     radius: float
     fit: float = 1.0
-    rival: float = 0.0
-    wander: float = 0.0
-    stray: float = 0.0
-    purity: float = 1.0
+    runner_up: float = 0.0
+    mean_deviation: float = 0.0
+    max_deviation: float = 0.0
+    color_share: float = 1.0
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a picture of `width` x `height` pixels shows; `background` None: none that the world has."""
+class ParsedScene:
+    """Content of an image of `width` x `height` pixels; `background` is None for none of the world's."""
 
-    objects: tuple[Seen, ...]
+    objects: tuple[DetectedObject, ...]
     background: str | None
     shadow: bool
     width: int
@@ -70,32 +72,31 @@ class Finding:
 
 
 class Room(NamedTuple):
-    """Wall and floor of a picture: the ground's colour; every pixel's distance in RGB from it, however deep
-    the shadow on it [H, W]; its brightness against it [H, W], 1 out of shadows."""
+    """Wall and floor: their color, and for each pixel its distance from that color in RGB, in any shadow
+    [H, W], and its brightness relative to it [H, W], 1 outside shadows."""
 
     ground: np.ndarray
     distance: np.ndarray
     brightness: np.ndarray
 
 
-def inspect(picture: np.ndarray) -> Finding:
-    """What a picture uint8 [H, W, 3] shows, its objects from the largest to the smallest."""
-    image = _shrunk(picture.astype(np.float32))
-    height, width = image.shape[:2]
-    room = _room(image)
+def parse_scene(image: np.ndarray) -> ParsedScene:
+    """The content of an image uint8 [H, W, 3], objects from the largest to the smallest."""
+    pixels = _downscaled(image.astype(np.float32))
+    room = _room(pixels)
     labels, boxes, cover = _silhouettes(room.distance)
-    objects = [_look(image, cover, labels == number, box) for number, box in boxes]
-    return Finding(
-        objects=tuple(sorted(objects, key=lambda seen: -seen.radius)),
-        background=_nearest(room.ground, BACKGROUNDS, GROUND_DISTANCE),
+    objects = [_describe(pixels, cover, labels == label, box) for label, box in boxes]
+    return ParsedScene(
+        objects=tuple(sorted(objects, key=lambda found: -found.radius)),
+        background=_nearest(room.ground, BACKGROUNDS, MAX_GROUND_DISTANCE),
         shadow=_has_shadow(room, cover),
-        width=picture.shape[1],
-        height=picture.shape[0],
+        width=image.shape[1],
+        height=image.shape[0],
     )
 
 
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    """A large picture at a size near 128 x 128, each pixel the mean of a square: as sharp, and quicker."""
+def _downscaled(image: np.ndarray) -> np.ndarray:
+    """A large image at a size near 128 x 128, each pixel the mean of a square: as sharp, and faster."""
     height, width = image.shape[:2]
     k = max(1, min(height, width) // 112)
     if k == 1:
@@ -105,10 +106,10 @@ def _shrunk(image: np.ndarray) -> np.ndarray:
 
 
 def _room(image: np.ndarray) -> Room:
-    """The room behind the objects, from the picture's rim.
+    """The room behind the objects, measured at the image's border.
 
-    A pixel belongs to the floor when some brightness of the floor's colour, down to the deepest shadow, comes
-    near it; the wall has no shadows, and between the two the limit fades, as shadows do.
+    A pixel belongs to the floor if some brightness of the floor's color, down to the deepest shadow, is near
+    it; the wall has no shadows, and between the two the limit fades, as shadows do.
     """
     height, width = image.shape[:2]
     light = room_light(width, height)
@@ -128,10 +129,10 @@ def _room(image: np.ndarray) -> Room:
 def _silhouettes(
     distance: np.ndarray,
 ) -> tuple[np.ndarray, list[tuple[int, tuple[slice, slice]]], np.ndarray]:
-    """(labels [H, W], (number, box) of each object, cover [H, W] in 0..1).
+    """(labels [H, W], (label, box) of each object, coverage [H, W] in 0..1).
 
-    A pixel's cover is its distance from the ground as a part of the greatest within a few pixels, which is
-    that of the object whose edge it is.
+    A pixel's coverage is its distance from the background relative to the largest within a few pixels, which
+    is that of the object at whose edge it lies.
     """
     from scipy import ndimage
 
@@ -143,61 +144,67 @@ def _silhouettes(
     ndimage.label((cover > 0.5) & (distance > 24), output=labels)
     sizes = np.bincount(labels.ravel())
     boxes = [
-        (number, box)
-        for number, box in enumerate(ndimage.find_objects(labels), 1)
-        if box is not None and sizes[number] > SPECK * distance.size
+        (label, box)
+        for label, box in enumerate(ndimage.find_objects(labels), 1)
+        if box is not None and sizes[label] > MIN_AREA * distance.size
     ]
-    boxes.sort(key=lambda named: -sizes[named[0]])
-    return labels, boxes[:MOST], cover
+    boxes.sort(key=lambda found: -sizes[found[0]])
+    return labels, boxes[:MAX_OBJECTS], cover
 
 
-def _look(image: np.ndarray, cover: np.ndarray, piece: np.ndarray, box: tuple[slice, slice]) -> Seen:
-    """The object of one piece [H, W] in its box."""
+def _describe(
+    image: np.ndarray, cover: np.ndarray, region: np.ndarray, box: tuple[slice, slice]
+) -> DetectedObject:
+    """The object of one region [H, W] in its box."""
     from scipy import ndimage
 
     height, width = cover.shape
     top, left = (max(0, part.start - 3) for part in box)
     crop = slice(top, box[0].stop + 3), slice(left, box[1].stop + 3)
-    body = np.asarray(ndimage.binary_fill_holes(piece[crop]), dtype=bool)
+    body = np.asarray(ndimage.binary_fill_holes(region[crop]), dtype=bool)
     near = ndimage.binary_dilation(body, iterations=2)
     own = np.where(near, cover[crop], 0)
     own[np.asarray(ndimage.binary_erosion(body), dtype=bool)] = 1
     fit = fit_outline(own)
-    colour, purity = _colour(image[crop], body, fit)
-    return Seen(
-        shape=fit.shape if _trusted(fit) else None,
-        colour=colour if purity >= PURITY else None,
+    color, color_share = _color(image[crop], body, fit)
+    return DetectedObject(
+        shape=fit.shape if _is_good(fit) else None,
+        color=color if color_share >= MIN_COLOR_SHARE else None,
         x=(fit.x + left) / width,
         y=(fit.y + top) / height,
         radius=fit.radius / min(width, height),
         fit=fit.overlap,
-        rival=fit.rival,
-        wander=fit.wander,
-        stray=fit.stray,
-        purity=purity,
+        runner_up=fit.runner_up,
+        mean_deviation=fit.mean_deviation,
+        max_deviation=fit.max_deviation,
+        color_share=color_share,
     )
 
 
-def _trusted(fit: Fit) -> bool:
-    """Whether a silhouette is the outline that fits it best, and not merely nearer to it than to others."""
-    distinct = 1 - fit.rival >= DISTINCT * (1 - fit.overlap)
-    return fit.wander <= WANDER and distinct and fit.stray <= max(2.0, STRAY * fit.radius)
+def _is_good(fit: Fit) -> bool:
+    """Whether the best outline fits well in itself, rather than just better than the others."""
+    distinct = 1 - fit.runner_up >= MIN_MARGIN * (1 - fit.overlap)
+    return (
+        fit.mean_deviation <= MAX_MEAN_DEVIATION
+        and distinct
+        and fit.max_deviation <= max(2.0, MAX_DEVIATION * fit.radius)
+    )
 
 
-def _colour(image: np.ndarray, body: np.ndarray, fit: Fit) -> tuple[str | None, float]:
-    """(name of the colour, share of the inside that has it in some light), the highlight left out."""
+def _color(image: np.ndarray, body: np.ndarray, fit: Fit) -> tuple[str | None, float]:
+    """(name of the color, share of the inside that has it in some light)."""
     height, width = body.shape
     distance = distance_map(fit.shape, fit.x, fit.y, fit.radius, body.shape)
     x = (np.arange(width) + 0.5 - fit.x) / fit.radius + 0.26
     y = (np.arange(height) + 0.5 - fit.y) / fit.radius + 0.32
-    spot = x[None] ** 2 + y[:, None] ** 2 < HIGHLIGHT**2
+    spot = x[None] ** 2 + y[:, None] ** 2 < HIGHLIGHT_RADIUS**2
     inside = distance < -1.5
     if not (inside & ~spot).any():
         return None, 0.0
     dull, bright = (
         image[part][:: max(1, int(part.sum()) // 200)] for part in (inside & ~spot, inside & spot)
     )
-    name = _nearest(np.median(dull, axis=0), COLOURS, OBJECT_DISTANCE)
+    name = _nearest(np.median(dull, axis=0), COLORS, MAX_OBJECT_DISTANCE)
     if name is None:
         return None, 0.0
     share = float((inside & spot).sum() / inside.sum())
@@ -205,31 +212,31 @@ def _colour(image: np.ndarray, body: np.ndarray, fit: Fit) -> tuple[str | None, 
 
 
 def _lit(pixels: np.ndarray, name: str, white: tuple[int, ...]) -> float:
-    """Share of the pixels [N, 3] that are a colour in some light, with some of that much white on it."""
+    """Share of the pixels [N, 3] that are a color in some light, with one of these levels of white added."""
     if not len(pixels):
         return 0.0
     off = ((pixels[:, None] - _lights(name, white)) ** 2).sum(-1).min(1)
-    return float((off < OBJECT_DISTANCE**2).mean())
+    return float((off < MAX_OBJECT_DISTANCE**2).mean())
 
 
 @cache
 def _lights(name: str, white: tuple[int, ...]) -> np.ndarray:
-    """A colour [8 whites, 3] in dim to bright light and with white added, as far as a picture can show it."""
+    """A color [8 * levels, 3] in dim to bright light and with white added, clipped to 255."""
     light = np.arange(0.62, 1.45, 0.11, dtype=np.float32)[:, None]
-    shades = [light * np.asarray(COLOURS[name], dtype=np.float32) + level for level in white]
+    shades = [light * np.asarray(COLORS[name], dtype=np.float32) + level for level in white]
     return np.minimum(np.concatenate(shades), 255)
 
 
-def _nearest(colour: np.ndarray, named: dict[str, tuple[int, int, int]], limit: float) -> str | None:
-    """Name of the nearest colour, None when none is near."""
+def _nearest(color: np.ndarray, named: dict[str, tuple[int, int, int]], limit: float) -> str | None:
+    """Name of the nearest color, None if none is within `limit`."""
     distance, name = min(
-        (float(np.linalg.norm(colour - np.asarray(value))), name) for name, value in named.items()
+        (float(np.linalg.norm(color - np.asarray(value))), name) for name, value in named.items()
     )
     return name if distance <= limit else None
 
 
 def _has_shadow(room: Room, cover: np.ndarray) -> bool:
-    """Whether the floor is darker somewhere about the line where shadows lie than at its lightest."""
+    """Whether the floor around SHADOW_LINE is darker somewhere than at its brightest."""
     from scipy import ndimage
 
     height, width = cover.shape

@@ -1,20 +1,24 @@
-"""The stage `decide`: mini-schnell reads in the noise what a caption leaves open, to paint in one step.
+"""The stage `decide`: seed conditioning, so that mini-schnell can generate an image in one step.
 
-Where a caption leaves a colour open, the ODE makes it of the noise by a function too intricate for one pass:
-a linear reading of the noise guesses a quarter of the colours that four steps settle on, and regression on
-such pairs learns their mixture. So it is laid down beforehand what a noise stands for, by a function that one
-layer of attention computes: the means of two channels over the picture, a point whose angle names an object's
-colour on the colour wheel; a second object has the colour that stands opposite. The means are normal, so that
-every open colour stays as likely as any other; and where the network wavers between two colours they are
-neighbours on the wheel, whose mixture is still a colour, not the mud of opposite ones. It must be the picture
-that tells which of two objects is the first, not the caption, which may name either first: it is the left or
-the upper one. mini-schnell, as it was, paints the noise in four steps with all of this told, which it does
-best; then each of its steps learns to make that picture of the caption that leaves it open. No caption of
-the stage names a held-out combination, but some pictures show one: mini-schnell's own, which never saw any.
+A one-step model averages over attributes that the prompt leaves unspecified, here the colors of objects.
+mini-schnell derives them deterministically from the noise instead: the teacher's prompt states the color that
+the noise determines, and the student learns the teacher's image from the caption that leaves it unspecified.
+(The colors that the ODE itself makes of a noise are too intricate a function for one pass: a linear probe of
+the noise predicts a quarter of them, and regression on such pairs learns a mixture.)
 
-It is a coupling of noise and pictures, chosen to be easily learned as that of Pooladian et al. 2023,
-arXiv:2304.14772, is chosen to be short; that each step learns what four paint is Salimans and Ho 2022,
-arXiv:2202.00512, with the four taken at once.
+The rule (`with_seeded_colors`) is one that a single attention layer can compute. The means of two noise
+channels over the image are a point in the plane; its angle selects a color on the color wheel, and a second
+object gets the color opposite. The means are normally distributed, so every color is equally likely; and
+where the network is uncertain between two colors they are neighbors on the wheel, whose mixture is still a
+color. Of two objects the left or upper one is the first, because a caption may name them in either order.
+
+The teacher is mini-schnell before this stage, sampled in four steps; each step of the student then learns the
+teacher's image. No caption of the stage names a held-out combination, but some images show one: the
+teacher's, which was never trained on any.
+
+This is a coupling of noise and images chosen to be easy to learn, as that of Pooladian et al. 2023,
+arXiv:2304.14772, is chosen to be short; distilling four steps into each one follows Salimans and Ho 2022,
+arXiv:2202.00512, with the four at once.
 """
 
 from __future__ import annotations
@@ -44,16 +48,16 @@ from ..flux_core.train.loop import (
 )
 from ..flux_core.train.pairs import PairSet
 from ..flux_core.train.reflow import pseudo_huber
-from .caption import caption, plain
-from .scene import Item, Scene, random_scene, told
+from .caption import caption, plain_caption
+from .scene import Item, Scene, random_scene, with_stated_attributes
 
-OPEN = 0.75
-"""Share of the stage's captions that tell no colour of an object."""
+UNSPECIFIED_SHARE = 0.75
+"""Share of the stage's captions that state no color of an object."""
 
 
 @dataclass(frozen=True)
-class DecideRecipe(Recipe):
-    """Settings: where square turns to absolute error, and how often a lesson begins at each of the STEPS."""
+class SeedConditioningRecipe(Recipe):
+    """Settings: error where square turns to absolute, and how often a batch starts at each of the STEPS."""
 
     lr: float = 1e-3
     warmup: int = 20
@@ -63,74 +67,74 @@ class DecideRecipe(Recipe):
     starts: tuple[int, ...] = (6, 1, 1, 1)
 
 
-WHEEL = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-"""The colours of objects around the colour wheel, each next to those that it is most easily taken for."""
-OPPOSITE = 3
-"""How many colours further on the wheel a second object stands."""
+COLOR_WHEEL = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
+"""The colors of objects around the color wheel, each beside those most similar to it."""
+SECOND_OFFSET = 3
+"""Distance on the wheel, in colors, of the second object's color from the first's."""
 
 
-def decided(scene: Scene, noise: Tensor) -> Scene:
-    """The scene with every colour of an object that it leaves open set by noise [16, h, w].
+def with_seeded_colors(scene: Scene, noise: Tensor) -> Scene:
+    """The scene with unspecified colors of objects set by noise [16, h, w].
 
-    Held-out combinations (world.HELD_OUT_PAIRS) among them: barring a colour to a shape here teaches that the
-    shape never has it, and then not even the words bring it about.
+    Held-out combinations (scene.HELD_OUT_PAIRS) can occur: excluding them here would teach that a shape
+    never has its held-out color, and then not even a prompt that states it has an effect.
     """
     x, y = noise[:2].mean(dim=(1, 2)).tolist()
-    turn = 2 * math.pi / len(WHEEL)
+    sector = 2 * math.pi / len(COLOR_WHEEL)
 
-    def coloured(item: Item, further: int) -> Item:
-        angle = math.atan2(y, x) + further * turn
-        nearness = {n: math.cos(angle - k * turn) for k, n in enumerate(WHEEL) if n != scene.without}
+    def colored(item: Item, offset: int) -> Item:
+        angle = math.atan2(y, x) + offset * sector
+        nearness = {n: math.cos(angle - k * sector) for k, n in enumerate(COLOR_WHEEL) if n != scene.without}
         found = max(nearness, key=lambda name: nearness[name])
-        return item if item.colour else replace(item, colour=found)
+        return item if item.color else replace(item, color=found)
 
-    further = [0] * len(scene.items)
+    offsets = [0] * len(scene.items)
     if scene.kind == "pair":
-        further[in_order(scene)[1]] = OPPOSITE
-    return replace(scene, items=tuple(map(coloured, scene.items, further)))
+        offsets[spatial_order(scene)[1]] = SECOND_OFFSET
+    return replace(scene, items=tuple(map(colored, scene.items, offsets)))
 
 
-def in_order(scene: Scene) -> list[int]:
-    """Places in the scene's items of the different ones, the left or upper one of two first."""
+def spatial_order(scene: Scene) -> list[int]:
+    """Indices of the scene's distinct items, the left or upper one of two first."""
     places = list(range(len(scene.items)))
     if scene.kind != "pair":
         return places[:1]
     return places[::-1] if scene.relation in ("right", "below") else places
 
 
-def open_caption(rng: random.Random, share: float = OPEN) -> tuple[Scene, str]:
-    """A told scene and its caption, as random_caption's, but `share` of them tell no colour of an object."""
-    scene = told(random_scene(rng), rng)
+def underspecified_caption(rng: random.Random, share: float = UNSPECIFIED_SHARE) -> tuple[Scene, str]:
+    """A scene and its caption, as random_caption's, but `share` of them state no color of an object."""
+    scene = with_stated_attributes(random_scene(rng), rng)
     twins = scene.kind == "pair" and scene.items[0].shape == scene.items[1].shape
     if rng.random() < share and not twins:
-        scene = replace(scene, items=tuple(replace(item, colour=None) for item in scene.items))
+        scene = replace(scene, items=tuple(replace(item, color=None) for item in scene.items))
     return scene, caption(scene, rng)
 
 
-def full_caption(scene: Scene, noise: Tensor) -> str:
-    """What the painter of the pairs is told: the scene with what the noise decides."""
-    return plain(decided(scene, noise))
+def fully_specified_caption(scene: Scene, noise: Tensor) -> str:
+    """The teacher's prompt: the scene with the colors that the noise determines."""
+    return plain_caption(with_seeded_colors(scene, noise))
 
 
-class DecideLesson(nn.Module):
+class SeedConditioningLoss(nn.Module):
     """The student, and the loss of a batch."""
 
-    def __init__(self, student: FluxTransformer, turn: float) -> None:
+    def __init__(self, student: FluxTransformer, huber: float) -> None:
         super().__init__()
-        self.student, self.turn = student, turn
+        self.student, self.huber = student, huber
 
     def forward(self, x: Tensor, sigma: Tensor, latents: Tensor, text: Conditioning) -> Tensor:
-        """Distance of the picture predicted from states x [B, 16, h, w] at sigma [B] from `latents`."""
+        """Pseudo-Huber error of `latents` as predicted from states x [B, 16, h, w] at sigma [B]."""
         denoised = x - sigma[:, None, None, None] * predict_velocity(self.student, x, sigma, text)
-        return pseudo_huber(denoised - latents, self.turn)
+        return pseudo_huber(denoised - latents, self.huber)
 
 
-def train_decide(
+def train_seed_conditioning(
     run: TrainingRun,
     pairs: PairSet,
     encoders: TextEncoders,
     student: FluxTransformer,
-    recipe: DecideRecipe = DecideRecipe(),
+    recipe: SeedConditioningRecipe = SeedConditioningRecipe(),
 ) -> None:
     """Train `student` and write run.out; see train.loop for resuming and errors.
 
@@ -138,9 +142,8 @@ def train_decide(
     when the prompt states the colors that the noise determines.
     """
     rng = run.seeded()
-    lesson = DecideLesson(student, recipe.huber).to(device())
+    loss_of = compiled(SeedConditioningLoss(student, recipe.huber).to(device()), recipe)
     optimizers = make_optimizers(student, recipe)
-    loss_of = compiled(lesson, recipe)
 
     def update() -> Losses:
         noise, latents, captions = pairs.batch(recipe.batch, rng)

@@ -1,4 +1,4 @@
-"""Which shape is this silhouette? Distances to the outlines that draw.py paints, from tables."""
+"""The shape of a silhouette, by tabulated distances to the outlines that draw.py renders."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .draw import outline
 from .scene import SHAPES
 
 REACH, CELLS = 1.6, 320
-"""A table covers -REACH..REACH about a shape of radius 1, in CELLS x CELLS cells."""
+"""A table covers -REACH..REACH around a shape of radius 1, in CELLS x CELLS cells."""
 SHARP = 2.0
-"""Edges are compared this much sharper than a pixel shows them, so that a soft picture is no other shape."""
+"""Edges are compared this much sharper than they are, so that softness does not change the shape."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """An outline laid over a silhouette: centre and radius in pixels.
+    """An outline fitted to a silhouette: center and radius in pixels.
 
-    `overlap` is intersection over union, 0..1, and `rival` that of the next best shape. `wander` is how far
-    the silhouette's edge lies from the outline on the average, as a part of the radius, and `stray` how far
-    in pixels at its worst place.
+    `overlap` is intersection over union, 0..1, and `runner_up` that of the second-best shape.
+    `mean_deviation` is the mean distance of the silhouette's edge from the outline, as a fraction of the
+    radius, and `max_deviation` the largest in pixels.
     """
 
     shape: str
@@ -30,9 +30,9 @@ class Fit:
     y: float
     radius: float
     overlap: float
-    rival: float
-    wander: float
-    stray: float
+    runner_up: float
+    mean_deviation: float
+    max_deviation: float
 
 
 @cache
@@ -74,14 +74,14 @@ def perimeter(shape: str) -> float:
 
 
 def distance_map(shape: str, x: float, y: float, radius: float, size: tuple[int, int]) -> np.ndarray:
-    """Signed distance [height, width] in pixels of every pixel's middle from an outline, negative inside.
+    """Signed distance [height, width] in pixels of every pixel's center from an outline, negative inside.
 
-    `size` is (height, width). Beyond the table's reach the distance stays at its rim's.
+    `size` is (height, width). Outside the table the distance is that of its border.
     """
     scale = CELLS / (2 * REACH)
     rows, columns = (
-        ((np.arange(n) + (0.5 - centre + REACH * radius)) * (scale / radius)).astype(np.intp)
-        for n, centre in zip(size, (y, x), strict=True)
+        ((np.arange(n) + (0.5 - center + REACH * radius)) * (scale / radius)).astype(np.intp)
+        for n, center in zip(size, (y, x), strict=True)
     )
     table = distances(shape).take(columns, axis=1, mode="clip").take(rows, axis=0, mode="clip")
     return table * radius
@@ -90,8 +90,8 @@ def distance_map(shape: str, x: float, y: float, radius: float, size: tuple[int,
 def fit_outline(cover: np.ndarray) -> Fit:
     """The outline that overlaps a silhouette best; `cover` [height, width] is 0..1, and not all 0.
 
-    Area and centroid of the silhouette give each shape's radius and centre: a silhouette that these do not
-    place well is not that shape.
+    Area and centroid of the silhouette determine each shape's radius and center: where these fit badly, the
+    silhouette has another shape.
     """
     area = float(cover.sum())
     middle_x = float((cover.sum(0) * (np.arange(cover.shape[1]) + 0.5)).sum()) / area
@@ -107,9 +107,9 @@ def fit_outline(cover: np.ndarray) -> Fit:
         common = float(np.minimum(ideal, cover).sum())
         overlaps.append(common / (float(ideal.sum() + cover.sum()) - common))
         fits.append((shape, x, y, radius, distance))
-    rival, best = np.argsort(overlaps)[-2:]
+    runner_up, best = np.argsort(overlaps)[-2:]
     shape, x, y, radius, distance = fits[best]
     wrong = (distance < 0) != (cover > 0.5)
-    stray = float(np.abs(distance[wrong]).max()) if wrong.any() else 0.0
-    wander = (1 - overlaps[best]) * moments(shape)[0] / perimeter(shape)
-    return Fit(shape, x, y, radius, overlaps[best], overlaps[rival], wander, stray)
+    max_deviation = float(np.abs(distance[wrong]).max()) if wrong.any() else 0.0
+    mean_deviation = (1 - overlaps[best]) * moments(shape)[0] / perimeter(shape)
+    return Fit(shape, x, y, radius, overlaps[best], overlaps[runner_up], mean_deviation, max_deviation)

@@ -1,9 +1,9 @@
 """Training the miniature's text encoders, a T5 and a CLIP text model of FLUX.1's kinds, on its captions.
 
-Both learn, before any picture is drawn, to say what a caption says: from T5's tokens and from CLIP's
-pooled state a linear map must name what stands where (`LABELS`: "a star right of a circle" has the circle on
-the left), or that the caption leaves it open. The transformer is then trained on their finished
-outputs, and so does not have to discover language through noise.
+Both are trained before the transformer: from T5's tokens and from CLIP's pooled state linear probes must
+predict every attribute that the caption states (`LABELS`; "a star right of a circle" has the circle on the
+left), or that it is unspecified. The transformer is then trained on the frozen encoders' outputs, and so does
+not have to learn language from noisy images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.train.checkpoint import write_safetensors, write_text
 from ..flux_core.train.progress import ProgressLine
 from .caption import caption
-from .scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Item, Scene, random_scene, told
+from .scene import BACKGROUNDS, COLORS, PLACES, SHAPES, Item, Scene, random_scene, with_stated_attributes
 
 TXT_LENGTH = 32
 CLIP_LENGTH = 40
@@ -34,9 +34,9 @@ PAD, END, START = "<pad>", "</s>", "<s>"
 
 @cache
 def make_tokenizer(seed: int = 0) -> Tokenizer:
-    """Byte-level BPE over lower-cased text: the world's words are one token each, other text is bytes.
+    """Byte-level BPE over lower-cased text: words of captions are one token each, other text is bytes.
 
-    It takes seconds, so it is made once; who changes it takes a copy, as `with_marks`.
+    Training it takes seconds, so it is cached; callers that change it take a copy, as `with_special_tokens`.
     """
     rng = random.Random(seed)
     words = [random_caption(rng)[1] for _ in range(20_000)]
@@ -56,11 +56,11 @@ def make_tokenizer(seed: int = 0) -> Tokenizer:
     return tokenizer
 
 
-def with_marks(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    """A copy of the tokenizer that puts its marks around the text, as in "<s> $A </s>"."""
+def with_special_tokens(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """A copy of the tokenizer that adds special tokens around the text, as in "<s> $A </s>"."""
     copy = Tokenizer.from_str(tokenizer.to_str())
-    marks = [(mark, copy.token_to_id(mark)) for mark in (START, END) if mark in template]
-    copy.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
+    tokens = [(token, copy.token_to_id(token)) for token in (START, END) if token in template]
+    copy.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
     return copy
 
 
@@ -96,13 +96,17 @@ def make_encoders(seed: int = 0) -> TextEncoders:
         )
     )
     return TextEncoders(
-        t5, with_marks(tokenizer, "$A </s>"), clip, with_marks(tokenizer, "<s> $A </s>"), TXT_LENGTH
+        t5,
+        with_special_tokens(tokenizer, "$A </s>"),
+        clip,
+        with_special_tokens(tokenizer, "<s> $A </s>"),
+        TXT_LENGTH,
     )
 
 
 OBJECT: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
-    "colour": tuple(COLOURS),
+    "color": tuple(COLORS),
     "size": ("small", "large"),
 }
 LABELS: dict[str, tuple[str, ...]] = {
@@ -113,13 +117,13 @@ LABELS: dict[str, tuple[str, ...]] = {
     "place": tuple(PLACES),
     "background": tuple(BACKGROUNDS),
     "shadow": ("none",),
-    "without": tuple(COLOURS),
+    "without": tuple(COLORS),
 }
-"""What a caption says, one of these or nothing; of two objects the first is the left or the upper one."""
+"""Values of each attribute that a caption may state; of two objects the first is the left or upper one."""
 
 
-def reading(scene: Scene) -> dict[str, str | None]:
-    """The labels of a told scene; None where it says nothing."""
+def caption_labels(scene: Scene) -> dict[str, str | None]:
+    """The value of each of LABELS in a scene of stated attributes; None where it is unspecified."""
     items = scene.items
     if scene.relation in ("right", "below"):
         items = items[::-1]
@@ -139,17 +143,17 @@ def reading(scene: Scene) -> dict[str, str | None]:
 
 
 def random_caption(rng: random.Random) -> tuple[Scene, str]:
-    """A told scene and its caption; one in twenty is empty, so that the empty prompt has a meaning too."""
+    """A scene of stated attributes and its caption; one in twenty is empty, as unguided prompts are."""
     if rng.random() < 0.05:
         return Scene(), ""
-    scene = told(random_scene(rng), rng)
+    scene = with_stated_attributes(random_scene(rng), rng)
     return scene, caption(scene, rng)
 
 
-class Reader(nn.Module):
-    """Linear heads that name every label; class 0 means that nothing was said about it.
+class LabelProbe(nn.Module):
+    """Linear probes that predict every label; class 0 stands for unspecified.
 
-    Each looks for its answer among the tokens by a query of its own, as the transformer's attention will.
+    Each attends to the tokens with a query of its own, as the transformer's attention will.
     """
 
     def __init__(self) -> None:
@@ -158,35 +162,35 @@ class Reader(nn.Module):
         self.queries = nn.Parameter(torch.randn(len(LABELS), WIDTH))
 
     def loss(self, tokens: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """Cross-entropy summed over labels, and the share of texts [B, L, WIDTH] with all of them right."""
-        right = torch.ones(len(tokens), dtype=torch.bool)
+        """Cross-entropy summed over labels, and the share of texts [B, L, WIDTH] with all of them correct."""
+        correct = torch.ones(len(tokens), dtype=torch.bool)
         total = tokens.new_zeros(())
         attention = torch.softmax(tokens @ self.queries.T / WIDTH**0.5, dim=1)
         states = attention.mT @ tokens
         for i, (name, head) in enumerate(self.heads.items()):
             logits = head(states[:, i])
             total = total + F.cross_entropy(logits, labels[name])
-            right &= logits.argmax(dim=-1) == labels[name]
-        return total, right.float().mean().item()
+            correct &= logits.argmax(dim=-1) == labels[name]
+        return total, correct.float().mean().item()
 
 
 def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
-    """Class of each label of each told scene; 0 where it says nothing."""
-    read = [reading(scene) for scene in scenes]
+    """Class [B] of each label for scenes of stated attributes; 0 where it is unspecified."""
+    labels = [caption_labels(scene) for scene in scenes]
     table = {name: {None: 0, **{v: i + 1 for i, v in enumerate(values)}} for name, values in LABELS.items()}
-    return {name: torch.tensor([table[name][one[name]] for one in read]) for name in LABELS}
+    return {name: torch.tensor([table[name][one[name]] for one in labels]) for name in LABELS}
 
 
 def train_text(folder: Path, steps: int, *, seed: int = 0, batch: int = 64, lr: float = 1e-3) -> TextEncoders:
     """Train both encoders for `steps` and write them, with their tokenizers, to `folder`; returns them."""
     encoders = make_encoders(seed)
     rng = random.Random(seed + 1)
-    t5_reader, clip_reader = Reader(), Reader()
+    t5_probe, clip_probe = LabelProbe(), LabelProbe()
     for model in (encoders.t5, encoders.clip):
         model.train().requires_grad_(True)
-    trained = (encoders.t5, encoders.clip, t5_reader, clip_reader)
+    trained = (encoders.t5, encoders.clip, t5_probe, clip_probe)
     parameters = [parameter for module in trained for parameter in module.parameters()]
-    # T5 knows positions by these numbers alone, which must grow far from their small beginnings
+    # T5's only information on positions, which must grow far from its small initial values
     bias = [p for name, p in encoders.t5.named_parameters() if "relative_attention_bias" in name]
     rest = [p for p in parameters if all(p is not q for q in bias)]
     groups = [{"params": rest, "lr": lr}, {"params": bias, "lr": 20 * lr}]
@@ -197,15 +201,15 @@ def train_text(folder: Path, steps: int, *, seed: int = 0, batch: int = 64, lr: 
         scenes, texts = zip(*(random_caption(rng) for _ in range(batch)), strict=True)
         labels = labels_of(list(scenes))
         tokens = encoders.encode_t5(encoders.t5_ids(list(texts)))
-        t5_loss, t5_right = t5_reader.loss(tokens, labels)
+        t5_loss, t5_correct = t5_probe.loss(tokens, labels)
         pooled = encoders.encode_clip(encoders.clip_ids(list(texts)))
-        clip_loss, clip_right = clip_reader.loss(pooled[:, None], labels)
+        clip_loss, clip_correct = clip_probe.loss(pooled[:, None], labels)
         optimizer.zero_grad()
         (t5_loss + clip_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        line.update(step + 1, f"read right: T5 {t5_right:.2f}, CLIP {clip_right:.2f}")
+        line.update(step + 1, f"correct labels: T5 {t5_correct:.2f}, CLIP {clip_correct:.2f}")
     for model in (encoders.t5, encoders.clip):
         model.eval().requires_grad_(False)
     save_text(encoders, folder)
@@ -217,8 +221,8 @@ def save_text(encoders: TextEncoders, folder: Path) -> None:
     t5 = dict(encoders.t5.state_dict())
     t5.pop("encoder.embed_tokens.weight", None)
     clip = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in encoders.clip.state_dict().items()}
-    marks = json.dumps(encoders.clip.config.eos_token_id)
+    eos = json.dumps(encoders.clip.config.eos_token_id)
     write_safetensors(folder / "rectiflux-mini-t5.safetensors", t5, {"txt_length": str(encoders.txt_length)})
-    write_safetensors(folder / "rectiflux-mini-clip.safetensors", clip, {"eos_token_id": marks})
+    write_safetensors(folder / "rectiflux-mini-clip.safetensors", clip, {"eos_token_id": eos})
     for name, tokenizer in (("t5", encoders.t5_tokenizer), ("clip", encoders.clip_tokenizer)):
         write_text(folder / f"rectiflux-mini-{name}.tokenizer.json", tokenizer.to_str(pretty=True))

@@ -9,14 +9,14 @@ from dataclasses import replace
 import numpy as np
 from rectiflux.benchmarks.prompts import Prompt
 from rectiflux.miniature.draw import draw
-from rectiflux.miniature.scene import COLOURS, SHAPES, Item, Scene
+from rectiflux.miniature.scene import COLORS, SHAPES, Item, Scene
 
 
 def whole(told: Scene, rng: random.Random) -> Scene:
     """The scene with everything set that was left open."""
-    colours = [name for name in COLOURS if name != told.without]
+    colours = [name for name in COLORS if name != told.without]
     items = [
-        Item(item.shape or "star", item.colour or rng.choice(colours), item.size or "medium")
+        Item(item.shape or "star", item.color or rng.choice(colours), item.size or "medium")
         for item in told.items
     ]
     if told.kind == "count":

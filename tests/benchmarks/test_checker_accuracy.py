@@ -17,7 +17,7 @@ from rectiflux.miniature.scene import BACKGROUNDS
 def test_the_checker_is_measured_on_all_that_can_be_drawn() -> None:
     rng = random.Random(0)
     scenes = [any_scene(rng) for _ in range(600)]
-    assert 0 < sum(scene.held_out() for scene in scenes) < 150
+    assert 0 < sum(scene.is_held_out() for scene in scenes) < 150
     assert {scene.kind for scene in scenes} == {"single", "pair", "count"}
     found = check_the_checker(100, seed=1)
     assert found["accuracy"] == 1.0 and found["false_accepts"] <= 0.01
@@ -34,9 +34,9 @@ def test_near_misses_differ_from_the_truth_in_what_they_say() -> None:
         assert all(told != scene for told in found.values())
         assert abs(len(found["count"].items) - len(scene.items)) == 1
         assert found["background"].background in BACKGROUNDS
-        assert found["without"].without in {item.colour for item in scene.items}
+        assert found["without"].without in {item.color for item in scene.items}
         if "binding" in found:
-            pairs = [{(item.shape, item.colour) for item in told.items} for told in (scene, found["binding"])]
+            pairs = [{(item.shape, item.color) for item in told.items} for told in (scene, found["binding"])]
             assert not pairs[0] & pairs[1]
 
 

@@ -27,9 +27,9 @@ def test_prompts_differ() -> None:
 
 def test_only_unseen_prompts_show_what_is_held_out() -> None:
     for prompt in categories():
-        assert prompt.scene.held_out() == (prompt.category == "unseen"), prompt
+        assert prompt.scene.is_held_out() == (prompt.category == "unseen"), prompt
     unseen = [prompt.scene for prompt in categories() if prompt.category == "unseen"]
-    pairs = {(item.shape, item.colour) for scene in unseen for item in scene.items}
+    pairs = {(item.shape, item.color) for scene in unseen for item in scene.items}
     counts = {(len(scene.items), scene.items[0].shape) for scene in unseen if scene.kind == "count"}
     assert pairs >= HELD_OUT_PAIRS and counts >= HELD_OUT_COUNTS
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 from rectiflux.flux_core import load_autoencoder, read_state_dict
 from rectiflux.flux_core.model.autoencoder import AutoEncoder
+from rectiflux.flux_core.train.loop import TrainingRun
 from rectiflux.flux_core.weights import read_metadata
 from rectiflux.miniature import autoencoder
-from rectiflux.miniature.autoencoder import draw_batch, psnr, to_pictures, to_tensor
+from rectiflux.miniature.autoencoder import draw_batch, from_uint8, psnr, to_uint8
 
 
 def test_pictures_and_images_turn_into_each_other() -> None:
     pictures = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, axis=3)
-    images = to_tensor(pictures)
+    images = from_uint8(pictures)
     assert images.shape == (1, 3, 8, 32) and images.min() == -1 and images.max() == 1
-    assert np.array_equal(to_pictures(images), pictures)
-    assert to_pictures(torch.tensor([[[[-9.0]], [[0.0]], [[9.0]]]])).tolist() == [[[[0, 128, 255]]]]
+    assert np.array_equal(to_uint8(images), pictures)
+    assert to_uint8(torch.tensor([[[[-9.0]], [[0.0]], [[9.0]]]])).tolist() == [[[[0, 128, 255]]]]
 
 
 def test_psnr_is_its_formula() -> None:
@@ -31,7 +32,8 @@ def test_psnr_is_its_formula() -> None:
 
 
 def train(model: AutoEncoder, out: Path, steps: int, save_every: int = 2) -> dict[str, torch.Tensor]:
-    autoencoder.train_decoder(model, out, steps, batch=1, pictures=6, save_every=save_every)
+    recipe = autoencoder.DecoderRecipe(batch=1, images=6, save_every=save_every)
+    autoencoder.train_decoder(model, TrainingRun(out, steps), recipe)
     return {name: value.clone() for name, value in read_state_dict(out).items()}
 
 

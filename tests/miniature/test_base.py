@@ -13,7 +13,7 @@ from rectiflux.flux_core.train.flow import FlowRecipe
 from rectiflux.flux_core.train.loop import TrainingRun
 from rectiflux.miniature.base import RepaHead, train_base
 from rectiflux.miniature.data import write_latents
-from rectiflux.miniature.scene import COLOURS, SHAPES
+from rectiflux.miniature.scene import COLORS, SHAPES
 from rectiflux.miniature.text_encoders import WIDTH, make_encoders
 
 
@@ -24,7 +24,7 @@ def test_a_head_that_knows_has_no_loss_and_one_that_guesses_has_the_entropy() ->
     torch.nn.init.zeros_(head.read.bias)
     labels = torch.zeros(1, 2, 18, dtype=torch.uint8)
     labels[..., 0], labels[..., 1], labels[..., 2:] = 3, 5, 255
-    guess = math.log(1 + len(SHAPES)) + math.log(1 + len(COLOURS)) + math.log(2)
+    guess = math.log(1 + len(SHAPES)) + math.log(1 + len(COLORS)) + math.log(2)
     assert abs(head(torch.zeros(1, 2, 4), labels).item() - guess) < 1e-5
     head.read.bias.data[[3, 8 + 5]] = 30.0
     head.read.bias.data[16:] = 30.0

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 from rectiflux.miniature.caption import (
-    COLOUR_WORDS,
-    GROUND_WORDS,
+    BACKGROUND_WORDS,
+    COLOR_WORDS,
     NO_SHADOW,
     NUMBER_WORDS,
     OPPOSITE,
@@ -16,31 +16,31 @@ from rectiflux.miniature.caption import (
     RELATION_WORDS,
     SHAPE_WORDS,
     SIZE_WORDS,
-    Speaker,
+    Phrasing,
     article,
     caption,
     misspell,
-    plain,
+    plain_caption,
     plural,
 )
 from rectiflux.miniature.scene import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     PLACES,
     RELATIONS,
     SHAPES,
     Item,
     Scene,
     random_scene,
-    told,
+    with_stated_attributes,
 )
 
-ROLES = [SHAPE_WORDS, COLOUR_WORDS, SIZE_WORDS, GROUND_WORDS, NUMBER_WORDS, PLACE_WORDS, RELATION_WORDS]
+ROLES = [SHAPE_WORDS, COLOR_WORDS, SIZE_WORDS, BACKGROUND_WORDS, NUMBER_WORDS, PLACE_WORDS, RELATION_WORDS]
 
 
 def said(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
     rng = random.Random(seed)
-    scenes = [told(random_scene(rng), rng) for _ in range(count)]
+    scenes = [with_stated_attributes(random_scene(rng), rng) for _ in range(count)]
     return [(scene, caption(scene, rng)) for scene in scenes]
 
 
@@ -55,8 +55,8 @@ def test_objects_and_their_colours_share_no_word() -> None:
 
 
 def test_everything_in_the_world_has_a_word() -> None:
-    assert set(SHAPE_WORDS) == set(SHAPES) and set(COLOUR_WORDS) == set(COLOURS)
-    assert set(GROUND_WORDS) == set(BACKGROUNDS) and set(PLACE_WORDS) == set(PLACES)
+    assert set(SHAPE_WORDS) == set(SHAPES) and set(COLOR_WORDS) == set(COLORS)
+    assert set(BACKGROUND_WORDS) == set(BACKGROUNDS) and set(PLACE_WORDS) == set(PLACES)
     assert set(RELATION_WORDS) == set(RELATIONS) == set(OPPOSITE)
     assert all(words[0] == name for words_of in ROLES[:2] for name, words in words_of.items())
 
@@ -77,7 +77,7 @@ def test_everything_in_the_world_has_a_word() -> None:
     ],
 )
 def test_the_plainest_words(scene: Scene, text: str) -> None:
-    assert plain(scene) == text
+    assert plain_caption(scene) == text
 
 
 def test_articles_and_plurals() -> None:
@@ -98,14 +98,14 @@ def words_for(scene: Scene) -> list[tuple[str, ...]]:
     found = []
     for item in set(scene.items):
         found.append(SHAPE_WORDS[str(item.shape)])
-        found += [COLOUR_WORDS[item.colour]] if item.colour else []
+        found += [COLOR_WORDS[item.color]] if item.color else []
         found += [SIZE_WORDS[item.size]] if item.size else []
     if scene.kind == "count":
         found.append(NUMBER_WORDS[len(scene.items)])
     if scene.relation:
         found.append(RELATION_WORDS[scene.relation] + RELATION_WORDS[OPPOSITE[scene.relation]] + ("on the",))
     found += [PLACE_WORDS[scene.place]] if scene.place else []
-    found += [GROUND_WORDS[scene.background]] if scene.background else []
+    found += [BACKGROUND_WORDS[scene.background]] if scene.background else []
     found += [NO_SHADOW] if not scene.shadow else []
     found += [(scene.without,)] if scene.without else []
     return found
@@ -125,9 +125,9 @@ def test_captions_say_all_that_is_told() -> None:
 def test_captions_name_no_colour_that_is_open() -> None:
     """Where nothing but shapes is told."""
     for scene, text in said(1500, seed=1):
-        if scene.background or scene.without or any(item.colour for item in scene.items):
+        if scene.background or scene.without or any(item.color for item in scene.items):
             continue
-        assert not {word for words in COLOUR_WORDS.values() for word in words} & set(text.lower().split())
+        assert not {word for words in COLOR_WORDS.values() for word in words} & set(text.lower().split())
 
 
 def test_people_write_in_many_ways() -> None:
@@ -144,7 +144,7 @@ def test_no_article_stands_before_the_wrong_sound() -> None:
     """Before any typo: "an" before a vowel, "a" before the rest."""
     rng = random.Random(3)
     for _ in range(500):
-        words = Speaker(rng).objects(told(random_scene(rng), rng)).split()
+        words = Phrasing(rng).objects(with_stated_attributes(random_scene(rng), rng)).split()
         for word, after in zip(words, words[1:], strict=False):
             if word in ("a", "an") and after != "pair":
                 assert (word == "an") == (after[0] in "aeiou"), words
@@ -155,7 +155,7 @@ def test_swapping_the_order_swaps_the_relation() -> None:
     scene = Scene((Item("circle"), Item("square")), "left")
     texts = set()
     for seed in range(300):
-        text = Speaker(random.Random(seed)).objects(scene)
+        text = Phrasing(random.Random(seed)).objects(scene)
         texts.add(text)
         names = {word: name for name, words in SHAPE_WORDS.items() for word in words}
         order = [names[word] for word in text.replace(",", "").split() if word in names]
@@ -169,7 +169,7 @@ def test_swapping_the_order_swaps_the_relation() -> None:
 def test_a_typo_changes_exactly_one_word_of_four_letters_or_more() -> None:
     rng = random.Random(4)
     for scene, _ in said(500, seed=4):
-        text = plain(scene)
+        text = plain_caption(scene)
         words, slipped = text.split(" "), misspell(text, rng).split(" ")
         changed = [(a, b) for a, b in zip(words, slipped, strict=True) if a != b]
         assert len(changed) == 1

@@ -9,16 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
-from rectiflux.miniature.checker import inspect, judge, score, sharpness
-from rectiflux.miniature.draw import draw, mask, outline, paint, room_light
+from rectiflux.miniature.checker import judge, parse_scene, score, sharpness
+from rectiflux.miniature.draw import draw, mask, outline, render, room_light
 from rectiflux.miniature.scene import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     PLACES,
     SHAPES,
     SIZES,
     Item,
-    Placed,
+    PlacedItem,
     Scene,
     random_scene,
 )
@@ -37,23 +37,23 @@ def renders(count: int, seed: int = 0, side: tuple[int, int] = (128, 128)) -> li
 
 def wrong(picture: np.ndarray, told: Scene) -> list[str]:
     """What the picture shows otherwise than told."""
-    return [name for name, right in judge(inspect(picture), told).right.items() if not right]
+    return [name for name, right in judge(parse_scene(picture), told).correct.items() if not right]
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_true_renders_pass(side: tuple[int, int]) -> None:
     for scene, picture in renders(25, side=side):
         assert wrong(picture, scene) == [], scene
-        assert inspect(picture).shadow == scene.shadow
+        assert parse_scene(picture).shadow == scene.shadow
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_every_object_is_told_from_every_other_on_every_ground(colour: str) -> None:
+@pytest.mark.parametrize("color", COLORS)
+def test_every_object_is_told_from_every_other_on_every_ground(color: str) -> None:
     """Those that training never shows, too."""
     rng = random.Random(2)
     for shape in SHAPES:
         for background in BACKGROUNDS:
-            scene = Scene((Item(shape, colour, rng.choice(tuple(SIZES))),), None, "center", background)
+            scene = Scene((Item(shape, color, rng.choice(tuple(SIZES))),), None, "center", background)
             assert wrong(draw(scene, rng), scene) == [], scene
 
 
@@ -70,7 +70,7 @@ def test_soft_and_noisy_pictures_pass() -> None:
     ("scene", "told", "attribute"),
     [
         (SINGLE, replace(SINGLE, items=(replace(RED, shape="square"),)), "shape"),
-        (SINGLE, replace(SINGLE, items=(replace(RED, colour="orange"),)), "colour"),
+        (SINGLE, replace(SINGLE, items=(replace(RED, color="orange"),)), "colour"),
         (SINGLE, replace(SINGLE, items=(replace(RED, size="large"),)), "size"),
         (SINGLE, replace(SINGLE, items=(replace(RED, size="small"),)), "size"),
         (SINGLE, replace(SINGLE, place="top"), "place"),
@@ -81,7 +81,7 @@ def test_soft_and_noisy_pictures_pass() -> None:
         (SINGLE, replace(SINGLE, items=(RED, RED)), "count"),
         (PAIR, replace(PAIR, relation="right"), "relation"),
         (PAIR, replace(PAIR, relation="above"), "relation"),
-        (PAIR, replace(PAIR, items=(replace(RED, colour="blue"), replace(BLUE, colour="red"))), "colour"),
+        (PAIR, replace(PAIR, items=(replace(RED, color="blue"), replace(BLUE, color="red"))), "colour"),
         (PAIR, replace(PAIR, items=(RED, replace(BLUE, size="small"))), "size"),
         (replace(PAIR, items=(BLUE,) * 3), replace(PAIR, items=(BLUE,) * 2, relation=None), "count"),
         (replace(PAIR, items=(BLUE,) * 3), replace(PAIR, items=(BLUE,) * 4, relation=None), "count"),
@@ -97,9 +97,9 @@ def test_a_near_miss_fails_in_what_it_misses(scene: Scene, told: Scene, attribut
 def test_near_misses_of_random_scenes_fail() -> None:
     rng = random.Random(5)
     for scene, picture in renders(40, seed=5):
-        finding = inspect(picture)
+        finding = parse_scene(picture)
         first = scene.items[0]
-        for name, values in (("shape", SHAPES), ("colour", tuple(COLOURS))):
+        for name, values in (("shape", SHAPES), ("color", tuple(COLORS))):
             for value in values:
                 if value != getattr(first, name):
                     changed = (replace(first, **{name: value}), *scene.items[1:])
@@ -110,9 +110,9 @@ def test_near_misses_of_random_scenes_fail() -> None:
 
 def test_what_is_open_is_not_judged_but_must_be_of_this_world() -> None:
     for scene, picture in renders(20, seed=6):
-        finding = inspect(picture)
+        finding = parse_scene(picture)
         verdict = judge(finding, Scene((Item(),) * len(scene.items)))
-        assert verdict.passes and set(verdict.right) == {"count", "shape", "colour"}
+        assert verdict.passes and set(verdict.correct) == {"count", "shape", "colour"}
         blobs = tuple(replace(seen, shape=None) for seen in finding.objects)
         assert not judge(replace(finding, objects=blobs), Scene((Item(),) * len(scene.items))).passes
 
@@ -131,10 +131,10 @@ def test_places_hold_on_every_shape_of_picture() -> None:
             assert found == [place]
 
 
-def lit(cover: np.ndarray, colour: tuple[int, int, int], ground: str = "gray") -> np.ndarray:
-    """A picture of a room with something of that cover [128, 128] and colour in it."""
+def lit(cover: np.ndarray, color: tuple[int, int, int], ground: str = "gray") -> np.ndarray:
+    """A picture of a room with something of that cover [128, 128] and color in it."""
     room = np.asarray(BACKGROUNDS[ground], dtype=float) * room_light(128, 128)[..., None]
-    return (room + (np.asarray(colour) - room) * cover[..., None] + 0.5).clip(0, 255).astype(np.uint8)
+    return (room + (np.asarray(color) - room) * cover[..., None] + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def polygon(points: np.ndarray) -> np.ndarray:
@@ -208,8 +208,8 @@ def test_blobs_do_not_pass_by_luck(blob: Callable[[np.random.Generator], np.ndar
     rng = np.random.default_rng(0)
     passed = 0
     for i in range(100):
-        colour = list(COLOURS.values())[i % len(COLOURS)]
-        finding = inspect(lit(blob(rng), colour, list(BACKGROUNDS)[i % len(BACKGROUNDS)]))
+        color = list(COLORS.values())[i % len(COLORS)]
+        finding = parse_scene(lit(blob(rng), color, list(BACKGROUNDS)[i % len(BACKGROUNDS)]))
         passed += judge(finding, Scene((Item(),))).passes
     assert passed <= 1
 
@@ -217,23 +217,23 @@ def test_blobs_do_not_pass_by_luck(blob: Callable[[np.random.Generator], np.ndar
 @pytest.mark.parametrize(
     "tint", [(139, 69, 19), (0, 200, 200), (120, 120, 120), (230, 88, 40), (82, 77, 195)]
 )
-def test_a_wrong_tint_is_no_colour(tint: tuple[int, int, int]) -> None:
+def test_a_wrong_tint_is_no_color(tint: tuple[int, int, int]) -> None:
     """Brown, cyan, gray; half way from red to orange and from blue to purple."""
-    (seen,) = inspect(lit(mask("star", (64.0, 64.0), 24.0, 128, 128), tint, "beige")).objects
-    assert seen.shape == "star" and seen.colour is None
+    (seen,) = parse_scene(lit(mask("star", (64.0, 64.0), 24.0, 128, 128), tint, "beige")).objects
+    assert seen.shape == "star" and seen.color is None
 
 
 def test_an_object_in_two_colours_has_none() -> None:
-    picture = lit(mask("circle", (64.0, 64.0), 24.0, 128, 128), COLOURS["red"])
-    other = lit(mask("circle", (64.0, 64.0), 24.0, 128, 128), COLOURS["orange"])
+    picture = lit(mask("circle", (64.0, 64.0), 24.0, 128, 128), COLORS["red"])
+    other = lit(mask("circle", (64.0, 64.0), 24.0, 128, 128), COLORS["orange"])
     picture[:, 64:] = other[:, 64:]
-    (seen,) = inspect(picture).objects
-    assert seen.shape == "circle" and seen.colour is None
+    (seen,) = parse_scene(picture).objects
+    assert seen.shape == "circle" and seen.color is None
 
 
 def test_the_ground_must_have_a_colour_of_its_own() -> None:
     picture = (np.array([189.0, 205.0, 238.0]) * room_light(128, 128)[..., None]).astype(np.uint8)
-    assert inspect(picture).background is None  # half way from sky to lavender
+    assert parse_scene(picture).background is None  # half way from sky to lavender
 
 
 def test_a_small_stain_is_an_object_too_many_and_a_speck_is_none() -> None:
@@ -245,32 +245,35 @@ def test_a_small_stain_is_an_object_too_many_and_a_speck_is_none() -> None:
 
 
 def test_objects_that_touch_are_one() -> None:
-    placed = [Placed("circle", "red", 44.0, 64.0, 20.0), Placed("circle", "blue", 80.0, 64.0, 20.0)]
-    assert len(inspect(paint(Scene(background="sky"), placed, 128, 128)).objects) == 1
+    placed = [PlacedItem("circle", "red", 44.0, 64.0, 20.0), PlacedItem("circle", "blue", 80.0, 64.0, 20.0)]
+    assert len(parse_scene(render(Scene(background="sky"), placed, 128, 128)).objects) == 1
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_a_flat_picture_shows_nothing_that_is_known(level: int) -> None:
-    finding = inspect(np.full((128, 128, 3), level, dtype=np.uint8))
-    assert finding.background is None and not any(seen.shape or seen.colour for seen in finding.objects)
+    finding = parse_scene(np.full((128, 128, 3), level, dtype=np.uint8))
+    assert finding.background is None and not any(seen.shape or seen.color for seen in finding.objects)
 
 
 def test_an_empty_room_shows_no_object() -> None:
-    finding = inspect(paint(Scene(background="sky"), [], 128, 128))
+    finding = parse_scene(render(Scene(background="sky"), [], 128, 128))
     assert (finding.objects, finding.background, finding.shadow) == ((), "sky", False)
     missed = ("count", "shape", "colour", "size", "place")
-    assert judge(finding, SINGLE).right == dict.fromkeys(missed, False) | {"background": True, "shadow": True}
+    assert judge(finding, SINGLE).correct == dict.fromkeys(missed, False) | {
+        "background": True,
+        "shadow": True,
+    }
     assert judge(finding, Scene()).passes
 
 
 def test_noise_passes_as_nothing() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     for count in range(1, 6):
-        assert not judge(inspect(picture), Scene((Item(),) * count)).passes
+        assert not judge(parse_scene(picture), Scene((Item(),) * count)).passes
 
 
 def test_shares_are_counted() -> None:
-    """One of two right in colour, both in shape: 0.5 strict; only one is told a size."""
+    """One of two right in color, both in shape: 0.5 strict; only one is told a size."""
     pictures = [draw(SINGLE, random.Random(seed)) for seed in range(2)]
     told = [Scene((RED,)), Scene((Item("circle", "blue"),))]
     assert score(pictures, told) == {"strict": 0.5, "count": 1.0, "shape": 1.0, "colour": 0.5, "size": 1.0}
@@ -278,14 +281,14 @@ def test_shares_are_counted() -> None:
 
 def test_a_render_is_as_sharp_as_a_render_and_a_blurred_one_is_not() -> None:
     for scene, picture in renders(10, seed=7):
-        assert sharpness(picture, inspect(picture)) == pytest.approx(1.0, abs=0.07)
+        assert sharpness(picture, parse_scene(picture)) == pytest.approx(1.0, abs=0.07)
         soft = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.0)))
-        value = sharpness(soft, inspect(picture))
+        value = sharpness(soft, parse_scene(picture))
         assert value is not None and 0.55 < value < 0.7, scene
 
 
 def test_what_is_none_of_this_world_has_no_sharpness() -> None:
-    blob = lit(squircle(np.random.default_rng(0)), COLOURS["red"])
-    assert sharpness(blob, inspect(blob)) is None
-    empty = paint(Scene(background="sky"), [], 128, 128)
-    assert sharpness(empty, inspect(empty)) is None
+    blob = lit(squircle(np.random.default_rng(0)), COLORS["red"])
+    assert sharpness(blob, parse_scene(blob)) is None
+    empty = render(Scene(background="sky"), [], 128, 128)
+    assert sharpness(empty, parse_scene(empty)) is None

@@ -11,10 +11,10 @@ import torch
 from rectiflux.flux_core import read_state_dict
 from rectiflux.flux_core.model.autoencoder import AutoEncoder, to_model_space
 from rectiflux.miniature import data
-from rectiflux.miniature.autoencoder import to_tensor
+from rectiflux.miniature.autoencoder import from_uint8
 from rectiflux.miniature.draw import draw
-from rectiflux.miniature.pca import encode_fast, linear_code
-from rectiflux.miniature.scene import COLOURS, SHAPES, Placed, random_scene
+from rectiflux.miniature.pca import encode_linear, linear_code
+from rectiflux.miniature.scene import COLORS, SHAPES, PlacedItem, random_scene
 
 SIZES = ((64, 32, 0.5), (32, 64, 0.5))
 
@@ -30,7 +30,7 @@ def test_scenes_survive_as_numbers() -> None:
     rng = random.Random(0)
     scenes = [random_scene(rng) for _ in range(500)]
     assert {scene.kind for scene in scenes} == {"single", "pair", "count"}
-    assert [data.from_numbers(data.to_numbers(scene)) for scene in scenes] == scenes
+    assert [data.decode_scene(data.encode_scene(scene)) for scene in scenes] == scenes
 
 
 def test_token_labels_of_a_square_amid_four_tokens() -> None:
@@ -38,9 +38,9 @@ def test_token_labels_of_a_square_amid_four_tokens() -> None:
 
     Pillow's polygons cover every pixel that their edge touches, here an eighth of a cell more at each side.
     """
-    labels = data.token_labels([Placed("square", "blue", 32, 16, 14 / 0.84)], 64, 32)
+    labels = data.token_labels([PlacedItem("square", "blue", 32, 16, 14 / 0.84)], 64, 32)
     assert labels.shape == (8, 18)
-    codes = [1 + SHAPES.index("square"), 1 + list(COLOURS).index("blue")]
+    codes = [1 + SHAPES.index("square"), 1 + list(COLORS).index("blue")]
     for token, row in enumerate(labels):
         inside = token % 4 in (1, 2)
         assert row[:2].tolist() == (codes if inside else [0, 0])
@@ -50,7 +50,7 @@ def test_token_labels_of_a_square_amid_four_tokens() -> None:
 
 
 def test_the_nearer_of_two_objects_names_a_token() -> None:
-    two = [Placed("circle", "red", 20, 16, 8), Placed("star", "pink", 44, 16, 8)]
+    two = [PlacedItem("circle", "red", 20, 16, 8), PlacedItem("star", "pink", 44, 16, 8)]
     labels = data.token_labels(two, 64, 32).reshape(2, 4, 18)
     assert set(labels[:, 1, 0]) == {1 + SHAPES.index("circle")} and set(labels[:, 2, 0]) == {
         1 + SHAPES.index("star")
@@ -68,9 +68,9 @@ def test_latents_are_of_the_scenes_that_they_name(
     assert tensors["32x64/tokens"].shape == (20, 8, 18)
     rng = random.Random(3 * 1_000_003)
     scene = random_scene(rng)
-    assert data.from_numbers(tensors["64x32/scenes"][0].tolist()) == scene
-    picture = to_tensor(draw(scene, rng, 64, 32)[None])
-    expected = to_model_space(encode_fast(picture, linear_code(new_autoencoder())))[0]
+    assert data.decode_scene(tensors["64x32/scenes"][0].tolist()) == scene
+    picture = from_uint8(draw(scene, rng, 64, 32)[None])
+    expected = to_model_space(encode_linear(picture, linear_code(new_autoencoder())))[0]
     assert (tensors["64x32/latents"][0].float() - expected).abs().max() < 5e-3
 
 
@@ -96,7 +96,7 @@ def test_captions_fit_their_latents_and_some_are_empty(latents: Path) -> None:
         for image, caption, label in zip(images, captions, labels, strict=True):
             row = int((part["latents"].float() - image).abs().sum(dim=(1, 2, 3)).argmin())
             assert torch.equal(label, part["tokens"][row])
-            background = data.from_numbers(part["scenes"][row].tolist()).background
+            background = data.decode_scene(part["scenes"][row].tolist()).background
             named = [word for word in ("mint", "lavender", "beige") if word in caption.lower()]
             assert not named or named == [background]
     assert sizes == {(16, 4, 8), (16, 8, 4)}
@@ -107,5 +107,5 @@ def test_another_file_is_no_file_of_latents(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, str(tmp_path / "x.safetensors"))
-    with pytest.raises(ValueError, match=r"x\.safetensors is no file of latents; run the stage data again"):
+    with pytest.raises(ValueError, match=r"x\.safetensors holds no latents"):
         data.LatentSet(tmp_path / "x.safetensors")

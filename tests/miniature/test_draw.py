@@ -1,4 +1,4 @@
-"""Painting: areas of outlines, exact colours of room, object and shadow, one seed one picture."""
+"""Painting: areas of outlines, exact colors of room, object and shadow, one seed one picture."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from rectiflux.miniature.draw import HORIZON, SHADOW_LINE, draw, mask, outline, paint, room_light, shadow_of
-from rectiflux.miniature.scene import BACKGROUNDS, COLOURS, SHAPES, Item, Placed, Scene
+from rectiflux.miniature.draw import HORIZON, SHADOW_LINE, draw, mask, outline, render, room_light, shadow_of
+from rectiflux.miniature.scene import BACKGROUNDS, COLORS, SHAPES, Item, PlacedItem, Scene
 
 WHOLE = Scene((Item("star", "red", "large"),), None, "top left", "navy")
 
@@ -34,7 +34,7 @@ def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_an_empty_room_is_its_colour_in_the_rooms_light(background: str) -> None:
-    picture = paint(Scene(background=background), [], 160, 112)
+    picture = render(Scene(background=background), [], 160, 112)
     light = room_light(160, 112)[..., None]
     expected = (np.array(BACKGROUNDS[background], dtype=np.float32) * light + 0.5).clip(0, 255)
     assert np.array_equal(picture, expected.astype(np.uint8))
@@ -49,20 +49,20 @@ def test_the_room_has_a_darker_floor() -> None:
     assert light[int(128 * HORIZON) - 8, 5] > light[int(128 * HORIZON) + 8, 5] + 0.04
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_an_object_has_its_colour_in_its_middle(colour: str) -> None:
-    """There the cushion is flat: 1.03 of the colour, and 62 exp(-(0.26^2 + 0.32^2) / 0.06) of highlight."""
-    placed = Placed("square", colour, 64.0, 64.0, 24.0)
-    picture = paint(Scene(background="sky"), [placed], 128, 128)
-    expected = 1.03 * np.array(COLOURS[colour]) + 62 * np.exp(-(0.26**2 + 0.32**2) / 0.06)
+@pytest.mark.parametrize("color", COLORS)
+def test_an_object_has_its_colour_in_its_middle(color: str) -> None:
+    """There the cushion is flat: 1.03 of the color, and 62 exp(-(0.26^2 + 0.32^2) / 0.06) of highlight."""
+    placed = PlacedItem("square", color, 64.0, 64.0, 24.0)
+    picture = render(Scene(background="sky"), [placed], 128, 128)
+    expected = 1.03 * np.array(COLORS[color]) + 62 * np.exp(-(0.26**2 + 0.32**2) / 0.06)
     assert np.abs(picture[64, 64] - expected.clip(0, 255)).max() <= 1
 
 
 def test_an_object_ends_at_its_outline() -> None:
     """A square reaches 0.84 radius from its middle; beyond it is the room, pixel by pixel."""
-    placed = Placed("square", "red", 64.0, 50.0, 25.0)
-    room = paint(Scene(background="sky", shadow=False), [], 128, 128)
-    changed = (paint(Scene(background="sky", shadow=False), [placed], 128, 128) != room).any(-1)
+    placed = PlacedItem("square", "red", 64.0, 50.0, 25.0)
+    room = render(Scene(background="sky", shadow=False), [], 128, 128)
+    changed = (render(Scene(background="sky", shadow=False), [placed], 128, 128) != room).any(-1)
     ys, xs = np.nonzero(changed)
     assert (xs.min(), xs.max() + 1, ys.min(), ys.max() + 1) == pytest.approx((43, 85, 29, 71), abs=1)
     assert changed[29:71, 43:85].all()
@@ -71,20 +71,20 @@ def test_an_object_ends_at_its_outline() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shadow_lies_below_the_object_unless_there_is_none(shape: str) -> None:
     """Its middle is darker by its strength, to a level; far from it, and without one, nothing is."""
-    placed = Placed(shape, "green", 48.5, 50.0, 20.0)
+    placed = PlacedItem(shape, "green", 48.5, 50.0, 20.0)
     x, y, _, _, strength = shadow_of(placed, 128, 128)
     assert (x, y) == (48.5, SHADOW_LINE * 128) and 0.16 <= strength <= 0.38
-    plain = paint(Scene(background="beige", shadow=False), [placed], 128, 128).astype(float)
-    shaded = paint(Scene(background="beige"), [placed], 128, 128).astype(float)
+    plain = render(Scene(background="beige", shadow=False), [placed], 128, 128).astype(float)
+    shaded = render(Scene(background="beige"), [placed], 128, 128).astype(float)
     row = int(y)
     assert np.abs(shaded[row, 48] - (1 - strength) * plain[row, 48]).max() <= 1.5
     assert np.array_equal(shaded[:95], plain[:95]) and np.array_equal(shaded[:, 100:], plain[:, 100:])
-    empty = paint(Scene(background="beige"), [], 128, 128).astype(float)
+    empty = render(Scene(background="beige"), [], 128, 128).astype(float)
     assert np.array_equal(plain[90:], empty[90:])
 
 
 def test_a_low_object_throws_a_deeper_shadow() -> None:
-    high, low = (shadow_of(Placed("star", "red", 64, y, 16), 128, 128)[4] for y in (30, 95))
+    high, low = (shadow_of(PlacedItem("star", "red", 64, y, 16), 128, 128)[4] for y in (30, 95))
     assert high < low
 
 
@@ -97,5 +97,5 @@ def test_one_seed_one_picture(width: int, height: int) -> None:
 
 
 def test_only_whole_scenes_can_be_drawn() -> None:
-    with pytest.raises(ValueError, match="only a scene with everything set can be drawn"):
+    with pytest.raises(ValueError, match="every attribute"):
         draw(Scene((Item("star", "red"),)), random.Random(0))

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from rectiflux.flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec, to_model_space
 from rectiflux.miniature.autoencoder import MINI_VAE, draw_batch
-from rectiflux.miniature.pca import encode_fast, linear_code, principal, space_to_depth, write_encoder
+from rectiflux.miniature.pca import encode_linear, linear_code, principal, set_pca_encoder, space_to_depth
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_the_encoder_is_its_linear_code(model: AutoEncoder, images: torch.Tensor
     code = linear_code(model)
     for batch in (images, torch.rand_like(images[:2]) * 2 - 1):
         exact = model.encode(batch)
-        assert (encode_fast(batch, code) - exact).abs().max() < 5e-3 * exact.std()
+        assert (encode_linear(batch, code) - exact).abs().max() < 5e-3 * exact.std()
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def test_latents_suit_the_transformer(model: AutoEncoder) -> None:
 
     The first number is about the brightness, whose mean over 900 pictures is known to 0.08.
     """
-    latents = to_model_space(encode_fast(draw_batch(900, random.Random(5)), linear_code(model)))
+    latents = to_model_space(encode_linear(draw_batch(900, random.Random(5)), linear_code(model)))
     assert latents.square().mean().item() == pytest.approx(1.0, abs=0.1)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.25
 
@@ -84,7 +84,7 @@ def test_principal_finds_known_directions() -> None:
 )
 def test_sizes_that_cannot_hold_the_code_are_refused(spec: AutoEncoderSpec) -> None:
     with pytest.raises(ValueError, match="the linear encoder needs 4 levels of 1 block"):
-        write_encoder(AutoEncoder(spec), torch.zeros(1, 3, 16, 16))
+        set_pca_encoder(AutoEncoder(spec), torch.zeros(1, 3, 16, 16))
 
 
 def test_the_miniatures_sizes() -> None:

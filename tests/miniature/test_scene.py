@@ -11,7 +11,7 @@ from rectiflux.miniature.draw import outline
 from rectiflux.miniature.scene import (
     APART,
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     HELD_OUT_COUNTS,
     HELD_OUT_PAIRS,
     JITTER,
@@ -21,11 +21,11 @@ from rectiflux.miniature.scene import (
     SHAPES,
     SIZES,
     Item,
-    Placed,
+    PlacedItem,
     Scene,
     layout,
     random_scene,
-    told,
+    with_stated_attributes,
 )
 
 SIDES = [(128, 128), (160, 112), (112, 160), (192, 192), (256, 256)]
@@ -38,31 +38,31 @@ def scenes(count: int, seed: int = 0, kind: str | None = None) -> list[Scene]:
 
 def test_one_of_each_shape_and_colour_is_held_out() -> None:
     assert sorted(shape for shape, _ in HELD_OUT_PAIRS) == sorted(SHAPES)
-    assert sorted(colour for _, colour in HELD_OUT_PAIRS) == sorted(COLOURS)
+    assert sorted(color for _, color in HELD_OUT_PAIRS) == sorted(COLORS)
     assert sorted(count for count, _ in HELD_OUT_COUNTS) == [2, 3, 4]
 
 
 def test_what_is_held_out_never_occurs() -> None:
     for scene in scenes(4000):
-        assert not {(item.shape, item.colour) for item in scene.items} & HELD_OUT_PAIRS
+        assert not {(item.shape, item.color) for item in scene.items} & HELD_OUT_PAIRS
         if len(set(scene.items)) == 1 and len(scene.items) > 1:
             assert (len(scene.items), scene.items[0].shape) not in HELD_OUT_COUNTS
 
 
 def test_scenes_know_what_is_held_out() -> None:
     red = Item("triangle", "red")
-    assert Scene((red,)).held_out() and Scene((Item("star", "blue"), red)).held_out()
-    assert Scene((Item("heart", "blue"),) * 3).held_out()
-    assert not Scene((Item("heart", "blue"),) * 2).held_out()
-    assert not Scene((Item("heart", "blue"), Item("heart", "red"))).held_out()  # two hearts, but not alike
-    assert not Scene((Item("triangle"),)).held_out() and not Scene().held_out()
+    assert Scene((red,)).is_held_out() and Scene((Item("star", "blue"), red)).is_held_out()
+    assert Scene((Item("heart", "blue"),) * 3).is_held_out()
+    assert not Scene((Item("heart", "blue"),) * 2).is_held_out()
+    assert not Scene((Item("heart", "blue"), Item("heart", "red"))).is_held_out()  # two hearts, but not alike
+    assert not Scene((Item("triangle"),)).is_held_out() and not Scene().is_held_out()
 
 
 def test_all_the_rest_occurs() -> None:
     found = scenes(4000)
     items = [item for scene in found for item in scene.items]
-    assert {(item.shape, item.colour) for item in items} | HELD_OUT_PAIRS == {
-        (shape, colour) for shape in SHAPES for colour in COLOURS
+    assert {(item.shape, item.color) for item in items} | HELD_OUT_PAIRS == {
+        (shape, color) for shape in SHAPES for color in COLORS
     }
     counts = {(len(scene.items), scene.items[0].shape) for scene in found if scene.kind == "count"}
     assert counts | HELD_OUT_COUNTS == {(count, shape) for count in (2, 3, 4) for shape in SHAPES}
@@ -86,37 +86,40 @@ def test_a_scenes_kind() -> None:
 def test_captions_tell_all_that_departs_from_a_default_and_nothing_false() -> None:
     rng = random.Random(1)
     for scene in scenes(2000, seed=1):
-        said = told(scene, rng)
+        said = with_stated_attributes(scene, rng)
         assert len(said.items) == len(scene.items) and said.shadow == scene.shadow
         for item, true in zip(said.items, scene.items, strict=True):
             assert item.shape == true.shape
-            assert item.colour in (None, true.colour)
+            assert item.color in (None, true.color)
             assert item.size == (None if true.size == "medium" else true.size)
         assert said.relation in ((None, "left") if scene.relation == "left" else (scene.relation,))
         assert said.place in ((None, "center") if scene.place == "center" else (scene.place,))
         assert said.background in (None, scene.background)
-        assert said.without not in {item.colour for item in scene.items}
+        assert said.without not in {item.color for item in scene.items}
         if said.without:
-            assert {item.colour for item in said.items} == {None}
+            assert {item.color for item in said.items} == {None}
 
 
 def test_captions_leave_open_what_may_be_left_open() -> None:
     rng = random.Random(2)
-    said = [told(scene, rng) for scene in scenes(500, seed=2)]
+    said = [with_stated_attributes(scene, rng) for scene in scenes(500, seed=2)]
     assert {None} < {scene.background for scene in said}
     assert {None, "left"} <= {scene.relation for scene in said if scene.kind == "pair"}
     assert {None, "center"} <= {scene.place for scene in said if scene.kind == "single"}
-    assert {None, *COLOURS} == {item.colour for scene in said for item in scene.items}
+    assert {None, *COLORS} == {item.color for scene in said for item in scene.items}
     assert {None} < {scene.without for scene in said}
 
 
-def test_two_of_one_shape_are_told_apart_by_their_colours() -> None:
+def test_two_of_one_shape_are_told_apart_by_their_colors() -> None:
     scene = Scene((Item("star", "red", "medium"), Item("star", "blue", "medium")), "above", None, "sky")
     for seed in range(100):
-        assert [item.colour for item in told(scene, random.Random(seed)).items] == ["red", "blue"]
+        assert [item.color for item in with_stated_attributes(scene, random.Random(seed)).items] == [
+            "red",
+            "blue",
+        ]
 
 
-def corners(placed: Placed) -> np.ndarray:
+def corners(placed: PlacedItem) -> np.ndarray:
     """Points [n, 2] all along an object's outline."""
     points = outline(placed.shape) * placed.radius + (placed.x, placed.y)
     steps = np.linspace(0, 1, 4 if len(points) > 20 else 12, endpoint=False)[:, None, None]
@@ -169,7 +172,7 @@ def test_objects_stand_where_they_are_said_to(width: int, height: int) -> None:
     ],
 )
 def test_only_whole_scenes_have_a_layout(scene: Scene) -> None:
-    with pytest.raises(ValueError, match="only a scene with everything set can be drawn, got Scene"):
+    with pytest.raises(ValueError, match="every attribute"):
         layout(scene, random.Random(0), 128, 128)
 
 

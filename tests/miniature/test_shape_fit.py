@@ -37,4 +37,4 @@ def test_a_fit_finds_centre_and_radius(shape: str) -> None:
     fit = fit_outline(mask(shape, (30.3, 33.6), 17.2, 64, 64))
     assert (fit.shape, fit.x, fit.y) == (shape, pytest.approx(30.3, abs=0.3), pytest.approx(33.6, abs=0.3))
     assert fit.radius == pytest.approx(17.2, rel=0.02)
-    assert fit.overlap > 0.95 > fit.rival and fit.wander < 0.015 and fit.stray < 0.6
+    assert fit.overlap > 0.95 > fit.runner_up and fit.mean_deviation < 0.015 and fit.max_deviation < 0.6

@@ -15,9 +15,9 @@ from rectiflux.benchmarks.prompts import SIX, Prompt, categories
 from rectiflux.flux_core import load_autoencoder, load_text_encoders, load_transformer
 from rectiflux.flux_core.weights import read_metadata
 from rectiflux.miniature.checker import judge, score
-from rectiflux.miniature.evaluate import FAMILY, draw_captions
-from rectiflux.miniature.scene import COLOURS, SHAPES, Item, Scene
-from rectiflux.miniature.scene_parser import inspect
+from rectiflux.miniature.evaluate import FAMILY, generate_images
+from rectiflux.miniature.scene import COLORS, SHAPES, Item, Scene
+from rectiflux.miniature.scene_parser import parse_scene
 
 ROOT = Path(rectiflux.__file__).parent
 MODELS = ROOT / "models"
@@ -50,14 +50,14 @@ def paint() -> Painter:
     ) -> list[np.ndarray]:
         transformer = load_transformer(transformer_file(variant), dtype=torch.float32)
         way = replace(FAMILY[variant], steps=steps or QUICK[variant])
-        return draw_captions(transformer, encoders, autoencoder.decode, captions, way, **options)
+        return generate_images(transformer, encoders, autoencoder.decode, captions, way, **options)
 
     return painter
 
 
 def share_right(pictures: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> float:
     passes = [
-        judge(inspect(picture), prompt.scene).passes
+        judge(parse_scene(picture), prompt.scene).passes
         for picture, prompt in zip(pictures, prompts, strict=True)
     ]
     return sum(passes) / len(passes)
@@ -123,9 +123,9 @@ def test_it_paints_what_training_never_showed(variant: str, paint: Painter) -> N
 @pytest.mark.slow
 @each
 def test_short_prompts(variant: str, paint: Painter) -> None:
-    """What people write first: every colour with every shape, no more."""
-    scenes = [Scene((Item(shape, colour),)) for colour in COLOURS for shape in SHAPES]
-    captions = [f"a {scene.items[0].colour} {scene.items[0].shape}" for scene in scenes]
+    """What people write first: every color with every shape, no more."""
+    scenes = [Scene((Item(shape, color),)) for color in COLORS for shape in SHAPES]
+    captions = [f"a {scene.items[0].color} {scene.items[0].shape}" for scene in scenes]
     assert score(paint(variant, captions, seed=2), scenes)["strict"] >= 0.9
 
 

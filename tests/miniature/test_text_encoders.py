@@ -11,8 +11,8 @@ import pytest
 import torch
 from rectiflux.flux_core import load_text_encoders
 from rectiflux.miniature import text_encoders as text
-from rectiflux.miniature.caption import plain
-from rectiflux.miniature.scene import BACKGROUNDS, COLOURS, SHAPES, Item, Scene
+from rectiflux.miniature.caption import plain_caption
+from rectiflux.miniature.scene import BACKGROUNDS, COLORS, SHAPES, Item, Scene
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def tokenizer() -> text.Tokenizer:
 
 
 def test_the_worlds_words_are_one_token_each(tokenizer: text.Tokenizer) -> None:
-    for word in (*SHAPES, *COLOURS, *BACKGROUNDS, "background", "a", "on", "with", "above", "left", "two"):
+    for word in (*SHAPES, *COLORS, *BACKGROUNDS, "background", "a", "on", "with", "above", "left", "two"):
         assert len(tokenizer.encode(word).ids) == 1, word
     assert tokenizer.encode("  A RED Circle ").ids == tokenizer.encode("a red circle").ids
 
@@ -35,12 +35,12 @@ def test_any_text_can_be_read_and_told_apart(tokenizer: text.Tokenizer, words: s
 def test_captions_fit_the_encoders(tokenizer: text.Tokenizer) -> None:
     """The longest that a scene can be said in plainly, marks included."""
     items = (Item("triangle", "yellow", "large"), Item("square", "purple", "small"))
-    longest = plain(Scene(items, "left", None, "lavender", shadow=False, without="red"))
+    longest = plain_caption(Scene(items, "left", None, "lavender", shadow=False, without="red"))
     assert len(tokenizer.encode(longest).ids) + 2 <= text.TXT_LENGTH < text.CLIP_LENGTH
 
 
 def test_marks_stand_around_the_text(tokenizer: text.Tokenizer) -> None:
-    marked = text.with_marks(tokenizer, "<s> $A </s>")
+    marked = text.with_special_tokens(tokenizer, "<s> $A </s>")
     ids = marked.encode("red").ids
     start, end = (marked.token_to_id(mark) for mark in (text.START, text.END))
     assert (ids[0], ids[-1], len(ids)) == (start, end, 3)
@@ -54,16 +54,16 @@ RED, BLUE = Item("circle", "red"), Item("star", "blue", "small")
     [
         (Scene(), {}),
         (Scene((RED,), place="top"), {"kind": "single", "first shape": "circle", "place": "top"}),
-        (Scene((RED,) * 3, background="sky"), {"kind": "3", "first colour": "red", "background": "sky"}),
+        (Scene((RED,) * 3, background="sky"), {"kind": "3", "first color": "red", "background": "sky"}),
         (Scene((RED, BLUE), "left"), {"axis": "across", "first shape": "circle", "second size": "small"}),
         (Scene((RED, BLUE), "right"), {"axis": "across", "first shape": "star", "second shape": "circle"}),
         (Scene((RED, BLUE), "below"), {"axis": "up and down", "first size": "small"}),
-        (Scene((RED, BLUE)), {"kind": "pair", "axis": None, "first colour": "red"}),
+        (Scene((RED, BLUE)), {"kind": "pair", "axis": None, "first color": "red"}),
         (Scene((RED,), shadow=False, without="pink"), {"shadow": "none", "without": "pink"}),
     ],
 )
 def test_labels_name_the_left_or_upper_one_first(scene: Scene, expected: dict[str, str | None]) -> None:
-    read = text.reading(scene)
+    read = text.caption_labels(scene)
     assert read.keys() == text.LABELS.keys()
     assert {name: read[name] for name in expected} == expected
     if not expected:
@@ -73,13 +73,13 @@ def test_labels_name_the_left_or_upper_one_first(scene: Scene, expected: dict[st
 def test_classes_are_places_in_the_table_and_0_is_silence() -> None:
     labels = text.labels_of([Scene((RED,)), Scene((BLUE, RED), "above", None, "navy")])
     assert labels["first shape"].tolist() == [1 + SHAPES.index("circle"), 1 + SHAPES.index("star")]
-    assert labels["second colour"].tolist() == [0, 1 + list(COLOURS).index("red")]
+    assert labels["second color"].tolist() == [0, 1 + list(COLORS).index("red")]
     assert labels["background"].tolist() == [0, 1 + list(BACKGROUNDS).index("navy")]
 
 
 def test_a_reader_that_knows_has_no_loss() -> None:
     """Queries that find the second of two tokens, heads that read the answer there: a loss near zero."""
-    reader = text.Reader()
+    reader = text.LabelProbe()
     labels = text.labels_of([Scene((BLUE,), None, "top", "sky")])
     tokens = torch.zeros(1, 2, text.WIDTH)
     tokens[0, 1, 0] = tokens[0, 0, 1] = 1.0
