@@ -18,6 +18,7 @@ from ..flux_core.memory import LIMITS
 from ..flux_core.model.text_encoders import NO_PADDING
 from ..flux_core.sampling.solver import Solver
 from ..flux_core.sampling.step_cache import Caching
+from ..flux_core.weights import Checkpoint, Source
 from . import model_files
 from .wires import Entries, SamplerInputs
 
@@ -66,25 +67,26 @@ class Host(Protocol):
 
     # Loading
 
-    def load_model(self, path: Path, weight_dtype: str, memory_limit: str) -> Any:
+    def load_model(self, source: Source, weight_dtype: str, memory_limit: str) -> Any:
         """A MODEL from a transformer's file, in one of WEIGHT_DTYPES, with one of MEMORY_LIMITS.
 
         Raises what flux_core.weights.load_transformer raises, and ValueError where int8 or fp8 cannot run.
         """
         ...
 
-    def load_text_encoders(self, clip_path: Path, t5_path: Path) -> Any:
+    def load_text_encoders(self, clip: Source, t5: Source) -> Any:
         """A CLIP from the files of both text encoders. Raises what flux_core's load_text_encoders raises."""
         ...
 
-    def load_vae(self, path: Path) -> Any:
+    def load_vae(self, source: Source) -> Any:
         """A VAE from an autoencoder's file. Raises what flux_core.weights.load_autoencoder raises."""
         ...
 
-    def load_checkpoint(self, path: Path, weight_dtype: str, memory_limit: str) -> tuple[Any, Any, Any]:
+    def load_checkpoint(self, source: Source, weight_dtype: str, memory_limit: str) -> tuple[Any, Any, Any]:
         """MODEL, CLIP and VAE from an all-in-one file or a pipeline's folder. Raises what the three raise."""
-        model = self.load_model(path, weight_dtype, memory_limit)
-        return model, self.load_text_encoders(path, path), self.load_vae(path)
+        checkpoint = Checkpoint.open(source)
+        model = self.load_model(checkpoint, weight_dtype, memory_limit)
+        return model, self.load_text_encoders(checkpoint, checkpoint), self.load_vae(checkpoint)
 
     # Changing a model: the one received stays as it was
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..flux_core.backends.compile import check
 from ..flux_core.sampling.solver import Solver
 from ..flux_core.sampling.step_cache import Caching
+from ..flux_core.weights import Source
 from . import host_comfy_loading as loading
 from . import host_comfy_lora as lora
 from . import host_comfy_sampling as sampling
@@ -44,14 +45,14 @@ class ComfyHost(Host):
 
     # Loading
 
-    def load_model(self, path: Path, weight_dtype: str, memory_limit: str) -> Any:
-        return loading.load_model(path, weight_dtype, memory_limit)
+    def load_model(self, source: Source, weight_dtype: str, memory_limit: str) -> Any:
+        return loading.load_model(source, weight_dtype, memory_limit)
 
-    def load_text_encoders(self, clip_path: Path, t5_path: Path) -> Any:
-        return text.load_text_encoders(clip_path, t5_path)
+    def load_text_encoders(self, clip: Source, t5: Source) -> Any:
+        return text.load_text_encoders(clip, t5)
 
-    def load_vae(self, path: Path) -> Any:
-        return vaes.load_vae(path)
+    def load_vae(self, source: Source) -> Any:
+        return vaes.load_vae(source)
 
     # Changing a model: the one received stays as it was
 

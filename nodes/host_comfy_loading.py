@@ -7,7 +7,6 @@ variants, comfy/model_patcher.py, comfy/ops.py.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +16,17 @@ from ..flux_core.backends.quantize import check_fp8, check_int8, quantize_to_fp8
 from ..flux_core.memory import limit_of
 from ..flux_core.model.spec import FluxSpec
 from ..flux_core.model.transformer import FluxTransformer
-from ..flux_core.quant.linear import dequantize_layers, weight_count
+from ..flux_core.quant.linear import dequantize_layers
 from ..flux_core.sampling import preview
-from ..flux_core.weights import load_transformer, read_metadata
+from ..flux_core.weights import Checkpoint, Part, Source, load_transformer
+from ..flux_core.weights.checkpoint import PartWeights
 from .host import WEIGHT_DTYPES
 from .host_comfy_network import ComfyNetwork
 from .host_comfy_quant import follow, keep_stored
 from .host_comfy_text import progress
 
 
-def load_model(path: Path, weight_dtype: str, memory_limit: str, disable_dynamic: bool = False) -> Any:
+def load_model(source: Source, weight_dtype: str, memory_limit: str, disable_dynamic: bool = False) -> Any:
     """A ModelPatcher over comfy.model_base.Flux that holds our network.
 
     With memory_limit "auto" ComfyUI decides how much of it is on the device, otherwise no more than the limit
@@ -37,7 +37,8 @@ def load_model(path: Path, weight_dtype: str, memory_limit: str, disable_dynamic
 
     device = management.get_torch_device()
     limit = None if memory_limit == "auto" else limit_of(memory_limit, device)
-    network, config = _load_network(path, weight_dtype, limit, device)
+    checkpoint = Checkpoint.open(source)
+    network, config = _load_network(checkpoint, weight_dtype, limit, device)
     # ComfyUI reads the width of img_in, which a control LoRA changes
     dequantize_layers(network, network.dtype, "img_in")
     has_stored = keep_stored(network)
@@ -45,20 +46,20 @@ def load_model(path: Path, weight_dtype: str, memory_limit: str, disable_dynamic
     config.set_inference_dtype(network.dtype, None)
     model = config.get_model({})
     model.diffusion_model = ComfyNetwork(network)
-    if (factors := preview.from_metadata(read_metadata(path))) is not None:
+    if (factors := preview.from_metadata(checkpoint.metadata)) is not None:
         model.latent_format.latent_rgb_factors = factors.weight.tolist()
         model.latent_format.latent_rgb_factors_bias = factors.bias.tolist()
     management.archive_model_dtypes(model.diffusion_model)
     # ComfyUI's dynamic patcher, its usual one on a GPU, moves single parameters, which quantized layers lack
     kind = _patcher_kind(limit, disable_dynamic or has_stored)
     patcher = kind(model, device, management.unet_offload_device())
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype, memory_limit))
+    patcher.cached_patcher_init = (load_model, (checkpoint.path, weight_dtype, memory_limit))
     _follow_runs(patcher)
     return patcher
 
 
 def _load_network(
-    path: Path, weight_dtype: str, limit: int | None, device: torch.device
+    checkpoint: Checkpoint, weight_dtype: str, limit: int | None, device: torch.device
 ) -> tuple[FluxTransformer, Any]:
     """The network, quantized where the dtype says so, and ComfyUI's configuration of such a network."""
     import comfy.model_management as management
@@ -69,11 +70,11 @@ def _load_network(
     elif weight_dtype == "fp8":
         check_fp8(device)
     dtype = None if quantized else WEIGHT_DTYPES[weight_dtype]
-    network = load_transformer(path, dtype, on_progress=progress())
-    config = _config_for(network.spec)
-    known = config.supported_inference_dtypes
-    if dtype is None and (chosen := _dtype_for(network, known, device)) != network.dtype:
-        network = load_transformer(path, chosen, on_progress=progress())
+    config = _config_for(checkpoint.transformer_spec())
+    if dtype is None:
+        weights = checkpoint.weights(Part.TRANSFORMER)
+        dtype = _dtype_for(weights, config.supported_inference_dtypes, device)
+    network = load_transformer(checkpoint, dtype, on_progress=progress())
     if weight_dtype == "fp8":  # on the device, where it is fast, one weight at a time
         quantize_to_fp8(network, device, on_progress=progress(), then=management.unet_offload_device())
     elif weight_dtype == "int8":
@@ -137,11 +138,11 @@ def _config_for(spec: FluxSpec) -> Any:
     return next(kind for kind in known if kind.matches(config))(config)
 
 
-def _dtype_for(network: nn.Module, known: list[torch.dtype], device: torch.device) -> torch.dtype:
+def _dtype_for(weights: PartWeights, known: list[torch.dtype], device: torch.device) -> torch.dtype:
     """The dtype in which ComfyUI computes a network of this size and dtype on a device."""
     import comfy.model_management as management
 
-    dtype = management.unet_dtype(device, weight_count(network), known, network.dtype)
+    dtype = management.unet_dtype(device, weights.parameter_count, known, weights.dtype)
     return management.unet_manual_cast(dtype, device, known) or dtype
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from ..flux_core.model.spec import FLUX_SCHNELL
+from ..flux_core.weights import Checkpoint, ModelKind, Part, Source, kind_of
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
-from ..flux_core.weights.checkpoint import CLIP_PART, T5_PART, WeightFile, read_weights
-from ..flux_core.weights.kinds import CLIP, T5, T5_GGUF, Kind, expect, kind_of
+from ..flux_core.weights.kinds import expect
+from ..flux_core.weights.weight_file import WeightFile
 from .host_comfy_network import ComfyNetwork, PromptTokens, TextModule
 from .host_comfy_quant import follow, keep_stored
 from .run_report import in_percent
@@ -38,21 +39,16 @@ UNKNOWN_TO_COMFY = ("SCB", "bitsandbytes__nf4", "bitsandbytes__fp4")
 """Last parts of names that ComfyUI's loader does not support: int8 and 4-bit codes of bitsandbytes."""
 
 
-def load_text_encoders(clip_path: Path, t5_path: Path) -> Any:
+def load_text_encoders(clip: Source, t5: Source) -> Any:
     """A comfy.sd.CLIP around two files, folders or checkpoints (both may be one)."""
-    clip, t5 = read_weights(clip_path, CLIP_PART), read_weights(t5_path, T5_PART)
-    for file, kind in ((clip, CLIP), (t5, T5)):
-        _expect(file, kind)
-    own_tokenizers = all(file.paths[0].with_suffix(".tokenizer.json").is_file() for file in (clip, t5))
-    if own_tokenizers or not all(comfy_reads(file) for file in (clip, t5)):
-        return _with_our_encoders(clip_path, t5_path)
-    return _with_comfy_encoders(clip, t5)
-
-
-def _expect(file: WeightFile, kind: Kind) -> None:
-    """Raise ValueError unless the file holds an encoder of that kind."""
-    if not (kind is T5 and kind_of(file.tensors) == T5_GGUF.name):
-        expect(file.tensors, kind, file.name)
+    clip, t5 = Checkpoint.open(clip), Checkpoint.open(t5)
+    files = clip.part(Part.CLIP), t5.part(Part.T5)
+    for file, kind in zip(files, (ModelKind.CLIP, ModelKind.T5), strict=True):
+        expect(kind_of(file.tensors), kind, file.name)
+    own_tokenizers = all(file.paths[0].with_suffix(".tokenizer.json").is_file() for file in files)
+    if own_tokenizers or not all(comfy_reads(file) for file in files):
+        return _with_our_encoders(clip, t5)
+    return _with_comfy_encoders(*files)
 
 
 def comfy_reads(file: WeightFile) -> bool:
@@ -83,7 +79,7 @@ def _with_comfy_encoders(clip: WeightFile, t5: WeightFile) -> Any:
     )
 
 
-def _with_our_encoders(clip_path: Path, t5_path: Path) -> Any:
+def _with_our_encoders(clip_checkpoint: Checkpoint, t5_checkpoint: Checkpoint) -> Any:
     import comfy.model_management as management
     import comfy.sd
 
@@ -91,7 +87,7 @@ def _with_our_encoders(clip_path: Path, t5_path: Path) -> Any:
         if management.is_device_cpu(device):
             dtype = torch.float32
         encoders = core_load_text_encoders(
-            clip_path, t5_path, dtype, tokenizer_folders=_tokenizers(), on_progress=progress()
+            clip_checkpoint, t5_checkpoint, dtype, tokenizer_folders=_tokenizers(), on_progress=progress()
         )
         wrapped = TextModule(encoders, dtype, notice)
         wrapped.disable_offload = keep_stored(wrapped)  # ComfyUI then takes the plain patcher, as for a MODEL

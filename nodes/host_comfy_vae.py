@@ -5,13 +5,12 @@ ComfyUI is imported inside the functions, as in host_comfy_loading.py.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..flux_core.pipeline import LATENT_CHANNELS
-from ..flux_core.weights import load_autoencoder
+from ..flux_core.weights import Source, load_autoencoder
 from .host_comfy_network import VAEModule
 from .host_comfy_text import progress
 
@@ -33,13 +32,15 @@ SMALLEST = {
 """Sizes of the smallest autoencoder of FLUX.1's kind that ComfyUI can build."""
 
 
-def load_vae(path: Path) -> Any:
+def load_vae(source: Source) -> Any:
     """A comfy.sd.VAE around our autoencoder."""
     import comfy.model_management as management
     import comfy.model_patcher
 
     vae = _flux_vae()
-    module = vae.first_stage_model = VAEModule(load_autoencoder(path, vae.vae_dtype, on_progress=progress()))
+    module = vae.first_stage_model = VAEModule(
+        load_autoencoder(source, vae.vae_dtype, on_progress=progress())
+    )
     management.archive_model_dtypes(module)
     vae.patcher = comfy.model_patcher.CoreModelPatcher(module, vae.device, management.vae_offload_device())
     # where memory is low, the plain patcher would not load the convolutions, which are not ComfyUI's own

@@ -25,6 +25,7 @@ from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.sampling import preview
 from ..flux_core.sampling.solver import Report, Solver, Step
 from ..flux_core.sampling.step_cache import Caching, StepCache
+from ..flux_core.weights import Source
 from ..host import context
 from . import host_embedded_loading as loading
 from .host import Host
@@ -56,14 +57,14 @@ class EmbeddedHost(Host):
 
     # Loading
 
-    def load_model(self, path: Path, weight_dtype: str, memory_limit: str) -> EmbeddedModel:
-        return loading.load_model(path, weight_dtype, memory_limit, self.device)
+    def load_model(self, source: Source, weight_dtype: str, memory_limit: str) -> EmbeddedModel:
+        return loading.load_model(source, weight_dtype, memory_limit, self.device)
 
-    def load_text_encoders(self, clip_path: Path, t5_path: Path) -> TextEncoders:
-        return loading.load_text_encoders(clip_path, t5_path, self.device)
+    def load_text_encoders(self, clip: Source, t5: Source) -> TextEncoders:
+        return loading.load_text_encoders(clip, t5, self.device)
 
-    def load_vae(self, path: Path) -> AutoEncoder:
-        return loading.load_vae(path, self.device)
+    def load_vae(self, source: Source) -> AutoEncoder:
+        return loading.load_vae(source, self.device)
 
     # Changing a model: the one received stays as it was
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.sampling import preview
 from ..flux_core.sampling.step_cache import Caching
-from ..flux_core.weights import load_autoencoder, load_transformer, read_metadata
+from ..flux_core.weights import Checkpoint, Source, load_autoencoder, load_transformer
 from ..flux_core.weights import load_text_encoders as load_core_text_encoders
 from ..host import context
 from .host import WEIGHT_DTYPES
@@ -44,51 +43,52 @@ def progress() -> Callable[[int, int], None]:
     return in_percent(context.progress)
 
 
-def load_model(path: Path, weight_dtype: str, memory_limit: str, device: torch.device) -> EmbeddedModel:
+def load_model(source: Source, weight_dtype: str, memory_limit: str, device: torch.device) -> EmbeddedModel:
     """A MODEL from a FLUX.1 transformer's file, with at most `memory_limit` of its weights on the device.
 
     On a CPU, the weights of a model that fits are packed (flux_core/backends/cpu_pack.py).
     """
+    checkpoint = Checkpoint.open(source)
     if weight_dtype == "int8":
-        network = _load_int8(path, device, memory_limit)
+        network = _load_int8(checkpoint, device, memory_limit)
     elif weight_dtype == "fp8":
-        network = _load_fp8(path, device, memory_limit)
+        network = _load_fp8(checkpoint, device, memory_limit)
     else:
         dtype = WEIGHT_DTYPES[weight_dtype]
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
-        network = load_transformer(path, dtype, device, progress(), limit_of(memory_limit, device))
+        network = load_transformer(checkpoint, dtype, device, progress(), limit_of(memory_limit, device))
     if device.type == "cpu" and fits(network, device):  # otherwise its weights stay mapped from the file
         pack_weights(network, progress())
-    return EmbeddedModel(network, preview.from_metadata(read_metadata(path)))
+    return EmbeddedModel(network, preview.from_metadata(checkpoint.metadata))
 
 
-def _load_int8(path: Path, device: torch.device, memory_limit: str) -> FluxTransformer:
+def _load_int8(checkpoint: Checkpoint, device: torch.device, memory_limit: str) -> FluxTransformer:
     """A network quantized to int8. Raises ValueError where it cannot run or does not fit."""
     check_int8(device)
     dtype = torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
-    network = load_transformer(path, dtype, device, progress())
+    network = load_transformer(checkpoint, dtype, device, progress())
     quantize_to_int8(network, limit_of(memory_limit, device), progress())
     return network
 
 
-def _load_fp8(path: Path, device: torch.device, memory_limit: str) -> FluxTransformer:
+def _load_fp8(checkpoint: Checkpoint, device: torch.device, memory_limit: str) -> FluxTransformer:
     """A network quantized to fp8; on a GPU it is streamed if it does not fit."""
     limit, on_cpu = limit_of(memory_limit, device), device.type == "cpu"
     dtype = torch.float32 if on_cpu and not can_pack(device, torch.bfloat16) else torch.bfloat16
-    network = load_transformer(path, dtype, on_progress=progress())
+    network = load_transformer(checkpoint, dtype, on_progress=progress())
     is_resident = limit is None or fp8_bytes(network) <= limit
     quantize_to_fp8(network, device if is_resident else None, limit if on_cpu else None, progress())
     return network if on_cpu else stream(network, device, limit)
 
 
-def load_text_encoders(clip_path: Path, t5_path: Path, device: torch.device) -> TextEncoders:
+def load_text_encoders(clip: Source, t5: Source, device: torch.device) -> TextEncoders:
     """A CLIP from the files of both text encoders; what does not fit on the device runs on the CPU.
 
     A CPU without bf16 matmuls gets float32: a file's float16 takes three times as long there. Quantized
     layers stay quantized, so that no copy of all weights is made.
     """
-    load = partial(load_core_text_encoders, clip_path, t5_path)
+    load = partial(load_core_text_encoders, Checkpoint.open(clip), Checkpoint.open(t5))
     cpu_dtype = None if can_pack(torch.device("cpu"), torch.bfloat16) else torch.float32
     if device.type == "cpu":
         return load(cpu_dtype, on_progress=progress())
@@ -102,7 +102,7 @@ def load_text_encoders(clip_path: Path, t5_path: Path, device: torch.device) -> 
     return encoders
 
 
-def load_vae(path: Path, device: torch.device) -> AutoEncoder:
+def load_vae(source: Source, device: torch.device) -> AutoEncoder:
     """A VAE from an autoencoder's file, in float32 on a CPU."""
     dtype = torch.float32 if device.type == "cpu" else None
-    return load_autoencoder(path, dtype, device, progress())
+    return load_autoencoder(source, dtype, device, progress())

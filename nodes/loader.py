@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..flux_core.weights import describe
+from ..flux_core.weights import Checkpoint, Part
 from .host import MEMORY_LIMITS, WEIGHT_DTYPES, current_host
 from .model_files import prefer
 from .widgets import choice
@@ -67,8 +67,8 @@ class ModelLoader:
         return validated("diffusion_models", model_name=model_name)
 
     def run(self, model_name, weight_dtype, memory_limit="auto"):
-        path = current_host().model_path("diffusion_models", model_name)
-        return current_host().load_model(path, weight_dtype, memory_limit), describe(path)
+        checkpoint = Checkpoint.open(current_host().model_path("diffusion_models", model_name))
+        return current_host().load_model(checkpoint, weight_dtype, memory_limit), checkpoint.describe()
 
 
 class TextEncoderLoader:
@@ -111,9 +111,11 @@ class TextEncoderLoader:
         return validated("text_encoders", clip_name=clip_name, t5_name=t5_name)
 
     def run(self, clip_name, t5_name):
-        paths = [current_host().model_path("text_encoders", name) for name in (clip_name, t5_name)]
-        about = "\n".join(describe(path, part) for path, part in zip(paths, ("clip", "t5"), strict=True))
-        return current_host().load_text_encoders(*paths), about
+        clip, t5 = (
+            Checkpoint.open(current_host().model_path("text_encoders", name)) for name in (clip_name, t5_name)
+        )
+        about = f"{clip.describe(Part.CLIP)}\n{t5.describe(Part.T5)}"
+        return current_host().load_text_encoders(clip, t5), about
 
 
 class VAELoader:
@@ -139,8 +141,8 @@ class VAELoader:
         return validated("vae", vae_name=vae_name)
 
     def run(self, vae_name):
-        path = current_host().model_path("vae", vae_name)
-        return current_host().load_vae(path), describe(path, "vae")
+        checkpoint = Checkpoint.open(current_host().model_path("vae", vae_name))
+        return current_host().load_vae(checkpoint), checkpoint.describe(Part.VAE)
 
 
 class CheckpointLoader:
@@ -175,8 +177,9 @@ class CheckpointLoader:
         return validated("checkpoints", checkpoint_name=checkpoint_name)
 
     def run(self, checkpoint_name, weight_dtype, memory_limit="auto"):
-        path = current_host().model_path("checkpoints", checkpoint_name)
-        return (*current_host().load_checkpoint(path, weight_dtype, memory_limit), describe(path))
+        checkpoint = Checkpoint.open(current_host().model_path("checkpoints", checkpoint_name))
+        loaded = current_host().load_checkpoint(checkpoint, weight_dtype, memory_limit)
+        return (*loaded, checkpoint.describe())
 
 
 NODES = (ModelLoader, TextEncoderLoader, VAELoader, CheckpointLoader)

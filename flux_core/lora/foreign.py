@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..model.spec import FLUX_DEV, FluxSpec
-from ..weights import kind_of
+from ..weights import ModelKind, kind_of
 
 _BEGIN = r"(?:^|[._])"
 _SIGNS: tuple[tuple[str, str | None], ...] = (
@@ -94,8 +94,6 @@ def _by_width(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
 def what_it_is(tensors: Mapping[str, Tensor]) -> str:
     """What a file is of which nothing fits, as it reads after "is"."""
     kind = kind_of(tensors)
-    if kind in ("a LoRA", "of an unknown kind"):
-        return (
-            "a LoRA for a model that is not known here" if kind == "a LoRA" else "no LoRA that is known here"
-        )
-    return f"{kind}, no LoRA"
+    if kind is ModelKind.LORA:
+        return "a LoRA for a model that is not known here"
+    return "no LoRA that is known here" if kind is ModelKind.UNKNOWN else f"{kind.label}, no LoRA"

@@ -1,26 +1,31 @@
-"""Files in, modules out: a file is told by its content, stays mapped, and becomes a model's parameters.
+"""Checkpoint files in, modules out. The format is detected from a file's contents, not its name.
 
-  source.py       a file or folder of any format as one dictionary of tensors that are still where they were
-  files.py        a safetensors file as mapped tensors; what is wrong with a file, in one sentence
-  gguf_file.py    a GGUF file through the `gguf` package; gguf_header.py checks it first
-  quantised.py    codes, scales and descriptions put together: fp8, int8, NF4
-  diffusers.py    diffusers' names -> Black Forest Labs'
-  kinds.py        which model a file holds, told by its keys
-  loaders.py      file -> FluxTransformer, AutoEncoder; fill.py: without a random initialisation in between
-  text.py         two files -> TextEncoders, with what tokenizer.py finds and spiece.py builds
-  about.py        a line on what a file is
+  checkpoint.py        Checkpoint: a file or folder, opened once, with its parts, metadata and description
+  weight_file.py       one file of any format as mapped tensors; folders.py: shards in a folder
+  safetensors_file.py  safetensors, and what is wrong with any other file
+  gguf_file.py         GGUF through the `gguf` package; gguf_header.py validates it first
+  assemble.py          quantized weights from values, scales and descriptions: fp8, int8, NF4
+  diffusers.py         other names -> Black Forest Labs'; llama_cpp.py: llama.cpp's T5 -> transformers'
+  kinds.py             ModelKind: which model a file holds
+  loaders.py           file -> FluxTransformer, AutoEncoder; assign.py: without a random initialization
+  text.py              two files -> TextEncoders; tokenizer.py finds tokenizers, sentencepiece.py builds them
+  describe.py          one line on a file
 
-No numerics live here, and no pickle is ever opened.
+Weights stay in the mapped file as long as possible, and no pickle is ever opened.
 """
 
-from .checkpoint import read_metadata, read_weights
-from .describe import describe
-from .kinds import kind_of
+from .checkpoint import Checkpoint, Source, describe, read_metadata, read_weights
+from .kinds import ModelKind, kind_of
 from .loaders import load_autoencoder, load_transformer
 from .safetensors_file import read_state_dict
 from .text import load_text_encoders
+from .weight_file import Part
 
 __all__ = [
+    "Checkpoint",
+    "ModelKind",
+    "Part",
+    "Source",
     "describe",
     "kind_of",
     "load_autoencoder",

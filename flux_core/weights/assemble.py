@@ -1,14 +1,14 @@
-"""Tensors that belong together become one stored weight: codes, their scales, and what describes them.
+"""Builds quantized weights from the tensors that a file stores them in: values, scales and descriptions.
 
-What is read, by the names beside NAME.weight:
+Supported are, by the names beside NAME.weight:
 
-  fp8 scaled      NAME.scale_weight, and `scaled_fp8` once a file; or NAME.weight_scale, with
+  scaled fp8      NAME.scale_weight, and `scaled_fp8` once per file; or NAME.weight_scale, with
                   `_quantization_metadata` in the metadata or NAME.comfy_quant (ComfyUI, QUANTIZATION.md)
-  int8 scaled     the same, format int8_tensorwise
+  scaled int8     the same, format int8_tensorwise
   NF4, FP4        NAME.weight.absmax, .quant_map, .quant_state.bitsandbytes__nf4, nested or not
-  int8 by rows    NAME.SCB (bitsandbytes, LLM.int8)
+  LLM.int8        NAME.SCB, a scale for each row (bitsandbytes)
 
-The scales of activations (`scale_input`, `input_scale`) are for multiplying in fp8, which is not done here.
+The scales of activations (`scale_input`, `input_scale`) serve fp8 matmuls with static scales and are ignored.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ import torch
 from torch import Tensor
 
 from ..quant.formats import FourBitWeight, ScaledWeight
-from .checkpoint import Weight, WeightFile
+from .weight_file import Weight, WeightFile
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 INT8 = "int8_tensorwise"
 QUANT_STATE = ".quant_state."
-"""What stands between a 4-bit weight's name and its description's."""
+"""Separates a 4-bit weight's name from the kind in the name of its description."""
 
 SCALES = ("scale_weight", "weight_scale")
 UNUSED = ("scaled_fp8", "scale_input", "input_scale", "weight_format", "comfy_quant")
-"""Last parts of names that tell nothing more once the weights are put together."""
+"""Last parts of the names of tensors that are not needed once the weights are assembled."""
 
 ADVICE = "choose a bf16, fp8 or GGUF file"
 
 
 def assemble(file: WeightFile) -> dict[str, Weight]:
-    """The file's weights, each whole, by name; whatever is unknown stays under its own name.
+    """The file's weights by name, quantized ones as one `QuantizedWeight` each; other tensors are kept.
 
-    Raises ValueError for formats that are not read, by name, and for scales and descriptions that do not fit.
+    Raises ValueError for unsupported formats, by name, and for scales and descriptions that do not match.
     """
-    told = _formats(file)
+    formats = _formats(file)
     tensors = dict(file.tensors)
     states = {n.split(QUANT_STATE, 1)[0]: n for n in tensors if QUANT_STATE in n}
     for name in [name for name in tensors if name.endswith(".weight")]:
@@ -51,51 +51,54 @@ def assemble(file: WeightFile) -> dict[str, Weight]:
         if name in states:
             tensors[name] = _four_bit(tensors, name, weight, states[name], file.name)
         else:
-            tensors[name] = _whole(tensors, layer, weight, told.get(layer), file.name)
-    if any(isinstance(tensor, (ScaledWeight, FourBitWeight)) for tensor in tensors.values()) or told:
+            tensors[name] = _scaled(tensors, layer, weight, formats.get(layer), file.name)
+    if any(isinstance(tensor, (ScaledWeight, FourBitWeight)) for tensor in tensors.values()) or formats:
         tensors = {n: t for n, t in tensors.items() if n.rsplit(".", 1)[-1] not in UNUSED}
     return tensors
 
 
-def _whole(tensors: dict[str, Weight], layer: str, weight: Tensor, form: str | None, file: str) -> Weight:
-    """A layer's weight with what lies beside it, which is taken out of `tensors`."""
+def _scaled(tensors: dict[str, Weight], layer: str, weight: Tensor, format: str | None, file: str) -> Weight:
+    """A layer's weight with its scale, which is removed from `tensors`; without one, the weight itself."""
     if f"{layer}.SCB" in tensors and weight.dtype == torch.int8:
         scale = _float32(tensors.pop(f"{layer}.SCB"), layer, file) / 127
-        return ScaledWeight(weight, _fitting(scale, weight, layer, file))
-    if form in FLOAT8:
-        weight = weight.view(FLOAT8[form]) if weight.dtype == torch.uint8 else weight
-    elif form == INT8:
+        return ScaledWeight(weight, _checked_scale(scale, weight, layer, file))
+    if format in FLOAT8:
+        weight = weight.view(FLOAT8[format]) if weight.dtype == torch.uint8 else weight
+    elif format == INT8:
         if weight.dtype != torch.int8:
             raise ValueError(f"{file} is damaged: {layer} is {weight.dtype}, not int8; download it again")
-    elif form is not None:
-        raise ValueError(f"{file} is quantised as {form} ({layer}), which is not read here; {ADVICE}")
+    elif format is not None:
+        raise ValueError(f"{file} is quantized as {format} ({layer}), which is not supported; {ADVICE}")
     name = next((f"{layer}.{scale}" for scale in SCALES if f"{layer}.{scale}" in tensors), None)
     if name is None or weight.dtype not in (*FLOAT8.values(), torch.int8):
         return weight
-    return ScaledWeight(weight, _fitting(_float32(tensors.pop(name), layer, file), weight, layer, file))
+    return ScaledWeight(weight, _checked_scale(_float32(tensors.pop(name), layer, file), weight, layer, file))
 
 
 def _float32(scale: Weight, layer: str, file: str) -> Tensor:
     if not isinstance(scale, Tensor) or not scale.is_floating_point():
-        raise ValueError(f"{file} is damaged: the scale of {layer} is no number; download it again")
+        raise ValueError(
+            f"{file} is damaged: the quantization scale of {layer} is not a floating-point tensor; "
+            "download it again"
+        )
     return scale.float()
 
 
-def _fitting(scale: Tensor, weight: Tensor, layer: str, file: str) -> Tensor:
-    """A scale for all numbers [] or for each row [out, 1]."""
+def _checked_scale(scale: Tensor, weight: Tensor, layer: str, file: str) -> Tensor:
+    """One scale for the whole weight [] or one for each row [out, 1]."""
     if scale.numel() == 1:
         return scale.reshape(())
     if weight.ndim != 2 or scale.numel() != weight.shape[0]:
         raise ValueError(
-            f"{file} is damaged: {layer} has {scale.numel():,} scales for {[*weight.shape]} numbers; "
-            "download it again"
+            f"{file} is damaged: {layer} has {scale.numel():,} scales for a weight "
+            f"of shape {[*weight.shape]}; download it again"
         )
     return scale.reshape(-1, 1)
 
 
 def _formats(file: WeightFile) -> dict[str, str]:
     """The format of each layer that ComfyUI's metadata or its tensors `comfy_quant` describe."""
-    told: dict[str, Any] = {}
+    described: dict[str, Any] = {}
     if "_quantization_metadata" in file.metadata:
         layers = _json(file.metadata["_quantization_metadata"], "_quantization_metadata", file.name).get(
             "layers"
@@ -104,16 +107,18 @@ def _formats(file: WeightFile) -> dict[str, str]:
             raise ValueError(
                 f"{file.name} is damaged: its _quantization_metadata has no layers; download it again"
             )
-        told = {name.removeprefix(file.prefix): layer for name, layer in layers.items()}
+        described = {name.removeprefix(file.prefix): layer for name, layer in layers.items()}
     for name, tensor in file.tensors.items():
         if name.endswith(".comfy_quant") and isinstance(tensor, Tensor):
-            told[name.removesuffix(".comfy_quant")] = _json(_text(tensor), name, file.name)
+            described[name.removesuffix(".comfy_quant")] = _json(_text(tensor), name, file.name)
     formats: dict[str, str] = {}
-    for layer, about in told.items():
+    for layer, about in described.items():
         if f"{layer}.weight" not in file.tensors:
             continue
         if not isinstance(about, Mapping) or not isinstance(about.get("format"), str):
-            raise ValueError(f"{file.name} is damaged: the format of {layer} is not told; download it again")
+            raise ValueError(
+                f"{file.name} is damaged: it does not state the format of {layer}; download it again"
+            )
         params = about.get("params")
         rotated = about.get("convrot") or (isinstance(params, Mapping) and params.get("convrot"))
         formats[layer] = f"{about['format']} (rotated)" if rotated else about["format"]
@@ -131,15 +136,15 @@ def _json(text: str, what: str, file: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} is damaged: its {what} is no JSON object; download it again")
+        raise ValueError(f"{file} is damaged: its {what} is not a JSON object; download it again")
     return value
 
 
 def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str, file: str) -> FourBitWeight:
-    """bitsandbytes' 4-bit weight (bitsandbytes/functional.py, QuantState.from_dict: the names)."""
+    """A 4-bit weight of bitsandbytes (bitsandbytes/functional.py, QuantState.from_dict)."""
     kind = state.rsplit("__", 1)[-1]
-    described = tensors.pop(state)
-    about = _json(_text(described) if isinstance(described, Tensor) else "", state, file)
+    description = tensors.pop(state)
+    about = _json(_text(description) if isinstance(description, Tensor) else "", state, file)
     parts = {
         key: tensors.pop(f"{name}.{key}", None)
         for key in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -163,14 +168,14 @@ def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str,
         _check_four_bit(weight)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{file} is damaged: what describes {name} ({kind}) does not fit it; download it again"
+            f"{file} is damaged: the {kind} description of {name} does not match it; download it again"
         ) from error
     return weight
 
 
 def _check_four_bit(weight: FourBitWeight) -> None:
-    """Raise ValueError unless codes, scales and levels are as many as the shape needs."""
-    count, block = prod(weight.size), weight.block  # torch's own count of numbers may overflow
+    """Raise ValueError unless there are as many codes, scales and levels as the shape needs."""
+    count, block = prod(weight.size), weight.block  # torch's own numel may overflow
     fits = (
         min(weight.size, default=0) > 0
         and block > 0

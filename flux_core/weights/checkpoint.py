@@ -1,160 +1,166 @@
-"""A model's file or folder, of whatever format, as one dictionary of tensors that are still where they were.
-
-What a file is, is told by its content. A folder is diffusers' or transformers' layout: one file, or several
-with an index; or a whole pipeline, of which the part that is asked for is taken.
-"""
+"""A model file or folder that is opened once, for its header, metadata, description and tensors."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
-from ..quant.formats import QuantizedWeight
-from .gguf_file import is_gguf, read_gguf
-from .safetensors_file import TRANSFORMER_PREFIXES, checked, read_state_dict, safetensors_metadata
+from ..model.spec import FluxSpec
+from .assemble import assemble
+from .assign import choose_dtype
+from .describe import description
+from .diffusers import autoencoder_names, transformer_names
+from .folders import weight_files
+from .kinds import ModelKind, expect, kind_of
+from .llama_cpp import t5_names
+from .shape_errors import blame_file
+from .weight_file import Part, Weight, WeightFile, merge, open_file
 
-Weight = Tensor | QuantizedWeight
-"""A tensor as a file has it."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a pipeline: its name in sentences, prefixes in all-in-one files, folders in diffusers."""
-
-    name: str
-    prefixes: tuple[str, ...]
-    folders: tuple[str, ...]
-
-
-TRANSFORMER_PART = Part("transformer", TRANSFORMER_PREFIXES, ("transformer",))
-VAE_PART = Part("VAE", ("vae.", "first_stage_model."), ("vae",))
-CLIP_PART = Part("CLIP text encoder", ("text_encoders.clip_l.transformer.",), ("text_encoder",))
-T5_PART = Part("T5 text encoder", ("text_encoders.t5xxl.transformer.",), ("text_encoder_2",))
-ANY_PART = Part("model", (), ("transformer",))
+MAX_BLOCKS = 1000
 
 
 @dataclass(frozen=True)
-class WeightFile:
-    """What a file or folder holds: tensors by name, without `prefix`, and the metadata as text.
+class PartWeights:
+    """The weights of one part: quantized ones assembled, names as this code spells them.
 
-    `format` is "safetensors" or "GGUF", `size` the bytes on the disk of all `paths`.
+    Those are BFL's for the transformer and the VAE, transformers' for the text encoders. `kind` is what was
+    detected, with the file's own spelling.
     """
 
-    paths: tuple[Path, ...]
-    format: str
-    size: int
+    file: WeightFile
+    kind: ModelKind
     tensors: dict[str, Weight]
-    metadata: dict[str, str]
-    prefix: str = ""
 
     @property
     def name(self) -> str:
-        """How sentences call it."""
-        first = self.paths[0]
-        return first.name if len(self.paths) == 1 else f"{first.parent.name}/{first.name}"
+        """The file's name in sentences."""
+        return self.file.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters, quantized ones included."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that a loader computes in when none is asked for. Raises ValueError as `choose_dtype`."""
+        return choose_dtype(self.tensors, self.name)
 
 
-def read_weights(path: str | Path, part: Part = ANY_PART) -> WeightFile:
-    """The tensors of a safetensors or GGUF file or of a folder; mapped, not read.
+class Checkpoint:
+    """A model file or a folder in diffusers' layout, each of whose files is opened at most once.
 
-    Where names start with one of the part's prefixes, only these are given, and without it. Raises
-    FileNotFoundError for what is not there, and ValueError for a pickle, a file that is empty, cut short,
-    damaged or of another format, and a folder without weights.
+    Headers are read when a part is first asked for; tensors stay mapped, and their values are read when used.
+    Loaders take a Checkpoint in place of a path:
+
+    >>> checkpoint = Checkpoint.open("flux1-dev.safetensors")  # doctest: +SKIP
+    >>> checkpoint.describe()  # doctest: +SKIP
+    'FLUX.1 [dev], bf16, 23.80 GB, 11.90 billion parameters'
+    >>> model = load_transformer(checkpoint)  # doctest: +SKIP
     """
-    path = Path(path)
-    if path.is_dir():
-        return _merged(files_of(path, part), part)
-    return _read_one(path, part.prefixes)
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files: dict[Path, WeightFile] = {}
+        self._weights: dict[Part, PartWeights] = {}
+
+    @classmethod
+    def open(cls, source: str | Path | Checkpoint) -> Checkpoint:
+        """The checkpoint at a path; a Checkpoint is returned unchanged.
+
+        Raises what `open_file` raises; for a folder, `part` does.
+        """
+        if isinstance(source, Checkpoint):
+            return source
+        checkpoint = cls(source)
+        if not checkpoint.path.is_dir():
+            checkpoint._file(checkpoint.path)
+        return checkpoint
+
+    def _file(self, path: Path) -> WeightFile:
+        if path not in self._files:
+            self._files[path] = open_file(path)
+        return self._files[path]
+
+    def part(self, part: Part = Part.MODEL) -> WeightFile:
+        """A part's tensors as stored, under the file's own names without its prefix.
+
+        Raises what `open_file` raises, and ValueError for a folder without the part's weights, with a broken
+        index or with shards that repeat a tensor.
+        """
+        if not self.path.is_dir():
+            return self._file(self.path).part(part)
+        paths = weight_files(self.path, part.folders, part.label)
+        return merge([self._file(path).part(part) for path in paths])
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the file, or of the folder's transformer, as text."""
+        return self.part().metadata
+
+    def weights(self, part: Part) -> PartWeights:
+        """A part's weights, ready to be assigned to a module. Raises ValueError for unsupported formats."""
+        if part not in self._weights:
+            file = self.part(part)
+            tensors = assemble(file)
+            kind = kind_of(tensors)
+            self._weights[part] = PartWeights(file, kind, _with_our_names(tensors, kind, file.name))
+        return self._weights[part]
+
+    def transformer_spec(self) -> FluxSpec:
+        """The sizes of the transformer, read from the shapes. Raises ValueError for another kind of model."""
+        weights = self.weights(Part.TRANSFORMER)
+        expect(weights.kind, ModelKind.TRANSFORMER, weights.name)
+        with blame_file(weights.name, ModelKind.TRANSFORMER, weights.tensors):
+            spec = FluxSpec.from_state_dict(weights.tensors)
+            blocks = spec.depth + spec.depth_single
+            if blocks > MAX_BLOCKS:  # building them would take minutes
+                raise ValueError(f"it has {blocks:,} blocks, FLUX.1 has 57; download it again")
+        return spec
+
+    def describe(self, part: Part = Part.TRANSFORMER) -> str:
+        """A line on a part: "FLUX.1 [dev], GGUF Q4_K, 6.81 GB, 11.90 billion parameters".
+
+        The size is that of the files. Only headers are read. Raises as `weights`.
+        """
+        weights = self.weights(part)
+        return description(weights.file, weights.kind, weights.tensors)
+
+
+Source = str | Path | Checkpoint
+"""What a loader loads: a path, or a checkpoint that is already open."""
+
+
+def _with_our_names(tensors: dict[str, Weight], kind: ModelKind, file: str) -> dict[str, Weight]:
+    """The tensors under BFL's or transformers' names; other kinds of model keep theirs."""
+    match kind:
+        case ModelKind.TRANSFORMER | ModelKind.DIFFUSERS_TRANSFORMER:
+            return transformer_names(tensors, file)
+        case ModelKind.DIFFUSERS_VAE:
+            return autoencoder_names(tensors)
+        case ModelKind.LLAMA_CPP_T5:
+            return t5_names(tensors)
+    return tensors
+
+
+def read_weights(path: str | Path, part: Part = Part.MODEL) -> WeightFile:
+    """A part's tensors as stored in a file or folder; see `Checkpoint.part`."""
+    return Checkpoint.open(path).part(part)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a file or folder as text, empty when it has none. Raises as `read_weights`."""
-    return read_weights(path).metadata
+    """The metadata of a file or folder as text, empty when it has none. Raises as `Checkpoint.part`."""
+    return Checkpoint.open(path).metadata
 
 
-def _read_one(path: Path, prefixes: tuple[str, ...]) -> WeightFile:
-    path = checked(path)
-    size = path.stat().st_size
-    if is_gguf(path):
-        tensors, metadata = read_gguf(path)
-        kind = "GGUF"
-    else:
-        tensors, metadata, kind = (
-            dict[str, Weight](read_state_dict(path, ())),
-            safetensors_metadata(path),
-            "safetensors",
-        )
-    prefix = next((p for p in prefixes if any(name.startswith(p) for name in tensors)), "")
-    ours = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return WeightFile((path,), kind, size, ours, metadata, prefix)
-
-
-def _merged(paths: list[Path], part: Part) -> WeightFile:
-    """The shards of one model as one file. Raises ValueError when two have a tensor of one name."""
-    whole = _read_one(paths[0], part.prefixes)
-    for path in paths[1:]:
-        shard = _read_one(path, part.prefixes)
-        twice = next((name for name in shard.tensors if name in whole.tensors), None)
-        if twice is not None:
-            raise ValueError(f"{path.name} holds {twice} again; remove the file that does not belong there")
-        whole = replace(
-            whole,
-            paths=(*whole.paths, path),
-            size=whole.size + shard.size,
-            tensors={**whole.tensors, **shard.tensors},
-            metadata={**shard.metadata, **whole.metadata},
-        )
-    return whole
-
-
-def files_of(folder: Path, part: Part) -> list[Path]:
-    """The weight files of a part in diffusers' or transformers' folder, a pipeline's or the part's own.
-
-    Raises ValueError for a folder without any, and for an index that is broken or names files elsewhere;
-    FileNotFoundError for a shard that is missing.
-    """
-    inner = next((folder / name for name in part.folders if (folder / name).is_dir()), None)
-    if inner is not None:
-        folder = inner
-    indices = sorted(folder.glob("*.safetensors.index.json"), key=_plainest)
-    if indices:
-        return _shards(indices[0])
-    found = sorted((p for p in folder.glob("*.safetensors") if p.is_file()), key=_plainest)
-    if not found:
-        raise ValueError(
-            f"{folder} holds no .safetensors file of a {part.name}; choose a model's file, or its folder as "
-            "diffusers has it"
-        )
-    return found[:1]
-
-
-def _plainest(path: Path) -> tuple[int, str]:
-    """Sorts a name without a variant (fp16, ...) before those with one."""
-    return path.name.count("."), path.name
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index lists, all beside it."""
-    names: Iterable[str]
-    try:
-        if index.stat().st_size > 1 << 24:
-            raise ValueError("more than 16 MB")
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"it names {name!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index.name} is not an index of shards ({error}); download it again") from error
-    paths = [index.parent / name for name in names]
-    missing = next((path for path in paths if not path.is_file()), None)
-    if missing is not None:
-        raise FileNotFoundError(
-            f"{missing.name}, which {index.name} lists, does not exist; download the whole folder again"
-        )
-    if not paths:
-        raise ValueError(f"{index.name} is not an index of shards (it lists none); download it again")
-    return paths
+def describe(source: Source, part: Part | str = Part.TRANSFORMER) -> str:
+    """A line on the model in a file or folder; see `Checkpoint.describe`."""
+    return Checkpoint.open(source).describe(Part(part))

@@ -1,4 +1,4 @@
-"""A GGUF file as tensors: through the `gguf` package's reader, once its header has been checked."""
+"""A GGUF file as tensors, read by the `gguf` package once its header has been validated."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types that torch has itself."""
+"""GGUF types that torch has as dtypes."""
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF does."""
+    """Whether a file begins with GGUF's magic bytes."""
     with path.open("rb") as file:
         return file.read(4) == MAGIC
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Tensor | QuantizedWeight], dict[str, str]]:
-    """Tensors by name, and the file's single values as text.
+def read_gguf(path: Path) -> tuple[dict[str, Tensor | QuantizedWeight], dict[str, str], GGUFReader]:
+    """Tensors by name, the file's single values as text, and the open reader.
 
-    Numbers that torch knows are tensors, packed ones are `GGUFWeight`; the memory of both is the mapped file.
-    Raises ValueError for a file that is cut short, damaged, or of types that are not read.
+    Types that torch has are tensors, packed ones `GGUFWeight`; the memory of both is the mapped file. Raises
+    ValueError for a file that is cut short, damaged, or of unsupported types.
     """
     reader = open_gguf(path)
     tensors: dict[str, Tensor | QuantizedWeight] = {}
@@ -37,7 +37,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor | QuantizedWeight], dict[str
         kind, data = tensor.tensor_type.name, torch.from_numpy(tensor.data)
         tensors[tensor.name] = data.view(FLOATS[kind]) if kind in FLOATS else GGUFWeight(data, kind)
     values = {key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1}
-    return tensors, {key: str(value) for key, value in values.items()}
+    return tensors, {key: str(value) for key, value in values.items()}, reader
 
 
 def gguf_value(reader: GGUFReader, key: str) -> Any:
@@ -47,7 +47,7 @@ def gguf_value(reader: GGUFReader, key: str) -> Any:
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """The package's reader, over pages that are private to us: what is written to them stays off the disk."""
+    """The package's reader over a private mapping: writing to its tensors does not change the file."""
     try:
         from gguf import GGUFReader  # here, because ComfyUI imports the pack at its start
     except ModuleNotFoundError as error:

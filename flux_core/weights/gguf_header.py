@@ -1,8 +1,8 @@
-"""A walk over a GGUF file's header, before anything else reads it: a few bytes at a time, nothing kept.
+"""Validates a GGUF file's header before anything else reads it, without storing its values.
 
 The format is ggml's (docs/gguf.md in ggml-org/ggml): magic, version, two counts, keys with typed values,
-tensors by name, shape, type and offset; then, from the next multiple of the alignment, the numbers. Every
-count, length and offset is held against the file's size here, so that a reader can trust them afterwards.
+tensors by name, shape, type and offset; then, from the next multiple of the alignment, their data. Every
+count, length and offset is checked against the file's size, so that a reader can trust them afterwards.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from ..quant.gguf import BLOCK_TYPES
 
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a value by its type's number."""
+"""Bytes of a value by the code of its type."""
 
 STRING, ARRAY, UINT32 = 8, 9, 4
 MAX_ENTRIES = 100_000
-"""Keys, and tensors, that a header may count: ten times as many as the largest models have."""
+"""Limit on the keys and on the tensors of a header: ten times as many as the largest models have."""
 
 MAX_VALUES = 4_000_000
-"""Values that all arrays of a header may hold together: eight large vocabularies."""
+"""Limit on the values in all arrays of a header together: eight large vocabularies."""
 
 MAX_DIMS = 4
 
@@ -38,32 +38,32 @@ class Extent:
 
 
 class _Damage(Exception):
-    """What is wrong with a header, as it reads in brackets."""
+    """A defect of the header; its text goes into the error's parentheses."""
 
 
 class _Cut(Exception):
-    """The header goes on behind the end of the file."""
+    """The header extends beyond the end of the file."""
 
 
 class _Cursor:
-    """A place in the mapped file that moves on with what is read."""
+    """A position in the mapped file, advanced by each read."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
     def skip(self, count: int) -> int:
-        """Where it stood; raises `_Cut` when there are not so many bytes."""
+        """Advance by `count` bytes and return the start; raises `_Cut` beyond the end."""
         start = self.at
         if count > len(self.data) - start:
             raise _Cut
         self.at = start + count
         return start
 
-    def number(self, form: str) -> int:
-        return struct.unpack_from(form, self.data, self.skip(struct.calcsize(form)))[0]
+    def integer(self, layout: str) -> int:
+        return struct.unpack_from(layout, self.data, self.skip(struct.calcsize(layout)))[0]
 
     def text(self) -> str:
-        length = self.number("<Q")
+        length = self.integer("<Q")
         start = self.skip(length)
         try:
             return self.data[start : self.at].decode("utf-8")
@@ -81,32 +81,30 @@ def check_gguf(path: Path) -> list[Extent]:
         try:
             extents = _walk(_Cursor(data), size)
         except _Cut as error:
-            says = (
-                f"{path.name} is cut short: its header goes on behind its {size:,} bytes; download it again"
+            message = (
+                f"{path.name} is cut short: its header extends beyond its {size:,} bytes; download it again"
             )
-            raise ValueError(says) from error
+            raise ValueError(message) from error
         except _Damage as error:
             raise ValueError(f"the header of {path.name} is damaged ({error}); download it again") from error
-        except _Foreign as error:
+        except _Unsupported as error:
             raise ValueError(f"{path.name} {error}") from error
     needed = max((extent.stop for extent in extents), default=0)
     if needed > size:
-        raise ValueError(
-            f"{path.name} is cut short: {size:,} of {needed:,} bytes are there; download it again"
-        )
+        raise ValueError(f"{path.name} is cut short: it has {size:,} of {needed:,} bytes; download it again")
     return extents
 
 
-class _Foreign(Exception):
-    """A sound file that is not read here: the rest of the sentence."""
+class _Unsupported(Exception):
+    """A valid file that is not supported; its text completes the sentence."""
 
 
 def _walk(cursor: _Cursor, size: int) -> list[Extent]:
     cursor.skip(4)
-    version = cursor.number("<I")
+    version = cursor.integer("<I")
     if version not in (2, 3):
-        raise _Foreign(f"is GGUF of version {version}, 2 and 3 are read; choose a newer file")
-    tensors, keys = cursor.number("<Q"), cursor.number("<Q")
+        raise _Unsupported(f"is GGUF version {version}, only 2 and 3 are supported; choose a newer file")
+    tensors, keys = cursor.integer("<Q"), cursor.integer("<Q")
     for what, count in (("tensors", tensors), ("keys", keys)):
         if count > MAX_ENTRIES:
             raise _Damage(f"it counts {count:,} {what}")
@@ -117,18 +115,18 @@ def _walk(cursor: _Cursor, size: int) -> list[Extent]:
 
 
 def _alignment(cursor: _Cursor, keys: int) -> int:
-    """The alignment that the keys give, 32 unless told; the cursor walks past them."""
+    """The alignment, 32 unless a key gives it; moves the cursor past the keys."""
     alignment, values, seen = 32, 0, set()
     for _ in range(keys):
         key = cursor.text()
         if key in seen:
-            raise _Damage(f"the key {key[:80]} is there twice")
+            raise _Damage(f"the key {key[:80]} appears twice")
         seen.add(key)
-        kind = cursor.number("<I")
+        kind = cursor.integer("<I")
         if key == "general.alignment":
             if kind != UINT32:
-                raise _Damage("its alignment is no number")
-            alignment = cursor.number("<I")
+                raise _Damage("its alignment is not an integer")
+            alignment = cursor.integer("<I")
             if alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
                 raise _Damage(f"its alignment is {alignment:,}")
         else:
@@ -137,13 +135,13 @@ def _alignment(cursor: _Cursor, keys: int) -> int:
 
 
 def _skip_value(cursor: _Cursor, kind: int, allowed: int) -> int:
-    """Walk past a value; the number of values in an array, which must not be above `allowed`."""
+    """Move past a value; returns the length of an array, which must be at most `allowed`."""
     if kind in SCALARS:
         cursor.skip(SCALARS[kind])
     elif kind == STRING:
         cursor.text()
     elif kind == ARRAY:
-        inner, count = cursor.number("<I"), cursor.number("<Q")
+        inner, count = cursor.integer("<I"), cursor.integer("<Q")
         if count > allowed:
             raise _Damage(f"it holds an array of {count:,} values")
         if inner in SCALARS:
@@ -160,41 +158,42 @@ def _skip_value(cursor: _Cursor, kind: int, allowed: int) -> int:
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, int, int]:
-    """Name, bytes and offset of a tensor's numbers."""
+    """A tensor's name, size in bytes and offset."""
     from gguf import GGMLQuantizationType
 
     name = cursor.text()
-    dims = cursor.number("<I")
+    dims = cursor.integer("<I")
     if not 1 <= dims <= MAX_DIMS:
         raise _Damage(f"{name[:80]} has {dims:,} dimensions")
-    shape = [cursor.number("<Q") for _ in range(dims)]
-    number, offset = cursor.number("<I"), cursor.number("<Q")
+    shape = [cursor.integer("<Q") for _ in range(dims)]
+    code, offset = cursor.integer("<I"), cursor.integer("<Q")
     try:
-        kind = GGMLQuantizationType(number).name
+        kind = GGMLQuantizationType(code).name
     except ValueError:
-        kind = f"number {number}"
+        kind = f"code {code}"
     if kind not in BLOCK_TYPES:
-        raise _Foreign(
-            f"holds {name[:80]} as type {kind}, which is not read; choose one of {', '.join(BLOCK_TYPES)}"
+        raise _Unsupported(
+            f"holds {name[:80]} as type {kind}, which is not supported; "
+            f"choose one of {', '.join(BLOCK_TYPES)}"
         )
     block = BLOCK_TYPES[kind]
     count = prod(shape)
     if not count or count >= 1 << 62 or shape[0] % block.size:
-        raise _Damage(f"{name[:80]} is {shape[::-1]}, which {kind} cannot be")
+        raise _Damage(f"{name[:80]} has shape {shape[::-1]}, which is impossible for {kind}")
     return name, count // block.size * block.bytes, offset
 
 
 def _placed(described: list[tuple[str, int, int]], start: int, alignment: int, size: int) -> list[Extent]:
-    """Extents behind `start`, none twice, none over another."""
+    """The tensors' extents after `start`, without repetition or overlap."""
     extents = []
     for name, count, offset in described:
         if offset % alignment:
-            raise _Damage(f"{name[:80]} does not lie at a multiple of {alignment}")
+            raise _Damage(f"{name[:80]} is not at a multiple of {alignment}")
         extents.append(Extent(name, start + offset, start + offset + count))
     if len({extent.name for extent in extents}) < len(extents):
-        raise _Damage("a tensor is there twice")
+        raise _Damage("a tensor name appears twice")
     in_order = sorted(extents, key=lambda extent: extent.start)
     for one, other in zip(in_order, in_order[1:], strict=False):
         if other.start < one.stop:
-            raise _Damage(f"{other.name[:80]} lies over {one.name[:80]}")
+            raise _Damage(f"{other.name[:80]} overlaps {one.name[:80]}")
     return extents

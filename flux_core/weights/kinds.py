@@ -1,93 +1,135 @@
-"""Which model a file holds, told by its keys, so that a wrong file is refused by its right name."""
+"""Which model a file holds, detected from its tensor names, so that an error can name a wrong file's kind."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from ..model.spec import Shaped
-
-PREFIX = re.compile(r"(model\.diffusion_model|diffusion_model|first_stage_model|vae)\.")
-"""What may stand before the names in all-in-one checkpoints, and does not count."""
+from collections.abc import Iterable
+from enum import Enum
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of model file: its name, as it reads after "is", and a pattern that starts one of its keys."""
+class ModelKind(Enum):
+    """A kind of model file; the value is its name in a sentence, with its article."""
 
-    name: str
-    pattern: str
+    LORA = "a LoRA"
+    IP_ADAPTER = "an IP-Adapter"
+    REDUX = "a FLUX.1 Redux adapter"
+    PULID = "a PuLID adapter"
+    CONTROLNET = "a ControlNet"
+    TEXTUAL_INVERSION = "a textual inversion"
+    CHROMA = "a Chroma transformer"
+    FLUX_2 = "a FLUX.2 transformer"
+    HUNYUAN_VIDEO = "a HunyuanVideo transformer"
+    TRANSFORMER = "a FLUX.1 transformer"
+    DIFFUSERS_TRANSFORMER = "a FLUX.1 transformer with diffusers' names"
+    SD3 = "an SD3 transformer"
+    QWEN_IMAGE = "a Qwen-Image transformer"
+    WAN = "a Wan transformer"
+    LUMINA = "a Lumina or Z-Image transformer"
+    HIDREAM = "a HiDream transformer"
+    AURAFLOW = "an AuraFlow transformer"
+    LTX_VIDEO = "an LTX-Video transformer"
+    PIXART = "a PixArt transformer"
+    SDXL = "an SDXL UNet"
+    SD1 = "an SD1.5 or SD2 UNet"
+    T5 = "a T5 text encoder"
+    LLAMA_CPP_T5 = "a T5 text encoder with llama.cpp's names"
+    VAE = "a VAE"
+    DIFFUSERS_VAE = "a VAE with diffusers' names"
+    CLIP = "a CLIP text encoder"
+    CLIP_VISION = "a CLIP vision model"
+    OPEN_CLIP = "an OpenCLIP text encoder"
+    LANGUAGE_MODEL = "a language model"
+    UPSCALER = "an upscaler"
+    UNKNOWN = "a model of unknown kind"
+
+    @property
+    def label(self) -> str:
+        """The kind's name in a sentence: "a VAE"."""
+        return self.value
+
+    @property
+    def model(self) -> ModelKind:
+        """The same model, whatever its file's spelling of the names: VAE for DIFFUSERS_VAE."""
+        return _SPELLINGS.get(self, self)
 
 
-TRANSFORMER = Kind("a FLUX.1 transformer", r"double_blocks\.\d+\.img_attn\.")
-AUTOENCODER = Kind("a VAE", r"(encoder\.down|decoder\.up)\.0\.block\.0\.conv1\.weight")
-T5 = Kind("a T5 text encoder", r"encoder\.block\.0\.layer\.0\.SelfAttention\.")
-T5_GGUF = Kind("a T5 text encoder with llama.cpp's names", r"enc\.blk\.\d+\.attn_")
-CLIP = Kind("a CLIP text encoder", r"(text_model\.)?embeddings\.token_embedding\.")
-DIFFUSERS_TRANSFORMER = Kind(
-    "a FLUX.1 transformer with diffusers' names", r"single_transformer_blocks\.\d+\."
+_SPELLINGS = {
+    ModelKind.DIFFUSERS_TRANSFORMER: ModelKind.TRANSFORMER,
+    ModelKind.DIFFUSERS_VAE: ModelKind.VAE,
+    ModelKind.LLAMA_CPP_T5: ModelKind.T5,
+}
+
+_PREFIX = re.compile(r"(model\.diffusion_model|diffusion_model|first_stage_model|vae)\.")
+"""Prefixes of all-in-one checkpoints, which the patterns leave out."""
+
+_LORA_ENDINGS = (
+    r"\.lora_[AB]\.|\.lora_(up|down)\.|_lora\d?\.(up|down)|\.lokr_w|\.hada_w|\.oft_|"
+    r"\.dora_scale$|\.diff(_b)?$"
 )
-DIFFUSERS_VAE = Kind("a VAE with diffusers' names", r"(encoder\.down|decoder\.up)_blocks\.\d+\.")
-
-# The first match decides: add-ons before the models whose names they repeat, relatives before FLUX.1 itself.
-KINDS: tuple[Kind, ...] = (
-    Kind("a LoRA", r"lora_(unet|te|te1|te2|transformer)_|lycoris_"),
-    Kind(
-        "a LoRA",
-        r".*(\.lora_[AB]\.|\.lora_(up|down)\.|_lora\d?\.(up|down)|\.lokr_w|\.hada_w|\.oft_|\.dora_scale$|\.diff(_b)?$)",
+_PATTERNS = (
+    (ModelKind.LORA, r"lora_(unet|te|te1|te2|transformer)_|lycoris_"),
+    (ModelKind.LORA, rf".*({_LORA_ENDINGS})"),
+    (
+        ModelKind.IP_ADAPTER,
+        r"ip_adapter(_proj_model)?\.|image_proj\.|double_blocks\.\d+\.processor\.ip_adapter",
     ),
-    Kind(
-        "an IP-Adapter", r"ip_adapter(_proj_model)?\.|image_proj\.|double_blocks\.\d+\.processor\.ip_adapter"
+    (ModelKind.REDUX, r"redux_(up|down)\."),
+    (ModelKind.PULID, r"pulid_(ca|encoder)\."),
+    (ModelKind.CONTROLNET, r"control_model\.|controlnet_|input_hint_block\."),
+    (ModelKind.TEXTUAL_INVERSION, r"emb_params$|string_to_param|clip_l$|t5xxl$"),
+    (ModelKind.CHROMA, r"distilled_guidance_layer\."),
+    (ModelKind.FLUX_2, r"double_stream_modulation_img\."),
+    (ModelKind.HUNYUAN_VIDEO, r"txt_in\.individual_token_refiner\."),
+    (ModelKind.TRANSFORMER, r"double_blocks\.\d+\.img_attn\."),
+    (ModelKind.DIFFUSERS_TRANSFORMER, r"single_transformer_blocks\.\d+\."),
+    (ModelKind.SD3, r"joint_blocks\.\d+\.|transformer_blocks\.\d+\.norm1_context\.linear\."),
+    (ModelKind.QWEN_IMAGE, r"transformer_blocks\.\d+\.img_mod\."),
+    (ModelKind.WAN, r"blocks\.\d+\.cross_attn\.norm_q\."),
+    (ModelKind.LUMINA, r"noise_refiner\.\d+\."),
+    (ModelKind.HIDREAM, r"double_stream_blocks\.\d+\.block\."),
+    (ModelKind.AURAFLOW, r"double_layers\.\d+\."),
+    (ModelKind.LTX_VIDEO, r"transformer_blocks\.\d+\.scale_shift_table$|patchify_proj\."),
+    (ModelKind.PIXART, r"t_block\.1\.|adaln_single\."),
+    (ModelKind.SDXL, r"label_emb\.0\.0\.|add_embedding\.linear_1\."),
+    (ModelKind.SD1, r"input_blocks\.1\.0\.in_layers\.|down_blocks\.0\.resnets\.0\."),
+    (ModelKind.T5, r"encoder\.block\.0\.layer\.0\.SelfAttention\."),
+    (ModelKind.LLAMA_CPP_T5, r"enc\.blk\.\d+\.attn_"),
+    (ModelKind.VAE, r"(encoder\.down|decoder\.up)\.0\.block\.0\.conv1\.weight"),
+    (ModelKind.DIFFUSERS_VAE, r"(encoder\.down|decoder\.up)_blocks\.\d+\."),
+    (ModelKind.CLIP, r"(text_model\.)?embeddings\.token_embedding\."),
+    (ModelKind.CLIP_VISION, r"vision_model\.|visual\."),
+    (ModelKind.OPEN_CLIP, r"(transformer\.)?resblocks\.0\."),
+    (
+        ModelKind.LANGUAGE_MODEL,
+        r"blk\.\d+\.attn_|model\.layers\.\d+\.self_attn\.|model\.embed_tokens\.",
     ),
-    Kind("a FLUX.1 Redux adapter", r"redux_(up|down)\."),
-    Kind("a PuLID adapter", r"pulid_(ca|encoder)\."),
-    Kind("a ControlNet", r"control_model\.|controlnet_|input_hint_block\."),
-    Kind("a textual inversion", r"emb_params$|string_to_param|clip_l$|t5xxl$"),
-    Kind("a Chroma transformer", r"distilled_guidance_layer\."),
-    Kind("a FLUX.2 transformer", r"double_stream_modulation_img\."),
-    Kind("a HunyuanVideo transformer", r"txt_in\.individual_token_refiner\."),
-    TRANSFORMER,
-    DIFFUSERS_TRANSFORMER,
-    Kind("an SD3 transformer", r"joint_blocks\.\d+\.|transformer_blocks\.\d+\.norm1_context\.linear\."),
-    Kind("a Qwen-Image transformer", r"transformer_blocks\.\d+\.img_mod\."),
-    Kind("a Wan transformer", r"blocks\.\d+\.cross_attn\.norm_q\."),
-    Kind("a Lumina or Z-Image transformer", r"noise_refiner\.\d+\."),
-    Kind("a HiDream transformer", r"double_stream_blocks\.\d+\.block\."),
-    Kind("an AuraFlow transformer", r"double_layers\.\d+\."),
-    Kind("an LTX-Video transformer", r"transformer_blocks\.\d+\.scale_shift_table$|patchify_proj\."),
-    Kind("a PixArt transformer", r"t_block\.1\.|adaln_single\."),
-    Kind("an SDXL UNet", r"label_emb\.0\.0\.|add_embedding\.linear_1\."),
-    Kind("an SD1.5 or SD2 UNet", r"input_blocks\.1\.0\.in_layers\.|down_blocks\.0\.resnets\.0\."),
-    T5,
-    T5_GGUF,
-    AUTOENCODER,
-    DIFFUSERS_VAE,
-    CLIP,
-    Kind("a CLIP vision model", r"vision_model\.|visual\."),
-    Kind("an OpenCLIP text encoder", r"(transformer\.)?resblocks\.0\."),
-    Kind("a language model", r"blk\.\d+\.attn_|model\.layers\.\d+\.self_attn\.|model\.embed_tokens\."),
-    Kind("an upscaler", r"model\.\d+\.sub\.|conv_body\.|body\.\d+\.rdb\d\."),
+    (ModelKind.UPSCALER, r"model\.\d+\.sub\.|conv_body\.|body\.\d+\.rdb\d\."),
 )
+"""Patterns that one of a file's names starts with. The first match decides: add-ons come before the models
+whose names they repeat, FLUX.1's relatives before FLUX.1."""
 
 
-def kind_of(state_dict: Mapping[str, Shaped]) -> str:
-    """What a state dict holds, as it reads after "is": "a VAE", "a LoRA", ..., or "of an unknown kind"."""
-    names = [PREFIX.sub("", name, count=1) if PREFIX.match(name) else name for name in state_dict]
-    for kind in KINDS:
-        matches = re.compile(kind.pattern).match
+def kind_of(names: Iterable[str]) -> ModelKind:
+    """The kind of model that has tensors of these names, such as a state dict's.
+
+    >>> kind_of(["redux_up.weight"])
+    <ModelKind.REDUX: 'a FLUX.1 Redux adapter'>
+    """
+    names = [_PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name for name in names]
+    for kind, pattern in _PATTERNS:
+        matches = re.compile(pattern).match
         if any(matches(name) for name in names):
-            return kind.name
-    return "of an unknown kind"
+            return kind
+    return ModelKind.UNKNOWN
 
 
-def expect(state_dict: Mapping[str, Shaped], kind: Kind, file: str) -> None:
-    """Raise ValueError, naming what `file` is instead, unless the state dict is of that kind."""
-    found = kind_of(state_dict)
-    if found == kind.name:
+def expect(found: ModelKind, wanted: ModelKind, file: str) -> None:
+    """Raise ValueError, naming what `file` is instead, unless it holds the wanted model in any spelling."""
+    if found.model is wanted:
         return
-    if found == "a LoRA":
+    if found is ModelKind.LORA:
         raise ValueError(
-            f"{file} is a LoRA, not {kind.name}; use the LoRA node for it, and choose {kind.name} here"
+            f"{file} is a LoRA, not {wanted.label}; load it with the LoRA node, "
+            f"and choose {wanted.label} here"
         )
-    raise ValueError(f"{file} is {found}, not {kind.name}; choose {kind.name} here")
+    raise ValueError(f"{file} is {found.label}, not {wanted.label}; choose {wanted.label} here")

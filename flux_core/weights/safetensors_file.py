@@ -1,4 +1,4 @@
-"""A safetensors file as a dictionary of mapped tensors; what is wrong with another file, in one sentence."""
+"""A safetensors file as mapped tensors by name; for any other file, one sentence on what is wrong with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, UntypedStorage
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-"""What stands before the transformer's names in all-in-one checkpoints."""
+"""What the transformer's names start with in all-in-one checkpoints."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -27,43 +27,55 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-"""The dtypes of model files by their names in a safetensors header; others the library reads itself."""
+"""The dtypes of model files by their names in a safetensors header; the library reads tensors of others."""
 
 MAX_HEADER = 1 << 24
-"""Bytes of a safetensors header that are read: FLUX.1's takes 0.1 MB, and a thumbnail may lie beside it."""
+"""Bytes of the longest header that is read; FLUX.1's has 0.1 MB, and may also hold a thumbnail."""
 
 MAGIC = {
     b"PK\x03\x04": "a pickle inside a zip (torch.save); convert it to safetensors",
     **{bytes([0x80, protocol]): "a pickle; convert it to safetensors" for protocol in range(2, 6)},
     b"GGUF": "a GGUF file; choose a .safetensors file",
-    b"version https://git-lfs": "a Git LFS pointer; fetch the file that it stands for",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file that it points to",
     b"<": "a web page, saved in place of the model; download the model itself",
 }
-"""How the files begin that are most often mistaken for safetensors."""
+"""First bytes of the files that are most often mistaken for safetensors."""
 
 
 def read_state_dict(path: str | Path, prefixes: Sequence[str] = TRANSFORMER_PREFIXES) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU in the file's dtypes; their memory is the mapped file, read when touched.
+    """Tensors by name, on the CPU in the file's dtypes; their memory is the mapped file, read when accessed.
 
-    Where names start with one of `prefixes`, as an all-in-one checkpoint's do, only these are given, and
-    without it. Raises FileNotFoundError for a missing file, and ValueError for a folder, a pickle, a file
+    If any name starts with one of `prefixes`, as in an all-in-one checkpoint, only those tensors are returned
+    and without it. Raises FileNotFoundError for a missing file, and ValueError for a folder, a pickle, a file
     that is empty, cut short or damaged, or of another format.
     """
-    path = _opened(path)
+    tensors, _ = read_safetensors(path)
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in tensors)), "")
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, mapped, and its metadata, empty if it has none. Raises as `read_state_dict`."""
+    path = check_path(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER < length < path.stat().st_size:
+        raise ValueError(
+            f"the header of {path.name} has {length:,} bytes, at most {MAX_HEADER:,} are read; "
+            "choose another file"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            prefix = next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
-            return _mapped(path, file, {n: n[len(prefix) :] for n in names if n.startswith(prefix)})
+            return _mapped(path, file), dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(_what_is_wrong(path)) from error
 
 
-def _mapped(path: Path, file: Any, names: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors of a file whose header the library has checked, under their new names.
+def _mapped(path: Path, file: Any) -> dict[str, Tensor]:
+    """The tensors of a file whose header the library has validated.
 
-    Asked for one by one, the library touches a byte of each tensor, and the system reads ahead from there:
-    up to half of a large file comes off the disk that nobody needs yet. Laid over one map, nothing does.
+    Requesting each from the library would touch a byte of every tensor, and the system's read-ahead would
+    then load up to half of a large file. Views of one mapping load nothing.
     """
     with path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -71,41 +83,18 @@ def _mapped(path: Path, file: Any, names: dict[str, str]) -> dict[str, Tensor]:
     storage: Any = UntypedStorage.from_file(str(path), False, path.stat().st_size)
     whole = torch.empty(0, dtype=torch.uint8).set_(storage)
     tensors = {}
-    for name, new in names.items():
+    for name in file.keys():
         dtype, shape = DTYPES.get(header[name]["dtype"]), header[name]["shape"]
         start, stop = (8 + length + offset for offset in header[name]["data_offsets"])
-        if dtype is None or start % dtype.itemsize:  # an older file may not be aligned
-            tensors[new] = file.get_tensor(name)
+        if dtype is None or start % dtype.itemsize:  # older writers did not align
+            tensors[name] = file.get_tensor(name)
         else:
-            tensors[new] = whole[start:stop].view(dtype).view(shape)
+            tensors[name] = whole[start:stop].view(dtype).view(shape)
     return tensors
 
 
-def safetensors_metadata(path: str | Path) -> dict[str, str]:
-    """The file's metadata, empty when it has none. Raises as `read_state_dict`."""
-    path = _opened(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(_what_is_wrong(path)) from error
-
-
-def _opened(path: str | Path) -> Path:
-    """The path, when a safetensors file may be there whose header is no larger than a model's can be."""
-    path = checked(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if MAX_HEADER < length < path.stat().st_size:
-        raise ValueError(
-            f"the header of {path.name} is {length:,} bytes long, no model's is above {MAX_HEADER:,}; "
-            "choose another file"
-        )
-    return path
-
-
-def checked(path: str | Path) -> Path:
-    """The path, when a model's file may be there. Raises what `read_state_dict` raises for the rest."""
+def check_path(path: str | Path) -> Path:
+    """The path, unless it cannot be a model file. Raises as `read_state_dict`."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(
@@ -141,5 +130,5 @@ def _what_is_wrong(path: Path) -> str:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return f"the header of {path.name} is cut short or damaged ({size:,} bytes); download it again"
     if size < needed:
-        return f"{path.name} is cut short: {size:,} of {needed:,} bytes are there; download it again"
+        return f"{path.name} is cut short: it has {size:,} of {needed:,} bytes; download it again"
     return f"{path.name} is damaged: its header does not describe its {size:,} bytes; download it again"

@@ -1,7 +1,7 @@
-"""The tokenizer of a text encoder, looked for where artists have one.
+"""Finds the tokenizer of a text encoder where users are likely to have one.
 
-In this order: beside the weights (NAME.tokenizer.json, or the files' usual names in the same folder), inside
-the weights, a folder that the host names, the local cache of Hugging Face (nothing is downloaded), and the
+Searched in this order: beside the weights (NAME.tokenizer.json, or the usual names in the same folder), in
+the weights, a folder given by the host, the local cache of Hugging Face (nothing is downloaded), and the
 metadata of a GGUF file.
 """
 
@@ -11,22 +11,30 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .checkpoint import WeightFile
-from .gguf_file import gguf_value, open_gguf
-from .spiece import CLIP_END, T5_END, clip_from_files, t5_from_spiece, t5_tokenizer
+from .gguf_file import gguf_value
+from .sentencepiece import CLIP_END, T5_END, clip_from_files, t5_from_spiece, t5_tokenizer
+from .weight_file import WeightFile
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 EMBEDDED = "spiece_model"
-"""The tensor of bytes in which ComfyUI keeps a SentencePiece model among the weights."""
+"""The tensor of bytes in which ComfyUI stores a SentencePiece model with the weights."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What tells one encoder's tokenizer from the other's, and where it may be."""
+    """How to distinguish an encoder's tokenizer, and where to search for it.
+
+    `end` is its end token, `files` are its usual file names, `pipeline` is its folder in diffusers' layout,
+    `cached` are repositories that have it.
+    """
 
     name: str
     end: str
@@ -65,10 +73,10 @@ CLIP_ENCODER = Encoder(
 def find_tokenizer(
     file: WeightFile, encoder: Encoder, vocabulary: int, host_folders: Sequence[str | Path] = ()
 ) -> Tokenizer:
-    """The tokenizer of the encoder in `file`, which knows `vocabulary` tokens.
+    """The tokenizer of the encoder in `file`, which has a vocabulary of `vocabulary` tokens.
 
-    Raises FileNotFoundError when there is none anywhere, ValueError for one that is broken, and for
-    NAME.tokenizer.json when it is another encoder's; elsewhere such files are passed over.
+    Raises FileNotFoundError when none is found, and ValueError for a broken one and for a NAME.tokenizer.json
+    that is another encoder's; elsewhere those of other encoders are skipped.
     """
     own = file.paths[0].with_suffix(".tokenizer.json")
     if own.is_file():
@@ -87,14 +95,14 @@ def _checked(tokenizer: Tokenizer, name: str, model: str, vocabulary: int) -> To
     tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if tokens > vocabulary:
         raise ValueError(
-            f"{name} makes {tokens:,} different tokens, {model} knows {vocabulary:,}; "
+            f"{name} has {tokens:,} tokens, the vocabulary of {model} {vocabulary:,}; "
             "put the tokenizer.json that belongs to this encoder there"
         )
     return tokenizer
 
 
 def _candidates(file: WeightFile, encoder: Encoder, host: Sequence[str | Path]) -> Iterator[Tokenizer]:
-    """Tokenizers that may be the encoder's, in the order that the module tells."""
+    """Tokenizers that may be the encoder's, in the order listed at the top of this file."""
     beside = file.paths[0].parent
     for folder in (beside, beside.parent / encoder.pipeline):
         yield from _in_folder(folder, encoder)
@@ -103,12 +111,12 @@ def _candidates(file: WeightFile, encoder: Encoder, host: Sequence[str | Path]) 
         yield _from_spiece(bytes(embedded.to(torch.uint8).flatten().numpy()), file.name)
     for folder in (*map(Path, host), *_cached(encoder)):
         yield from _in_folder(folder, encoder)
-    if file.format == "GGUF" and encoder is T5_ENCODER:
-        yield from _in_gguf(file.paths[0])
+    if file.gguf is not None and encoder is T5_ENCODER:
+        yield from _in_gguf(file.gguf, file.name)
 
 
 def _in_folder(folder: Path, encoder: Encoder) -> Iterator[Tokenizer]:
-    """The tokenizer in a folder, by the names that model pages use."""
+    """The tokenizer in a folder, under its usual file names."""
     if (folder / "tokenizer.json").is_file():
         yield _from_json(folder / "tokenizer.json")
     paths = [folder / name for name in encoder.files]
@@ -133,19 +141,18 @@ def _cached(encoder: Encoder) -> Iterator[Path]:
             yield snapshot / inner
 
 
-def _in_gguf(path: Path) -> Iterator[Tokenizer]:
+def _in_gguf(reader: GGUFReader, name: str) -> Iterator[Tokenizer]:
     """The unigram tokenizer in a GGUF file's metadata, if there is one."""
-    reader = open_gguf(path)
     prefix = "tokenizer.ggml."
-    names, scores = gguf_value(reader, f"{prefix}tokens"), gguf_value(reader, f"{prefix}scores")
-    if not isinstance(names, list) or not isinstance(scores, list) or len(names) != len(scores):
+    tokens, scores = gguf_value(reader, f"{prefix}tokens"), gguf_value(reader, f"{prefix}scores")
+    if not isinstance(tokens, list) or not isinstance(scores, list) or len(tokens) != len(scores):
         return
     table = gguf_value(reader, f"{prefix}precompiled_charsmap") or []
     try:
-        pieces = [(str(name), float(score)) for name, score in zip(names, scores, strict=True)]
+        pieces = [(str(token), float(score)) for token, score in zip(tokens, scores, strict=True)]
         yield t5_tokenizer(pieces, bytes(value & 255 for value in table))
     except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
-        raise ValueError(_broken(f"the metadata of {path.name}", error)) from error
+        raise ValueError(_broken(f"the metadata of {name}", error)) from error
 
 
 def _from_json(path: Path) -> Tokenizer:
@@ -163,4 +170,4 @@ def _from_spiece(data: bytes, name: str) -> Tokenizer:
 
 
 def _broken(what: str, error: Exception) -> str:
-    return f"{what} makes no tokenizer ({error}); download it again"
+    return f"{what} is not a valid tokenizer ({error}); download it again"

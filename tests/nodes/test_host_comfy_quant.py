@@ -14,7 +14,7 @@ from rectiflux.flux_core.lora.arithmetic import LowRankStack
 from rectiflux.flux_core.lora.terms import Terms
 from rectiflux.flux_core.model.layers import Shared
 from rectiflux.flux_core.quant.linear import QuantizedLinear
-from rectiflux.flux_core.weights.checkpoint import WeightFile
+from rectiflux.flux_core.weights.weight_file import WeightFile
 from rectiflux.nodes.host_comfy_quant import (
     BlockRunner,
     Patched,

@@ -1,42 +1,104 @@
-"""Modules from files: the file's own memory, nothing random, no second copy; and sentences for the rest."""
+"""Transformers and autoencoders of every format run as the dense model of the same weights, bit for bit."""
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from rectiflux.benchmarks.reference.models import autoencoder, flux_transformer
-from rectiflux.benchmarks.reference.text import save_text_encoders
-from rectiflux.flux_core.weights import checkpoint as source_module
-from rectiflux.flux_core.weights import (
-    load_autoencoder,
-    load_text_encoders,
-    load_transformer,
-    read_state_dict,
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from rectiflux.benchmarks.reference.models import (
+    SPEC,
+    autoencoder,
+    diffusers_autoencoder,
+    diffusers_state_dict,
+    diffusers_transformer,
+    diffusers_velocity,
+    flux_transformer,
+    relative_error,
+    text,
 )
-from safetensors.torch import save_file
+from rectiflux.benchmarks.reference.quantized_files import (
+    FORMS,
+    State,
+    wide_transformer,
+    write_gguf,
+    write_quantized_safetensors,
+)
+from rectiflux.flux_core.model.transformer import FluxTransformer
+from rectiflux.flux_core.quant import formats as formats_module
+from rectiflux.flux_core.quant.gguf import BLOCK_TYPES
+from rectiflux.flux_core.quant.linear import QuantizedLinear
+from rectiflux.flux_core.weights import assign as assign_module
+from rectiflux.flux_core.weights import load_autoencoder, load_transformer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-State = dict[str, Tensor]
+SIGMA, SIDE, LENGTH = 0.6, 4, 5
+
+
+def velocity(model: FluxTransformer) -> Tensor:
+    """The model's velocity for fixed tokens and a fixed prompt."""
+    spec, generator = model.spec, torch.Generator().manual_seed(4)
+    tokens = torch.randn(1, SIDE * SIDE // 4, spec.in_channels, generator=generator)
+    prompt = text(9)
+    if spec.context_in != SPEC.context_in:
+        txt = torch.randn(1, LENGTH, spec.context_in, generator=generator)
+        prompt = type(prompt)(txt, torch.randn(1, spec.vec_in, generator=generator), 3.5)
+    with torch.no_grad():
+        return model(tokens, model.prepare(prompt, [SIGMA], SIDE, SIDE), SIGMA)
+
+
+def assert_equal(ours: State, expected: State) -> None:
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+
+
+def check_same(model: FluxTransformer, original: FluxTransformer) -> None:
+    """The same weights and the same velocity, to the last bit.
+
+    Mapped weights may be unaligned, where some processors sum in another order, so a copy of them is used.
+    """
+    assert model.spec == original.spec
+    assert_equal(model.state_dict(), original.state_dict())
+    assert torch.equal(velocity(copy.deepcopy(model)), velocity(original))
+
+
+def with_weights(model: FluxTransformer, values: State) -> FluxTransformer:
+    """A model of torch's own layers with these weights, in float32."""
+    dense = FluxTransformer(model.spec).eval().requires_grad_(False)
+    dense.load_state_dict({name: tensor.float() for name, tensor in values.items()})
+    return dense
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
 def saved(tmp_path: Path, tensors: State, name: str = "model.safetensors") -> Path:
-    path = tmp_path / name
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    return path
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / name)
+    return tmp_path / name
+
+
+# Whole files
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("sizes", [{}, {"guidance_embed": False, "depth": 1}])
-def test_transformer(tmp_path: Path, prefix: str, sizes: dict) -> None:
+@pytest.mark.parametrize("names", ["bfl", "diffusers"])
+@pytest.mark.parametrize("sizes", [{}, {"guidance_embed": False, "depth": 1}, {"in_channels": 384}], ids=str)
+def test_transformer(tmp_path: Path, prefix: str, names: str, sizes: dict) -> None:
+    """[dev], [schnell] and Fill, whose first layer is wider than its output; no random value is drawn."""
     original = flux_transformer(**sizes)
-    path = saved(tmp_path, {prefix + name: tensor for name, tensor in original.state_dict().items()})
+    state = original.state_dict() if names == "bfl" else diffusers_state_dict(original)
+    path = saved(tmp_path, {prefix + name: tensor for name, tensor in state.items()})
+    before = torch.get_rng_state()
     model = load_transformer(path)
-    assert model.spec == original.spec
-    assert not model.training
-    assert not any(p.requires_grad for p in model.parameters())
-    assert_same(model.state_dict(), original.state_dict())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    check_same(model, original)
 
 
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
@@ -47,271 +109,208 @@ def test_autoencoder(tmp_path: Path, prefix: str) -> None:
         tensors["model.diffusion_model.img_in.weight"] = torch.zeros(1)
     model = load_autoencoder(saved(tmp_path, tensors))
     assert model.spec == original.spec
-    assert_same(model.state_dict(), original.state_dict())
+    assert_equal(model.state_dict(), original.state_dict())
     assert model.decoder.mid.block_1.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def assert_same(ours: State, expected: State) -> None:
-    assert ours.keys() == expected.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == expected[name].dtype
-        assert torch.equal(tensor, expected[name])
-
-
-def test_text_encoders_out_of_one_checkpoint(tmp_path: Path) -> None:
-    clip_path, t5_path = save_text_encoders(tmp_path)
-    parts = {
-        "clip_l": read_state_dict(clip_path),
-        "t5xxl": read_state_dict(t5_path),
+@pytest.mark.parametrize("form", FORMS)
+def test_quantized_safetensors(tmp_path: Path, form: str) -> None:
+    original = flux_transformer(context_in=32, vec_in=64)
+    path = tmp_path / "model.safetensors"
+    values = write_quantized_safetensors(original.state_dict(), path, form)
+    model = load_transformer(path, torch.float32)
+    assert {f"{name}.weight" for name in quantized_layers(model)} == {
+        name for name, tensor in values.items() if tensor.ndim == 2 and name != "img_in.weight"
     }
-    whole = {
-        f"text_encoders.{p}.transformer.{n}": t.clone() for p, part in parts.items() for n, t in part.items()
+    assert model.dtype == torch.float32
+    assert torch.equal(velocity(model), velocity(with_weights(original, values)))
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_gguf(tmp_path: Path, kind: str) -> None:
+    """Under a name without an ending: the format is detected from the contents."""
+    original, path = wide_transformer(), tmp_path / "model"
+    values = write_gguf(original.state_dict(), path, kind)
+    model = load_transformer(path, torch.float32)
+    assert bool(quantized_layers(model)) == (kind not in ("F32", "F16", "BF16"))
+    expected = velocity(with_weights(original, values))
+    assert expected.isfinite().all() and torch.equal(velocity(model), expected)
+
+
+@pytest.mark.parametrize("form", ["scale_weight", "NF4", "SCB", "GGUF Q5_0", "GGUF Q8_0"])
+def test_quantized_with_diffusers_names(tmp_path: Path, form: str) -> None:
+    """q, k, v and the MLP are quantized separately and concatenated; the last modulation's halves swap."""
+    state = {
+        n: t.contiguous() for n, t in diffusers_state_dict(flux_transformer(context_in=32, vec_in=64)).items()
     }
-    metadata = {"eos_token_id": "1", "txt_length": "9"}
-    for name in ("clip", "t5"):
-        (tmp_path / f"{name}.tokenizer.json").rename(tmp_path / f"all-{name}.tokenizer.json")
-        save_file(whole, tmp_path / f"all-{name}.safetensors", metadata)
-    both = load_text_encoders(tmp_path / "all-clip.safetensors", tmp_path / "all-t5.safetensors")
-    assert torch.isfinite(both.encode(["a red fox"]).txt).all()
-    assert both.txt_length == 9
+    path, kind = tmp_path / "model.safetensors", form.removeprefix("GGUF ")
+    write = write_quantized_safetensors if kind == form else write_gguf
+    dense = load_transformer(saved(tmp_path, write(state, path, kind), "dense.safetensors"), torch.float32)
+    assert not quantized_layers(dense)
+    model = load_transformer(path, torch.float32)
+    fused = {"double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1"}
+    assert fused <= quantized_layers(model).keys()
+    assert torch.equal(velocity(model), velocity(dense))
 
 
-def test_nothing_is_initialised_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every parameter is on the meta device until it gets a file's tensor, and no generator is asked."""
-    paths = {
-        load_transformer: saved(tmp_path, flux_transformer().state_dict(), "t.safetensors"),
-        load_autoencoder: saved(tmp_path, autoencoder().state_dict(), "v.safetensors"),
-    }
-    clip_path, t5_path = save_text_encoders(tmp_path)
-    before_filling: list[bool] = []
-    original = nn.Module.load_state_dict
-
-    def spy(self: nn.Module, *args: object, **options: object) -> object:
-        before_filling.append(all(p.is_meta for p in self.parameters()))
-        assert options["assign"]
-        return original(self, *args, **options)
-
-    monkeypatch.setattr(nn.Module, "load_state_dict", spy)
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    for load, path in paths.items():
-        load(path)
-    load_text_encoders(clip_path, t5_path)
-    assert before_filling == [True] * 4
-    assert torch.equal(torch.get_rng_state(), state)
+@pytest.mark.parametrize("shard", ["10GB", "200KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("pipeline", [False, True], ids=["transformer", "pipeline"])
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_folder_saved_by_diffusers(tmp_path: Path, shard: str, pipeline: bool, guidance: bool) -> None:
+    """Gives diffusers' velocity, to 1e-5 in float32."""
+    theirs = diffusers_transformer(flux_transformer(guidance_embed=guidance))
+    folder = tmp_path / "transformer" if pipeline else tmp_path
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "200KB")
+    model = load_transformer(tmp_path)
+    reference = FluxTransformer2DModel.from_pretrained(folder).eval()
+    prompt = text(9, guidance=3.5 if guidance else None)
+    tokens = torch.randn(1, SIDE * SIDE // 4, 64, generator=torch.Generator().manual_seed(4))
+    expected = diffusers_velocity(reference, tokens, prompt, SIGMA, SIDE, SIDE)
+    assert relative_error(velocity(model), expected) < 1e-5
 
 
-def test_parameters_are_the_mapped_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second copy: each parameter lies at the address of the tensor that was read."""
-    path = saved(tmp_path, flux_transformer().state_dict())
-    addresses: dict[str, int] = {}
-    original = source_module.read_state_dict
-
-    def spy(path: Path, prefixes: tuple[str, ...]) -> State:
-        read = original(path, prefixes)
-        addresses.update({name: tensor.data_ptr() for name, tensor in read.items()})
-        return read
-
-    monkeypatch.setattr(source_module, "read_state_dict", spy)
-    model = load_transformer(path)
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == addresses
+def test_the_plain_name_precedes_variants_in_a_folder(tmp_path: Path) -> None:
+    saved(tmp_path, diffusers_state_dict(flux_transformer(1)), "diffusion_pytorch_model.fp16.safetensors")
+    saved(tmp_path, diffusers_state_dict(flux_transformer(0)), "diffusion_pytorch_model.safetensors")
+    check_same(load_transformer(tmp_path), flux_transformer(0))
 
 
-def test_t5_holds_its_embedding_once(tmp_path: Path) -> None:
-    t5 = load_text_encoders(*save_text_encoders(tmp_path)).t5
-    assert t5.shared.weight is t5.encoder.embed_tokens.weight
+@pytest.mark.parametrize("folder", ["", "vae"])
+def test_a_vae_saved_by_diffusers(tmp_path: Path, folder: str) -> None:
+    original = autoencoder()
+    diffusers_autoencoder(original).save_pretrained(tmp_path / folder)
+    model = load_autoencoder(tmp_path)
+    assert_equal(model.state_dict(), original.state_dict())
+    reference = AutoencoderKL.from_pretrained(tmp_path / folder).eval()
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        latent = reference.encode(image).latent_dist.mean
+        assert relative_error(model.encode(image), latent) < 1e-5
+        assert relative_error(model.decode(latent), reference.decode(latent).sample) < 1e-5
+
+
+def test_names_of_the_vae_s_attention_before_diffusers_0_15(tmp_path: Path) -> None:
+    original = autoencoder()
+    state = diffusers_autoencoder(original).state_dict()
+    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    for new, before in old.items():
+        state = {name.replace(new, before): tensor for name, tensor in state.items()}
+    assert_equal(load_autoencoder(saved(tmp_path, state)).state_dict(), original.state_dict())
+
+
+@pytest.mark.parametrize("described_by", ["scale_weight", "metadata"])
+def test_a_scaled_fp8_transformer_in_an_all_in_one_file(tmp_path: Path, described_by: str) -> None:
+    """Its scales and its metadata have the prefix, too."""
+    original, vae = flux_transformer(context_in=32, vec_in=64), autoencoder()
+    values = write_quantized_safetensors(original.state_dict(), tmp_path / "t.safetensors", "scale_weight")
+    whole = {f"model.diffusion_model.{n}": t for n, t in load_file(tmp_path / "t.safetensors").items()}
+    whole |= {f"vae.{name}": tensor for name, tensor in vae.state_dict().items()}
+    metadata = {}
+    if described_by == "metadata":
+        whole = {name.replace("scale_weight", "weight_scale"): tensor for name, tensor in whole.items()}
+        scaled = [name.removesuffix(".weight_scale") for name in whole if name.endswith(".weight_scale")]
+        layers = {name: {"format": "float8_e4m3fn"} for name in scaled}
+        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    path = tmp_path / "all.safetensors"
+    save_file(whole, path, metadata)
+    expected = velocity(with_weights(original, values))
+    assert torch.equal(velocity(load_transformer(path, torch.float32)), expected)
+    assert_equal(load_autoencoder(path).state_dict(), vae.state_dict())
+
+
+# Memory and dtypes
+
+
+@pytest.mark.parametrize("names", ["bfl", "diffusers"])
+def test_a_large_file_is_computed_in_another_dtype_without_a_copy(
+    tmp_path: Path, names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights stay mapped, in the file's dtype, and the velocity is that of the converted model."""
+    original = flux_transformer()
+    state = original.state_dict() if names == "bfl" else diffusers_state_dict(original)
+    path = saved(tmp_path, {name: tensor.bfloat16() for name, tensor in state.items()})
+    eager = load_transformer(path, torch.float32)
+    assert not quantized_layers(eager)
+    monkeypatch.setattr(assign_module, "MAX_COPIED", 0)
+    model = load_transformer(path, torch.float32)
+    layers = quantized_layers(model)
+    assert len(layers) == sum(isinstance(layer, nn.Linear) for layer in eager.modules())
+    assert {t.dtype for layer in layers.values() for t in layer.buffers()} == {torch.bfloat16}
+    assert torch.equal(velocity(model), velocity(eager))
+    unchanged = load_transformer(path)
+    assert len(quantized_layers(unchanged)) == (0 if names == "bfl" else 2 * 2 + 3 + 1)
+
+
+@pytest.mark.parametrize("form", [None, "fp8 e5m2"])
+def test_weights_are_the_mapped_file(tmp_path: Path, form: str | None) -> None:
+    """A byte changed on disk changes in the loaded parameter or quantized layer."""
+    path = tmp_path / "f.safetensors"
+    state = flux_transformer(context_in=32, vec_in=64).state_dict()
+    saved(tmp_path, state, path.name) if form is None else write_quantized_safetensors(state, path, form)
+    layer = load_transformer(path, torch.float32).txt_in
+    assert isinstance(layer, QuantizedLinear) == (form is not None)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    offset = json.loads(path.read_bytes()[8 : 8 + header])["txt_in.weight"]["data_offsets"][0]
+    value = torch.tensor(7.0) if form is None else torch.tensor(7.0).to(torch.float8_e5m2).view(torch.uint8)
+    with path.open("r+b") as file:
+        file.seek(8 + header + offset)
+        file.write(value.numpy().tobytes())
+    weight = layer.dense_weight(torch.float32) if isinstance(layer, QuantizedLinear) else layer.weight
+    assert weight[0, 0] == 7.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_dtype_is_the_files_or_the_asked_one(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = flux_transformer()
-    path = saved(tmp_path, {name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+def test_dtype_is_the_file_s_or_the_one_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = saved(tmp_path, {name: t.to(dtype) for name, t in flux_transformer().state_dict().items()})
     assert {p.dtype for p in load_transformer(path).parameters()} == {dtype}
     assert {p.dtype for p in load_transformer(path, torch.float32).parameters()} == {torch.float32}
-    clip_path, t5_path = save_text_encoders(tmp_path, dtype)
-    both = load_text_encoders(clip_path, t5_path)
-    assert {p.dtype for encoder in (both.t5, both.clip) for p in encoder.parameters()} == {dtype}
-    assert both.encode(["a fox"]).txt.dtype == torch.float32
 
 
-def test_mixed_and_eight_bit_files_get_one_dtype(tmp_path: Path) -> None:
-    """The one that most numbers have; 8-bit floats, which torch cannot multiply, compute in bfloat16."""
-    tensors = flux_transformer().state_dict()
+def test_mixed_and_quantized_files_get_one_dtype(tmp_path: Path) -> None:
+    """That of most parameters; fp8 and GGUF compute in bfloat16."""
+    tensors = flux_transformer(context_in=32, vec_in=64).state_dict()
     mixed = {n: t if t.ndim == 1 else t.to(torch.float16) for n, t in tensors.items()}
-    model = load_transformer(saved(tmp_path, mixed, "m.st"))
+    model = load_transformer(saved(tmp_path, mixed))
     assert {model.dtype, *(p.dtype for p in model.parameters())} == {torch.float16}
-    eight = {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}
-    model = load_transformer(saved(tmp_path, eight, "e.st"))
+    model = load_transformer(saved(tmp_path, {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}))
     assert {model.dtype, *(p.dtype for p in model.parameters())} == {torch.bfloat16}
     assert {tensor.dtype for tensor in model.buffers()} == {torch.float8_e4m3fn}
+    write_gguf(tensors, tmp_path / "q.gguf", "Q4_0")
+    model = load_transformer(tmp_path / "q.gguf")
+    assert model.dtype == velocity(model).dtype == torch.bfloat16
+    assert model.to(torch.float32).dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            lambda s: s.pop("single_blocks.1.linear2.bias"),
-            r"lacks 1 tensor \(single_blocks.1.linear2.bias\); it is",
-        ),
-        (
-            lambda s: [s.pop(n) for n in list(s) if n.startswith("double_blocks.1.txt")],
-            r"lacks 12 tensors \(double_blocks.1.txt_mod.lin.weight, .*, \.\.\.\); it is incomplete",
-        ),
-        (
-            lambda s: s.update({"img_in.scale_weight": torch.ones(1)}),
-            r"has 1 tensor \(img_in.scale_weight\) that this model does not know; choose an unmodified model",
-        ),
-        (
-            lambda s: s.update({"single_blocks.0.linear1.weight": torch.ones(3, 5)}),
-            r"single_blocks.0.linear1.weight must be \[448, 64\] by its other tensors, got \[3, 5\]",
-        ),
-        (
-            lambda s: s.update({"img_in.weight": torch.ones(64, 64, dtype=torch.int8)}),
-            r"is quantised \(img_in.weight is torch.int8\); choose a bf16, fp16 or fp32 file",
-        ),
-        (lambda s: s.pop("txt_in.weight"), "it has no txt_in.weight"),
-    ],
-    ids=["one missing", "many missing", "unknown", "shape", "quantised", "size unknown"],
-)
-def test_what_does_not_fit_is_said(tmp_path: Path, damage, message: str) -> None:
-    tensors = dict(flux_transformer().state_dict())
-    damage(tensors)
-    with pytest.raises(ValueError, match=message):
-        load_transformer(saved(tmp_path, tensors))
+def test_progress_counts_the_file_s_bytes(tmp_path: Path) -> None:
+    original = flux_transformer()
+    calls: list[tuple[int, int]] = []
+    load_transformer(saved(tmp_path, original.state_dict()), on_progress=lambda *call: calls.append(call))
+    total = sum(tensor.nbytes for tensor in original.state_dict().values())
+    assert {of for _, of in calls} == {total}
+    done = [done for done, _ in calls]
+    assert done == sorted(done) and done[-1] == total and len(done) == len(original.state_dict())
 
 
-def test_files_of_other_models_are_refused_by_name(tmp_path: Path) -> None:
-    clip_path, t5_path = save_text_encoders(tmp_path)
-    vae = saved(tmp_path, autoencoder().state_dict(), "ae.safetensors")
-    transformer = saved(tmp_path, flux_transformer().state_dict(), "flux.safetensors")
-    with pytest.raises(
-        ValueError, match="ae.safetensors is a VAE, not a FLUX.1 transformer; choose a FLUX.1"
-    ):
-        load_transformer(vae)
-    with pytest.raises(ValueError, match="t5.safetensors is a T5 text encoder, not a FLUX.1 transformer"):
-        load_transformer(t5_path)
-    with pytest.raises(ValueError, match="clip.safetensors is a CLIP text encoder, not a VAE"):
-        load_autoencoder(clip_path)
-    with pytest.raises(ValueError, match="flux.safetensors is a FLUX.1 transformer, not a VAE"):
-        load_autoencoder(transformer)
-    with pytest.raises(ValueError, match="flux.safetensors is a FLUX.1 transformer, not a T5 text encoder"):
-        load_text_encoders(clip_path, transformer)
-    with pytest.raises(ValueError, match="ae.safetensors is a VAE, not a CLIP text encoder"):
-        load_text_encoders(vae, t5_path)
+@pytest.mark.parametrize("form", ["fp8 e4m3fn", "fp8 e5m2", "scale_weight", "comfy_quant"])
+def test_fp8_on_a_device_without_it(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values, and no fp8 tensor is moved to such a device, Apple's for one."""
+    path = tmp_path / "f.safetensors"
+    write_quantized_safetensors(flux_transformer(context_in=32, vec_in=64).state_dict(), path, form)
+    usual = load_transformer(path, torch.float32)
+    monkeypatch.setattr(formats_module, "has_fp8", lambda device: False)
+    moved, inner = [], Tensor.to
 
+    def to(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if "device" in kwargs or any(isinstance(arg, (str, torch.device)) for arg in args):
+            moved.append(tensor.dtype)
+        return inner(tensor, *args, **kwargs)  # type: ignore[call-overload]  # as Tensor.to takes them
 
-def test_vae_of_stable_diffusion_is_refused(tmp_path: Path) -> None:
-    tensors = dict(autoencoder().state_dict())
-    tensors["decoder.conv_in.weight"] = tensors["decoder.conv_in.weight"][:, :4]
-    with pytest.raises(
-        ValueError, match="is a VAE with 4 latent channels, FLUX.1's has 16; choose FLUX.1's ae"
-    ):
-        load_autoencoder(saved(tmp_path, tensors))
-
-
-def test_tokenizers_and_metadata(tmp_path: Path) -> None:
-    clip_path, t5_path = save_text_encoders(tmp_path)
-    tokenizer = tmp_path / "t5.tokenizer.json"
-    text = tokenizer.read_text()
-    tokenizer.write_text(text[: len(text) // 2])
-    with pytest.raises(
-        ValueError, match=r"t5.tokenizer.json is not a tokenizer file \(.*\); download it again"
-    ):
-        load_text_encoders(clip_path, t5_path)
-    tokenizer.unlink()
-    with pytest.raises(
-        FileNotFoundError, match="t5.tokenizer.json does not exist beside t5.safetensors; put the"
-    ):
-        load_text_encoders(clip_path, t5_path)
-    tokenizer.write_text(text)
-    save_file(read_state_dict(t5_path), tmp_path / "new.safetensors", {"txt_length": "many"})
-    (tmp_path / "new.safetensors").replace(t5_path)
-    with pytest.raises(
-        ValueError, match="txt_length in the metadata of t5.safetensors must be .*, got 'many'"
-    ):
-        load_text_encoders(clip_path, t5_path)
-
-
-def test_a_tokenizer_of_another_encoder(tmp_path: Path) -> None:
-    clip_path, t5_path = save_text_encoders(tmp_path)
-    tokenizer = tmp_path / "clip.tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text().replace('"fox": 12', '"fox": 4711'))
-    with pytest.raises(ValueError) as refused:
-        load_text_encoders(clip_path, t5_path)
-    assert str(refused.value) == (
-        "clip.tokenizer.json makes 4,712 different tokens, clip.safetensors knows 13; "
-        "put the tokenizer.json that belongs to this encoder there"
-    )
-
-
-SHAPES = [torch.tensor(1.0), torch.zeros(0), torch.zeros(0, 5), torch.zeros(7), torch.zeros(2, 3, 4)]
-
-
-SIZED = {
-    "flux": ["img_in.weight", "txt_in.weight", "double_blocks.0.img_attn.norm.query_norm.scale"],
-    "vae": ["encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down.1.block.0.conv1.weight"],
-    "clip": ["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"],
-    "t5": ["shared.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"],
-}
-"""Tensors whose shapes tell a model's sizes."""
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda tensor: str([*tensor.shape]))
-def test_shapes_of_no_model_are_the_files_fault(tmp_path: Path, shape: Tensor) -> None:
-    """One sentence with the file's name, and what to do."""
-    clip_path, t5_path = save_text_encoders(tmp_path)
-    clip, t5 = read_state_dict(clip_path), read_state_dict(t5_path)
-    cases = {
-        "flux": (flux_transformer().state_dict(), load_transformer, {}),
-        "vae": (autoencoder().state_dict(), load_autoencoder, {}),
-        "clip": (clip, lambda path: load_text_encoders(path, t5_path), {"eos_token_id": "1"}),
-        "t5": (t5, lambda path: load_text_encoders(clip_path, path), {}),
-    }
-    for model, (tensors, load, metadata) in cases.items():
-        for name in SIZED[model]:
-            path = tmp_path / "x.safetensors"
-            save_file({**tensors, name: shape}, path, metadata)
-            with pytest.raises(ValueError, match="^x.safetensors[: ].*(; |heads must have)"):
-                load(path)
-
-
-def test_a_size_that_is_not_there(tmp_path: Path) -> None:
-    tensors = dict(autoencoder().state_dict())
-    del tensors["encoder.down.1.block.0.conv1.weight"]
-    says = (
-        "^model.safetensors lacks encoder.down.1.block.0.conv1.weight; it is incomplete, download it again$"
-    )
-    with pytest.raises(ValueError, match=says):
-        load_autoencoder(saved(tmp_path, tensors))
-
-
-def test_without_metadata_the_length_is_flux_dev(tmp_path: Path) -> None:
-    clip_path, t5_path = save_text_encoders(tmp_path)
-    save_file(read_state_dict(t5_path), tmp_path / "new.safetensors")
-    (tmp_path / "new.safetensors").replace(t5_path)
-    assert load_text_encoders(clip_path, t5_path).txt_length == 512
-
-
-def test_clip_as_transformers_4_wraps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the text model is an attribute of CLIPTextModel, and its parameters have that prefix."""
-    import transformers
-
-    class Wrapped(nn.Module):
-        def __init__(self, config: transformers.CLIPTextConfig) -> None:
-            super().__init__()
-            self.config, self.text_model = config, unwrapped(config)
-
-        @property
-        def device(self) -> torch.device:
-            return self.text_model.device
-
-        def forward(self, **inputs: Tensor) -> object:
-            return self.text_model(**inputs)
-
-    unwrapped = transformers.CLIPTextModel
-    files = save_text_encoders(tmp_path)
-    expected = load_text_encoders(*files).encode(["a circle"]).pooled
-    monkeypatch.setattr(transformers, "CLIPTextModel", Wrapped)
-    encoders = load_text_encoders(*files)
-    assert isinstance(encoders.clip, Wrapped)
-    assert torch.equal(encoders.encode(["a circle"]).pooled, expected)
+    monkeypatch.setattr(Tensor, "to", to)
+    model = load_transformer(path, torch.float32)
+    assert torch.uint8 in moved and not {torch.float8_e4m3fn, torch.float8_e5m2} & {*moved}
+    expected = quantized_layers(usual)
+    for name, layer in quantized_layers(model).items():
+        assert torch.equal(layer.dense_weight(torch.float32), expected[name].dense_weight(torch.float32))
+    for ours, theirs in zip(model.parameters(), usual.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

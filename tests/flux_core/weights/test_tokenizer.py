@@ -1,4 +1,4 @@
-"""Tokenizers against transformers' own classes on the same vocabulary, and where they are looked for."""
+"""Tokenizers against transformers' own classes on the same vocabulary, and the order of the search."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from gguf import GGUFWriter
 from rectiflux.benchmarks.reference.text import WORDS, save_text_encoders, tokenizer
 from rectiflux.flux_core.weights import load_text_encoders, read_weights
-from rectiflux.flux_core.weights.spiece import clip_from_files, t5_from_spiece
+from rectiflux.flux_core.weights.sentencepiece import clip_from_files, t5_from_spiece
 from rectiflux.flux_core.weights.tokenizer import CLIP_ENCODER, T5_ENCODER, find_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, T5Tokenizer
+
+from .refusals import refusal
 
 PIECES = [
     *(("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -1.5), ("▁r", -3.5), ("ed", -3.0)),
@@ -26,10 +28,10 @@ CHARSMAP_TEXT = "A becomes b"
 
 
 def charsmap() -> bytes:
-    """SentencePiece's table of one rule, A -> b: a double array (darts-clone's units), then the forms."""
+    """SentencePiece's normalization table of one rule, A -> b: a double array, then the strings."""
     units = [0] * 256
     units[0x41] = 0x41 | 1 << 8 | (0x41 ^ 0x80) << 10  # label, has a leaf, which is at 0x80
-    units[0x80] = 1 << 31  # the leaf: the form that starts at byte 0
+    units[0x80] = 1 << 31  # the leaf: the string that starts at byte 0
     array = struct.pack("<256I", *units)
     return struct.pack("<I", len(array)) + array + b"b\0"
 
@@ -43,7 +45,7 @@ def field(number: int, value: bytes) -> bytes:
 
 
 def spiece(pieces: list[tuple[str, float]] = PIECES, table: bytes = b"") -> bytes:
-    """A spiece.model: pieces with score and type, a trainer's part that is skipped, and the normaliser."""
+    """A spiece.model: pieces with score and type, the trainer's settings (skipped), the normalizer."""
     data = b""
     for name, score in pieces:
         data += field(1, field(1, name.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18\x01")
@@ -55,7 +57,7 @@ def ids(found: Tokenizer) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("table", [b"", charsmap()], ids=["no table", "table"])
-def test_t5_is_transformers(table: bytes) -> None:
+def test_t5_s_ids_are_transformers(table: bytes) -> None:
     extra = [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
     options = {"_spm_precompiled_charsmap": table} if table else {}
     reference = T5Tokenizer(vocab=[*PIECES, *extra], **options)
@@ -65,7 +67,7 @@ def test_t5_is_transformers(table: bytes) -> None:
 
 
 def clip_files(folder: Path) -> tuple[Path, Path]:
-    """A small byte-level BPE: letters, letters that end a word, three merges and the marks."""
+    """A small byte-level BPE: letters, letters that end a word, three merges and the special tokens."""
     letters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789,!'<>|"]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>", "fo"]
     words += ["Ã", "©</w>", "©", "<|startoftext|>", "<|endoftext|>"]
@@ -75,7 +77,7 @@ def clip_files(folder: Path) -> tuple[Path, Path]:
     return folder / "vocab.json", folder / "merges.txt"
 
 
-def test_clip_is_transformers(tmp_path: Path) -> None:
+def test_clip_s_ids_are_transformers(tmp_path: Path) -> None:
     vocab, merges = clip_files(tmp_path)
     words = json.loads(vocab.read_text())
     pairs = [tuple(line.split()) for line in merges.read_text().splitlines()[1:]]
@@ -86,17 +88,17 @@ def test_clip_is_transformers(tmp_path: Path) -> None:
     assert found.encode("red").tokens == ["<|startoftext|>", "red</w>", "<|endoftext|>"]
 
 
-# Where they are looked for
+# Where they are searched
 
 
 def named(mark: str, end: str = "</s>") -> str:
-    """A tokenizer.json that makes every text the one token `mark`, and its end."""
+    """A tokenizer.json that encodes every text as the token `mark` and the end token."""
     made = tokenizer("$A </s>").to_str().replace("<unk>", "<old>").replace('"fox"', f'"{mark}"')
     return made.replace('"unk_token":"<old>"', f'"unk_token":"{mark}"').replace("</s>", end)
 
 
 def found_for(file: Path, host: list[Path] | None = None, encoder=T5_ENCODER) -> str:
-    """The mark of the tokenizer that is found."""
+    """The token that identifies the tokenizer that is found."""
     return find_tokenizer(read_weights(file), encoder, 20, host or []).encode("xyz").tokens[0]
 
 
@@ -111,7 +113,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_order(weights: Path, tmp_path: Path) -> None:
-    """Each place is found when those before it are empty, and hidden by them when they are not."""
+    """A place later in the order is used only while those before it are empty."""
     host = tmp_path / "host"
     snapshot = tmp_path / "hub" / "models--google--t5-v1_1-xxl" / "snapshots" / "abc"
     pipeline = weights.parent.parent / "tokenizer_2"
@@ -122,48 +124,38 @@ def test_the_order(weights: Path, tmp_path: Path) -> None:
         "folder": weights.parent / "tokenizer.json",
         "own": weights.with_suffix(".tokenizer.json"),
     }
-    with pytest.raises(FileNotFoundError) as nowhere:
-        found_for(weights, [host])
-    assert str(nowhere.value) == (
-        "t5.tokenizer.json does not exist beside t5.safetensors; put the encoder's tokenizer.json there "
-        "under that name, or spiece.model into the same folder"
-    )
+    problem = refusal(lambda path: found_for(path, [host]), weights, error=FileNotFoundError)
+    assert "t5.tokenizer.json" in problem and "spiece.model" in problem
     for mark, path in places.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(named(mark))
         assert found_for(weights, [host]) == mark
 
 
-def test_clips_files_and_sentence(weights: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="or vocab.json and merges.txt into the same folder$"):
-        find_tokenizer(read_weights(weights), CLIP_ENCODER, 1000)
+def test_clip_s_files(weights: Path) -> None:
+    problem = refusal(lambda path: found_for(path, [], CLIP_ENCODER), weights, error=FileNotFoundError)
+    assert "vocab.json and merges.txt" in problem
     clip_files(weights.parent)
     found = find_tokenizer(read_weights(weights), CLIP_ENCODER, 1000)
     assert found.encode("red").tokens == ["<|startoftext|>", "red</w>", "<|endoftext|>"]
     (weights.parent / "merges.txt").write_text("a b c\n")
-    with pytest.raises(ValueError, match="^vocab.json beside merges.txt makes no tokenizer .*; download"):
-        find_tokenizer(read_weights(weights), CLIP_ENCODER, 1000)
+    with pytest.raises(ValueError, match="^vocab.json beside merges.txt .*; download"):
+        found_for(weights, [], CLIP_ENCODER)
 
 
-def test_a_tokenizer_of_the_other_encoder_is_passed_over(weights: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_the_other_encoder_is_skipped(weights: Path, tmp_path: Path) -> None:
     """ComfyUI keeps both encoders in one folder."""
     (weights.parent / "tokenizer.json").write_text(named("clip", "<|endoftext|>"))
     (tmp_path / "host").mkdir()
     (tmp_path / "host" / "tokenizer.json").write_text(named("t5"))
     assert found_for(weights, [tmp_path / "host"]) == "t5"
     assert found_for(weights, [], CLIP_ENCODER) == "clip"
-    with pytest.raises(FileNotFoundError, match="does not exist beside t5.safetensors"):
-        found_for(weights)
+    refusal(found_for, weights, error=FileNotFoundError)
 
 
 def test_spiece_beside_and_inside_the_weights(weights: Path) -> None:
     (weights.parent / "spiece.model").write_bytes(spiece())
     assert ids(find_tokenizer(read_weights(weights), T5_ENCODER, 20)) == ids(t5_from_spiece(spiece()))
-    (weights.parent / "spiece.model").write_bytes(spiece()[:-3])
-    with pytest.raises(
-        ValueError, match="^the SentencePiece model in spiece.model makes no tokenizer .it is cut"
-    ):
-        find_tokenizer(read_weights(weights), T5_ENCODER, 20)
     (weights.parent / "spiece.model").unlink()
     data = torch.frombuffer(bytearray(spiece()), dtype=torch.uint8)
     save_file({"shared.weight": torch.zeros(2), "spiece_model": data}, weights)
@@ -186,18 +178,18 @@ def test_gguf_metadata(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"abc", b"\x0a", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", spiece([("a", 0.0)])]
+    "data",
+    [b"", b"abc", b"\x0a", b"\x0a" + b"\xff" * 10, spiece([("a", 0.0)]), spiece()[:-3]],
+    ids=["empty", "text", "no length", "long length", "no end token", "cut"],
 )
-def test_other_bytes_are_no_sentencepiece_model(weights: Path, data: bytes) -> None:
+def test_other_bytes_are_not_a_sentencepiece_model(weights: Path, data: bytes) -> None:
     (weights.parent / "spiece.model").write_bytes(data)
-    with pytest.raises(
-        ValueError, match="^the SentencePiece model in spiece.model makes no tokenizer .*; download"
-    ):
-        find_tokenizer(read_weights(weights), T5_ENCODER, 20)
+    with pytest.raises(ValueError, match="SentencePiece model in spiece.model .*; download"):
+        found_for(weights)
 
 
 def test_an_encoder_with_its_tokenizer_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensor of bytes is no weight, and is not asked for where one."""
+    """The tensor of bytes is not taken for a weight."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     clip, t5 = save_text_encoders(tmp_path)
     t5.with_suffix(".tokenizer.json").unlink()
