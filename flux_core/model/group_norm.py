@@ -32,13 +32,13 @@ class GroupNorm(nn.GroupNorm):
     Where a gradient is needed, torch's kernel computes it all: it is differentiable.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        is_large = x.dim() == 4 and x.shape[2] * x.shape[3] > SMALL
-        if x.device.type != "cpu" or not is_large or x.is_contiguous() or needs_grad:
-            return super().forward(x)
-        samples = x.contiguous(memory_format=torch.channels_last).split(1)
-        normalized = [ChannelMoments().add(sample).normalize(sample, self) for sample in samples]
+    def forward(self, input: Tensor) -> Tensor:
+        needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        is_large = input.dim() == 4 and input.shape[2] * input.shape[3] > SMALL
+        if input.device.type != "cpu" or not is_large or input.is_contiguous() or needs_grad:
+            return super().forward(input)
+        samples = input.contiguous(memory_format=torch.channels_last).split(1)
+        normalized = [ChannelMoments().add(x).normalize(x, self) for x in samples]
         return normalized[0] if len(normalized) == 1 else torch.cat(normalized)
 
 
