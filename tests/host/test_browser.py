@@ -1,7 +1,7 @@
-"""The editor in a real browser: Chromium opens what `run.py serve` serves, and presses its buttons.
+"""The editor in a real browser: Chromium opens what `run.py serve` serves, and uses its buttons.
 
-One server and one page for the file; every test but the first begins with the demo workflow opened anew.
-RECTIFLUX_SCREENSHOT=PATH saves how the editor looks after the first run.
+One server and one page for the file; every test but the first starts with the demo workflow reloaded.
+RECTIFLUX_SCREENSHOT=PATH saves a screenshot of the editor after the first run.
 """
 
 from __future__ import annotations
@@ -51,14 +51,8 @@ LATENT, SAMPLER, DECODE = (node_id(f"Rectiflux{name}") for name in ("EmptyLatent
 SAVE, ENCODERS = node_id("SaveImage"), node_id("RectifluxTextEncoderLoader")
 
 
-def read(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        picture.load()
-        return picture
-
-
 class Editor:
-    """The page, what its socket received, and what must not happen in it."""
+    """The page, the messages of its WebSocket, and its errors (`faults`)."""
 
     def __init__(self, page: Page, address: str, data: Path) -> None:
         self.page = page
@@ -79,7 +73,7 @@ class Editor:
 
     def _on_request(self, request: Request) -> None:
         if not request.url.startswith((self.address, "data:", f"blob:{self.address}")):
-            self.faults.append(f"a request leaves this machine: {request.url}")
+            self.faults.append(f"a request to another machine: {request.url}")
 
     def _on_socket(self, socket: WebSocket) -> None:
         socket.on("framereceived", self._on_frame)
@@ -92,31 +86,31 @@ class Editor:
             self.previews.append((json.loads(frame[8:end]), Image.open(io.BytesIO(frame[end:]))))
 
     def wait(self, happened: Callable[[], Any], what: str) -> Any:
-        """Let the browser go on until something is true; what that is."""
+        """Let the browser run until `happened` returns something true; returns that."""
         deadline = time.monotonic() + PATIENCE
         while not (found := happened()):
-            assert time.monotonic() < deadline, f"waited in vain until {what}"
+            assert time.monotonic() < deadline, f"timeout while waiting for {what}"
             self.page.wait_for_timeout(20)
         return found
 
-    def told(self, kind: str) -> list[dict[str, Any]]:
-        """The data of the messages of one kind since the last `press_run`."""
+    def received(self, kind: str) -> list[dict[str, Any]]:
+        """The data of all messages of one kind since the last `press_run`."""
         return [message["data"] for message in self.heard if message["type"] == kind]
 
     def show_demo(self) -> None:
-        """The demo workflow as it is shipped, with a seed that stays and few steps: each is shown."""
+        """The shipped demo workflow with a fixed seed and few steps."""
         self.page.evaluate("graph => app.loadGraphData(graph)", DEMO)
         self.set(SEED, control_after_generate="fixed")
         self.set(SCHEDULE, steps=FEW)
 
     def set(self, number: str, **values: Any) -> None:
-        """Give widgets values that the editor's own controls might not let through."""
+        """Set widget values, also ones that the editor's controls would not allow."""
         script = "([id, values]) => app.graph.getNodeById(id).widgets.forEach(widget => {"
         script += " if (widget.name in values) widget.value = values[widget.name] })"
         self.page.evaluate(script, [int(number), values])
 
     def expect_fault(self, pattern: str) -> None:
-        """Take the faults of a test: each must be of this kind."""
+        """Remove the faults of a test; each must match."""
         assert self.faults and all(re.search(pattern, fault) for fault in self.faults), self.faults
         self.faults.clear()
 
@@ -129,15 +123,13 @@ class Editor:
         self.page.get_by_test_id("queue-button").click()
 
     def run(self) -> list[str]:
-        """Press Run and wait for the end; the nodes that ran."""
+        """Press Run and wait for the end; returns the nodes that ran."""
         self.press_run()
-        self.wait(
-            lambda: {"node": None} in [{"node": end["node"]} for end in self.told("executing")], "the end"
-        )
-        return [data["node"] for data in self.told("executing") if data["node"] is not None]
+        self.wait(lambda: None in [data["node"] for data in self.received("executing")], "the end")
+        return [data["node"] for data in self.received("executing") if data["node"] is not None]
 
-    def picture(self) -> Image.Image:
-        """What the Save Image node shows, in its own size; waits until it is the one saved last."""
+    def shown_image(self) -> Image.Image:
+        """What the Save Image node shows, in its own size; waits until it is the last saved image."""
         name = max(path.name for path in (self.data / "output").glob("*.png"))
         shown = self.node(SAVE).locator(f"img[src*='{name}']")
         expect(shown).to_be_visible()
@@ -151,13 +143,16 @@ class Editor:
         return Image.frombytes("RGBA", (width, height), bytes(pixels)).convert("RGB")
 
     def saved(self) -> list[Image.Image]:
-        """The finished pictures, in the order in which they were made."""
-        return [read(path) for path in sorted((self.data / "output").glob("*.png"))]
+        """The saved images, oldest first."""
+        images = [Image.open(path) for path in sorted((self.data / "output").glob("*.png"))]
+        for image in images:
+            image.load()  # which also closes the file
+        return images
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """(address, data folder) of an editor that was started from the command line."""
+    """(address, data folder) of an editor started from the command line."""
     folder = tmp_path_factory.mktemp("editor")
     with serving(folder) as (address, _):
         yield address, folder / "data"
@@ -165,7 +160,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
 @pytest.fixture(scope="module")
 def opened(served: tuple[str, Path]) -> Iterator[Editor]:
-    """A fresh browser profile at the bare address."""
+    """A new browser profile at the editor's address."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         editor = Editor(browser.new_page(viewport={"width": 1600, "height": 900}), *served)
@@ -177,7 +172,7 @@ def opened(served: tuple[str, Path]) -> Iterator[Editor]:
 
 @pytest.fixture
 def editor(opened: Editor) -> Iterator[Editor]:
-    """The page with the demo; nothing may go wrong in it that the test has not taken from `faults`."""
+    """The page with the demo; at the end every fault must have been expected by the test."""
     opened.page.keyboard.press("Escape")
     opened.show_demo()
     yield opened
@@ -185,7 +180,7 @@ def editor(opened: Editor) -> Iterator[Editor]:
     assert faults == []
 
 
-def test_the_first_visit_shows_the_demo_and_run_paints_it(opened: Editor) -> None:
+def test_the_first_visit_shows_the_demo_and_run_saves_an_image(opened: Editor) -> None:
     page = opened.page
     shown = page.evaluate("app.graph.nodes.map(node => [String(node.id), node.type])")
     assert sorted(shown) == sorted([str(node["id"]), node["type"]] for node in DEMO["nodes"])
@@ -195,7 +190,9 @@ def test_the_first_visit_shows_the_demo_and_run_paints_it(opened: Editor) -> Non
 
     ran = opened.run()
     assert sorted(ran, key=int) == [str(number) for number in range(1, 13)]
-    states = [data["nodes"][SAMPLER] for data in opened.told("progress_state") if SAMPLER in data["nodes"]]
+    states = [
+        data["nodes"][SAMPLER] for data in opened.received("progress_state") if SAMPLER in data["nodes"]
+    ]
     steps = [state["value"] for state in states if state["state"] == "running"]
     assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == STEPS and len(steps) > 2
     where, preview = opened.previews[-1]
@@ -203,8 +200,8 @@ def test_the_first_visit_shows_the_demo_and_run_paints_it(opened: Editor) -> Non
     expect(opened.node(SAMPLER).locator("img")).to_be_visible()
 
     (saved,) = opened.saved()
-    picture = opened.picture()
-    assert picture.size == (128, 128) and picture.tobytes() == saved.convert("RGB").tobytes()
+    shown_image = opened.shown_image()
+    assert shown_image.size == (128, 128) and shown_image.tobytes() == saved.convert("RGB").tobytes()
     assert json.loads(saved.info["workflow"])["nodes"] and json.loads(saved.info["prompt"])
     assert opened.faults == []
     if target := os.environ.get("RECTIFLUX_SCREENSHOT"):
@@ -212,16 +209,16 @@ def test_the_first_visit_shows_the_demo_and_run_paints_it(opened: Editor) -> Non
         page.screenshot(path=target)
 
 
-def test_a_rerun_runs_only_what_changed_and_what_lies_downstream(editor: Editor) -> None:
+def test_a_rerun_executes_only_changed_nodes_and_those_behind_them(editor: Editor) -> None:
     editor.run()
     assert editor.run() == []
     editor.node(PROMPT).locator("textarea").first.fill("a small blue star")
     assert editor.run() == [PROMPT, SAMPLER, DECODE, SAVE]
-    assert editor.picture().tobytes() == editor.saved()[-1].convert("RGB").tobytes()
+    assert editor.shown_image().tobytes() == editor.saved()[-1].convert("RGB").tobytes()
 
 
-def test_a_file_of_before_the_report_gets_that_output_and_a_text_preview_shows_it(editor: Editor) -> None:
-    """The sampler with the one output that files used to hold, a wire from the second."""
+def test_an_older_file_gets_the_report_output_and_a_text_preview_shows_it(editor: Editor) -> None:
+    """The sampler saved with one output, and a wire from the second."""
     old = json.loads(json.dumps(DEMO))
     for node in old["nodes"]:
         node["outputs"] = node["outputs"][:1] if str(node["id"]) == SAMPLER else node["outputs"]
@@ -238,16 +235,16 @@ def test_a_file_of_before_the_report_gets_that_output_and_a_text_preview_shows_i
         lambda: [text for text in editor.page.evaluate(values) if "solver: euler" in str(text)], "the report"
     )
     assert f"\nsteps: {FEW}\nevaluations of the model: {FEW}\n" in shown[0]
-    (told,) = (data["output"] for data in editor.told("executed") if data["node"] == number)
-    assert told["text"] == [shown[0]]
+    (output,) = (data["output"] for data in editor.received("executed") if data["node"] == number)
+    assert output["text"] == [shown[0]]
 
 
-def test_an_error_is_told_on_its_node(editor: Editor) -> None:
+def test_an_error_is_shown_on_its_node(editor: Editor) -> None:
     editor.set(SCHEDULE, steps=100000)
     editor.press_run()
-    told = editor.page.get_by_test_id("error-overlay")
-    expect(told).to_contain_text("100000")
-    expect(told).to_contain_text("1000.")
+    overlay = editor.page.get_by_test_id("error-overlay")
+    expect(overlay).to_contain_text("100000")
+    expect(overlay).to_contain_text("1000.")
     expect(editor.node(SCHEDULE).locator(".ring-destructive")).to_be_visible()
     editor.expect_fault(r"status of 400 .*/api/prompt|PromptExecutionError")
     console = editor.page.get_by_role("button", name="Toggle Bottom Panel").first
@@ -257,12 +254,12 @@ def test_an_error_is_told_on_its_node(editor: Editor) -> None:
     editor.set(SCHEDULE, steps=2)
     editor.set(ENCODERS, clip_name="rectiflux-mini-t5.safetensors")
     editor.run()
-    expect(told).to_contain_text("rectiflux-mini-t5.safetensors is a T5 text encoder, not a CLIP")
+    expect(overlay).to_contain_text("rectiflux-mini-t5.safetensors")
     expect(editor.node(ENCODERS).locator(".ring-destructive")).to_be_visible()
     expect(editor.node(SCHEDULE).locator(".ring-destructive")).to_have_count(0)
 
 
-def test_a_saved_workflow_is_there_after_a_reload(editor: Editor) -> None:
+def test_a_saved_workflow_is_restored_after_a_reload(editor: Editor) -> None:
     editor.set(PROMPT, prompt="a purple cross")
     editor.page.keyboard.press("Control+s")
     dialog = editor.page.get_by_role("dialog")
@@ -270,7 +267,7 @@ def test_a_saved_workflow_is_there_after_a_reload(editor: Editor) -> None:
     dialog.get_by_role("button", name="Confirm").click()
     expect(dialog).to_have_count(0)
     path = editor.data / "user" / "workflows" / "my cross.json"
-    editor.wait(path.exists, "the workflow is saved")
+    editor.wait(path.exists, "the saved workflow")
     assert "a purple cross" in path.read_text()
     editor.page.goto(editor.address)
     values = "app.graph.nodes.flatMap(node => (node.widgets ?? []).map(widget => widget.value))"
@@ -285,14 +282,14 @@ def test_a_run_can_be_stopped(editor: Editor) -> None:
     editor.set(LATENT, width=512, height=512)
     editor.set(SCHEDULE, steps=1000)
     editor.press_run()
-    editor.wait(lambda: editor.previews, "the first preview is there")
+    editor.wait(lambda: editor.previews, "the first preview")
     editor.page.get_by_role("button", name="Cancel current run").first.click()
-    editor.wait(lambda: editor.told("execution_interrupted"), "the run has stopped")
+    editor.wait(lambda: editor.received("execution_interrupted"), "the interruption")
     editor.show_demo()
     assert SAVE in editor.run()
 
 
-def test_templates_and_jobs_list_ours(editor: Editor) -> None:
+def test_templates_and_jobs_are_listed(editor: Editor) -> None:
     editor.page.get_by_role("button", name="Templates").click()
     dialog = editor.page.get_by_role("dialog")
     expect(dialog.get_by_test_id("template-workflow-text_to_image")).to_be_visible()
@@ -307,7 +304,7 @@ def test_templates_and_jobs_list_ours(editor: Editor) -> None:
     editor.page.get_by_test_id("queue-overlay-toggle").click()
 
 
-def test_a_nodes_help_is_our_page(editor: Editor) -> None:
+def test_the_help_page_of_a_node(editor: Editor) -> None:
     editor.page.get_by_test_id(f"node-header-{SAMPLER}").click()
     editor.page.get_by_test_id("info-button").click()
     text = (ROOT / "web" / "docs" / "RectifluxSampler" / "en.md").read_text()

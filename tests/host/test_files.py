@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import IO
 
@@ -71,27 +69,6 @@ def test_no_partial_file_has_the_final_name(tmp_path: Path) -> None:
     files.write(tmp_path / "b.json", content)
     assert seen == [[], ["sum_00001_.png"]] and (tmp_path / "b.json").read_bytes() == b"half"
     assert sorted(os.listdir(tmp_path)) == ["b.json", "sum_00001_.png"]
-
-
-def test_a_process_killed_while_saving_leaves_no_image(tmp_path: Path) -> None:
-    code = """
-import sys, time
-from rectiflux.host.files import write_numbered
-def content(file):
-    file.write(b"half an image")
-    file.flush()
-    print("half", flush=True)
-    time.sleep(60)
-write_numbered(__import__("pathlib").Path(sys.argv[1]), "sum", content)
-"""
-    start = Path(__file__).parents[1] / "conftest.py"  # makes the pack importable as rectiflux
-    run = f"import runpy; runpy.run_path({str(start)!r}); exec({code!r})"
-    command = [sys.executable, "-c", run, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"half\n"
-        process.kill()
-    assert [name for name in os.listdir(tmp_path) if not name.endswith(".part")] == []
-    assert files.write_numbered(tmp_path, "sum", lambda file: file.write(b"whole")).name == "sum_00001_.png"
 
 
 def test_the_index_counts_on_from_the_highest(tmp_path: Path) -> None:

@@ -20,13 +20,7 @@ Listener = Callable[[Job, str], None]
 class Queue:
     """Jobs whose worker waits at the start of each job until `finish`; `listen` may raise in on_event."""
 
-    def __init__(
-        self,
-        executor: Executor,
-        prompts: Any,
-        listen: Listener = lambda job, kind: None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, executor: Executor, prompts: Any, listen: Listener, **options: Any) -> None:
         self.prompts = prompts
         self.registry = executor.registry
         self.events: list[tuple[str, str]] = []
@@ -66,8 +60,10 @@ class Queue:
 def make_queue(registry: Registry, prompts: Any) -> Iterator[Callable[..., Queue]]:
     queues: list[Queue] = []
 
-    def make(executor: Executor | None = None, **options: Any) -> Queue:
-        queues.append(Queue(executor or Executor(registry), prompts, **options))
+    def make(
+        executor: Executor | None = None, listen: Listener = lambda job, kind: None, **options: Any
+    ) -> Queue:
+        queues.append(Queue(executor or Executor(registry), prompts, listen, **options))
         return queues[-1]
 
     yield make
@@ -158,25 +154,22 @@ class FirstRunFails(Executor):
         return super().run(*args, **options)
 
 
-def test_no_error_of_the_executor_ends_the_worker(
-    make_queue: Callable[..., Queue], registry: Registry
-) -> None:
-    queue = make_queue(FirstRunFails(registry))
-    for job_id in "ab":
-        queue.submit(job_id)
-    queue.run()
-    assert queue.ids("failed") == ["a"] and queue.ids("completed") == ["b"]
+def raises(error: BaseException) -> Listener:
+    """A listener that fails in every event of job a."""
 
-
-@pytest.mark.parametrize("error", [RuntimeError("a bug of a listener"), SystemExit(1)])
-def test_no_error_of_a_listener_ends_the_worker(
-    make_queue: Callable[..., Queue], error: BaseException
-) -> None:
     def listen(job: Job, kind: str) -> None:
         if job.id == "a":
             raise error
 
-    queue = make_queue(listen=listen)
+    return listen
+
+
+@pytest.mark.parametrize("fault", ["executor", RuntimeError("a bug of a listener"), SystemExit(1)], ids=str)
+def test_no_error_outside_the_nodes_ends_the_worker(
+    make_queue: Callable[..., Queue], registry: Registry, fault: BaseException | str
+) -> None:
+    is_executor = isinstance(fault, str)
+    queue = make_queue(FirstRunFails(registry)) if is_executor else make_queue(listen=raises(fault))
     for job_id in "ab":
         queue.submit(job_id)
     queue.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from contextlib import suppress
@@ -137,24 +138,14 @@ def test_a_truncated_prompt_is_reported_once_for_each_encoder(command: Command) 
     assert len(notes) == 2 and "101 tokens" in notes[0] and "102 tokens" in notes[1]
 
 
-def test_on_a_terminal_the_progress_bar_is_redrawn() -> None:
-    class Terminal:
-        text = ""
-
-        def write(self, text: str) -> None:
-            self.text += text
-
-        def flush(self) -> None: ...
-
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    bar = render.ProgressBar(stream, {"1": "Sampler"}.__getitem__)  # type: ignore[arg-type]
+def test_on_a_terminal_the_progress_bar_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    bar = render.ProgressBar(stream, {"1": "Sampler"}.__getitem__)
     bar("executing", {"node": "1"})
     bar("progress", {"node": "1", "value": 1, "max": 2})
     bar.finish_node()
-    lines = [line.strip() for line in stream.text.split("\r") if line.strip()]
+    lines = [line.strip() for line in stream.getvalue().split("\r") if line.strip()]
     assert lines[:2] == ["Sampler", "Sampler [###############...............] 1/2"]
 
 
