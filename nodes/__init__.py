@@ -17,7 +17,7 @@
   model_files.py    files and folders in a loader's list, and the path of a name in it
   run_report.py     progress, seconds per step, the sampler's report as text
   memory_advice.py  what to do when memory is full
-  host.py           what a node may ask of its host: one Protocol
+  host.py           what a host does for the nodes: one Protocol
   host_embedded*    the embedded editor's side of it
   host_comfy*       ComfyUI's side of it
 

@@ -18,15 +18,7 @@ class Compile:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The model, compiled at its first run. The input model is not changed.",)
-    SEARCH_ALIASES = [
-        "torch compile",
-        "torch.compile",
-        "inductor",
-        "triton",
-        "cuda graphs",
-        "faster",
-        "speed",
-    ]
+    SEARCH_ALIASES = "torch compile, torch.compile, inductor, triton, cuda graphs, faster, speed".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

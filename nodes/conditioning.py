@@ -19,7 +19,7 @@ class TextEncode:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The encoded prompt, for a sampler's positive input.",)
-    SEARCH_ALIASES = ["text", "positive prompt", "clip text encode", "flux guidance", "caption"]
+    SEARCH_ALIASES = "text, positive prompt, clip text encode, flux guidance, caption".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -62,7 +62,7 @@ class NegativePrompt:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The encoded text, for a sampler's negative input.",)
-    SEARCH_ALIASES = ["negative", "unconditional", "empty prompt", "clip text encode"]
+    SEARCH_ALIASES = "negative, unconditional, empty prompt, clip text encode".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

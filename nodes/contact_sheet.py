@@ -18,7 +18,7 @@ class SideBySide:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The sheet, to save or to preview.",)
-    SEARCH_ALIASES = ["compare", "grid", "contact sheet", "stitch", "label", "xy plot"]
+    SEARCH_ALIASES = "compare, grid, contact sheet, stitch, label, xy plot".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

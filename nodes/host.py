@@ -1,4 +1,4 @@
-"""What a node may ask of the program that runs it, its host: one Protocol, implemented once for each host.
+"""What a host, the program that runs the nodes, does for them: one Protocol, implemented once for each host.
 
 `EmbeddedHost` (host_embedded.py) is the editor that comes with this pack, `ComfyHost` (host_comfy.py) is
 ComfyUI. Importing this file imports neither.

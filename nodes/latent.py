@@ -19,7 +19,7 @@ class EmptyLatent:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The empty latent, for the schedule (which needs its size) and for the sampler.",)
-    SEARCH_ALIASES = ["size", "resolution", "width", "height", "empty latent image", "batch"]
+    SEARCH_ALIASES = "size, resolution, width, height, empty latent image, batch".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -44,15 +44,7 @@ class ModelLoader:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = (MODEL, ABOUT)
-    SEARCH_ALIASES = [
-        "flux",
-        "load diffusion model",
-        "unet loader",
-        "gguf",
-        "fp8",
-        "transformer",
-        "diffusers",
-    ]
+    SEARCH_ALIASES = "flux, load diffusion model, unet loader, gguf, fp8, transformer, diffusers".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -82,16 +74,7 @@ class TextEncoderLoader:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = (CLIP, "A line on each of the two files, for Preview as Text.")
-    SEARCH_ALIASES = [
-        "flux",
-        "dual clip loader",
-        "t5",
-        "t5xxl",
-        "clip_l",
-        "load clip",
-        "text encoder",
-        "gguf",
-    ]
+    SEARCH_ALIASES = "flux, dual clip loader, t5, t5xxl, clip_l, load clip, text encoder, gguf".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -129,7 +112,7 @@ class VAELoader:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = (VAE, ABOUT)
-    SEARCH_ALIASES = ["flux", "ae", "autoencoder", "load vae", "decoder", "diffusers"]
+    SEARCH_ALIASES = "flux, ae, autoencoder, load vae, decoder, diffusers".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -156,13 +139,9 @@ class CheckpointLoader:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = (MODEL, CLIP, VAE, ABOUT)
-    SEARCH_ALIASES = [
-        "flux",
-        "load checkpoint",
-        "checkpoint loader simple",
-        "all in one",
-        "diffusers pipeline",
-    ]
+    SEARCH_ALIASES = "flux, load checkpoint, checkpoint loader simple, all in one, diffusers pipeline".split(
+        ", "
+    )
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -22,7 +22,7 @@ class LoraLoader:
         "The text encoders with the LoRA, if it has keys for them and they are connected.",
         "How many of the file's keys match, and which do not. For Preview as Text.",
     )
-    SEARCH_ALIASES = ["lora", "lokr", "loha", "lycoris", "dora", "load lora", "control lora", "style"]
+    SEARCH_ALIASES = "lora, lokr, loha, lycoris, dora, load lora, control lora, style".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -18,7 +18,7 @@ class Noise:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The noise, for FLUX Sampler or for ComfyUI's SamplerCustomAdvanced.",)
-    SEARCH_ALIASES = ["seed", "random noise", "variation"]
+    SEARCH_ALIASES = "seed, random noise, variation".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -21,15 +21,7 @@ class Sampler:
         "The finished image as a latent, for FLUX VAE Decode.",
         "Model calls, error, straightness and time of the run. For Preview as Text.",
     )
-    SEARCH_ALIASES = [
-        "ksampler",
-        "sample",
-        "generate",
-        "denoise",
-        "sampler custom advanced",
-        "cfg",
-        "inpaint",
-    ]
+    SEARCH_ALIASES = "ksampler, sample, generate, denoise, sampler custom advanced, cfg, inpaint".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

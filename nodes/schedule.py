@@ -18,7 +18,7 @@ class Schedule:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("Noise levels from 1 (noise) down to 0 (image), one more than there are steps.",)
-    SEARCH_ALIASES = ["steps", "sigmas", "scheduler", "denoise", "flux shift", "basic scheduler"]
+    SEARCH_ALIASES = "steps, sigmas, scheduler, denoise, flux shift, basic scheduler".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

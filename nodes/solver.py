@@ -20,16 +20,7 @@ class ODESolver:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = (SAMPLER,)
-    SEARCH_ALIASES = [
-        "sampler",
-        "ksampler select",
-        "euler",
-        "heun",
-        "midpoint",
-        "rk4",
-        "runge kutta",
-        "adams bashforth",
-    ]
+    SEARCH_ALIASES = "ksampler select, euler, heun, midpoint, rk4, runge kutta, adams bashforth".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -52,7 +43,7 @@ class AdaptiveSolver:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = (SAMPLER,)
-    SEARCH_ALIASES = ["dormand prince", "dopri5", "rk45", "dpm adaptive", "adaptive", "tolerance"]
+    SEARCH_ALIASES = "dormand prince, dopri5, rk45, dpm adaptive, adaptive, tolerance".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -85,7 +76,7 @@ class StochasticSolver:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = (SAMPLER,)
-    SEARCH_ALIASES = ["euler ancestral", "sde", "eta", "noise amount", "sampler euler ancestral", "churn"]
+    SEARCH_ALIASES = "euler ancestral, sde, eta, noise amount, sampler euler ancestral, churn".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -18,15 +18,7 @@ class StepCache:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The model with a step cache. The input model is not changed.",)
-    SEARCH_ALIASES = [
-        "teacache",
-        "fbcache",
-        "first block cache",
-        "easycache",
-        "taylorseer",
-        "wavespeed",
-        "faster",
-    ]
+    SEARCH_ALIASES = "teacache, fbcache, first block cache, easycache, taylorseer, wavespeed".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

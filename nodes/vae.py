@@ -20,7 +20,7 @@ class VAEDecode:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The images, to save or to preview.",)
-    SEARCH_ALIASES = ["decode", "latent to image", "vae decode"]
+    SEARCH_ALIASES = "decode, latent to image, vae decode".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -41,7 +41,7 @@ class VAEEncode:
     FUNCTION = "run"
     DESCRIPTION = __doc__
     OUTPUT_TOOLTIPS = ("The image as a latent, for the schedule and the sampler.",)
-    SEARCH_ALIASES = ["encode", "image to latent", "img2img", "image to image", "vae encode"]
+    SEARCH_ALIASES = "encode, image to latent, img2img, image to image, vae encode".split(", ")
 
     @classmethod
     def INPUT_TYPES(cls):

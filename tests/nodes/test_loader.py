@@ -316,7 +316,7 @@ def test_a_model_that_fits_is_packed_and_gives_the_same_image(
     torch.testing.assert_close(image(model=model_node(name)), shown, rtol=0, atol=1e-5)
 
 
-def test_int8_quantises_the_blocks(host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_quantizes_the_blocks(host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = quantised(models, "Q8_0")[1]
     network = call("RectifluxModelLoader", model_name=name, weight_dtype="int8").network
     blocks = [*network.double_blocks, *network.single_blocks]
@@ -337,7 +337,7 @@ def test_int8_quantises_the_blocks(host: Folders, models: Path, monkeypatch: pyt
 # fp8
 
 
-def test_fp8_quantises_the_blocks_and_modulations(
+def test_fp8_quantizes_the_blocks_and_modulations(
     host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also without a GPU; all but the last block, and neither the first nor the last layer."""
