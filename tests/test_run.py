@@ -257,21 +257,21 @@ def test_an_environment_of_the_users_own_is_kept(start: Start) -> None:
     assert (start.root / ".venv" / "keepsake").exists() and "probe==1.0" in start.installed()
 
 
-def test_no_network(ready: Start) -> None:
-    before = (ready.root / "requirements.txt").read_text()
-    ready.write("requirements.txt", before + "another\n")
-    unreachable = {"PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "", "PIP_INDEX_URL": "http://127.0.0.1:9/"}
-    ready("render", code=1, PIP_RETRIES="1", **unreachable)
-    assert "pip cannot reach its package index" in ready.last_error()
-    ready.write("requirements.txt", before)
-    assert ready("render").startswith("render []")
+OFFLINE = {"PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "", "PIP_INDEX_URL": "http://127.0.0.1:9/"}
 
 
-def test_no_build_of_a_package_for_this_python(ready: Start) -> None:
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({**OFFLINE, "PIP_RETRIES": "1"}, "pip cannot reach its package index"),
+        ({}, "No matching distribution found for nowhere-to-be-found: no build for Python"),
+    ],
+)
+def test_a_package_that_cannot_be_installed(ready: Start, changes: dict[str, str], reason: str) -> None:
     before = (ready.root / "requirements.txt").read_text()
-    ready.write("requirements.txt", "nowhere-to-be-found\n")
-    ready("render", code=1)
-    assert "No matching distribution found for nowhere-to-be-found: no build for Python" in ready.last_error()
+    ready.write("requirements.txt", before + "nowhere-to-be-found\n")
+    ready("render", code=1, **changes)
+    assert reason in ready.last_error()
     ready.write("requirements.txt", before)
     assert ready("render").startswith("render []")
 
@@ -346,28 +346,20 @@ def test_a_python_that_is_too_old_can_parse_run_py() -> None:
     assert {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names
 
 
-def test_help_and_unknown_commands_need_no_environment(start: Start) -> None:
+def test_help_lists_and_unknown_names_need_no_environment(start: Start) -> None:
+    """Benchmarks are the files with a main function, listed with the first line of their docstring."""
     assert "python3 run.py render WORKFLOW" in start("--help")
+    for arguments in (("bench",), ("bench", "--help"), ("bench", "-h")):
+        assert start(*arguments).splitlines()[1:] == [
+            "    full-size  How large.",
+            "    speed      How fast.",
+            "    threads    Waiting.",
+        ]
     start("frob", code=1)
     assert start.last_error().endswith("'frob'; the commands are serve, render, test, train, bench.")
-    assert not (start.root / ".venv").exists()
-
-
-@pytest.mark.parametrize("arguments", [("bench",), ("bench", "--help"), ("bench", "-h")])
-def test_bench_alone_lists_the_benchmarks(start: Start, arguments: tuple[str, ...]) -> None:
-    """The files with a main function and the first line of their docstring, without an environment."""
-    assert start(*arguments).splitlines()[1:] == [
-        "    full-size  How large.",
-        "    speed      How fast.",
-        "    threads    Waiting.",
-    ]
-    assert not (start.root / ".venv").exists()
-
-
-@pytest.mark.parametrize("name", ["frob", "report", "full_size", "--quick"])
-def test_an_unknown_benchmark(start: Start, name: str) -> None:
-    start("bench", name, code=1)
-    assert start.last_error().endswith(f"{name!r}; the benchmarks are full-size, speed, threads.")
+    for name in ("frob", "report", "full_size", "--quick"):
+        start("bench", name, code=1)
+        assert start.last_error().endswith(f"{name!r}; the benchmarks are full-size, speed, threads.")
     assert not (start.root / ".venv").exists()
 
 

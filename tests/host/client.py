@@ -37,13 +37,12 @@ class Client:
 
     def __enter__(self) -> Client:
         self.runner = asyncio.Runner()
-        self.http: TestClient[Any, Any] = self.runner.run(self._start())
+        self.runner.run(self._start())
         return self
 
-    async def _start(self) -> TestClient[Any, Any]:
-        client = TestClient(TestServer(self.app))
-        await client.start_server()
-        return client
+    async def _start(self) -> None:
+        self.http = TestClient(TestServer(self.app))
+        await self.http.start_server()
 
     def __exit__(self, *_: object) -> None:
         self.runner.run(self.http.close())

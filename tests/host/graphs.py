@@ -7,27 +7,19 @@ from typing import Any
 from rectiflux.host.workflow import Document, to_prompt
 
 SEED = ["INT", {"default": 0, "control_after_generate": True}]
+MIX = {"a": ["NUM", {}], "mode": [["add", "mul"], {}], "text": ["STRING", {"default": "-"}]}
+MIX_OPTIONAL = {"b": ["NUM", {}], "flag": ["BOOLEAN", {"default": False}], "n": ["INT", {"default": 4}]}
+LOAD = {"image": [["x.png"], {"image_upload": True}]}
+
+
+def _info(name: str, required: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"input": {"required": required, "optional": optional or {}}, "display_name": name}
+
+
 INFO: dict[str, dict[str, Any]] = {
-    "Number": {
-        "input": {"required": {"seed": SEED, "scale": ["FLOAT", {"default": 1.5}]}},
-        "display_name": "A Number",
-    },
-    "Mix": {
-        "input": {
-            "required": {
-                "a": ["NUM", {}],
-                "mode": [["add", "mul"], {}],
-                "text": ["STRING", {"default": "-"}],
-            },
-            "optional": {
-                "b": ["NUM", {}],
-                "flag": ["BOOLEAN", {"default": False}],
-                "n": ["INT", {"default": 4}],
-            },
-        },
-        "display_name": "Mix",
-    },
-    "Load": {"input": {"required": {"image": [["x.png"], {"image_upload": True}]}}, "display_name": "Load"},
+    "Number": _info("A Number", {"seed": SEED, "scale": ["FLOAT", {"default": 1.5}]}),
+    "Mix": _info("Mix", MIX, MIX_OPTIONAL),
+    "Load": _info("Load", LOAD),
 }
 
 
@@ -40,14 +32,8 @@ def node(number: int, kind: str, values: Any = (), wires: dict[str, int] | None 
     inputs = [{"name": name, "type": "NUM", "link": link} for name, link in (wires or {}).items()]
     values = values if isinstance(values, dict) else list(values)
     outputs = [{"name": "out", "type": "NUM", "links": []}]
-    return {
-        "id": number,
-        "type": kind,
-        "inputs": inputs,
-        "outputs": outputs,
-        "widgets_values": values,
-        **more,
-    }
+    saved = {"id": number, "type": kind, "inputs": inputs, "outputs": outputs}
+    return {**saved, "widgets_values": values, **more}
 
 
 def prompt_of(document: dict[str, Any]) -> dict[str, Any]:
@@ -58,13 +44,8 @@ def prompt_of(document: dict[str, Any]) -> dict[str, Any]:
 
 def pair(**second: Any) -> dict[str, Any]:
     """Number (1) wired into Mix (2)."""
-    return graph(
-        [
-            node(1, "Number", [7, "fixed", 2.5]),
-            {**node(2, "Mix", ["mul", "hi", True, 9], {"a": 1}), **second},
-        ],
-        [[1, 1, 0, 2, 0, "NUM"]],
-    )
+    mix = {**node(2, "Mix", ["mul", "hi", True, 9], {"a": 1}), **second}
+    return graph([node(1, "Number", [7, "fixed", 2.5]), mix], [[1, 1, 0, 2, 0, "NUM"]])
 
 
 def chain(mode: int) -> dict[str, Any]:

@@ -172,19 +172,6 @@ def changed(node_id: int, values: list[Any] | None = None, **more: Any) -> Graph
     return graph
 
 
-def with_wrong_wire() -> Graph:
-    graph = text_to_image()
-    wire = next(link for link in graph["links"] if link[3:5] == [10, 0])
-    wire[1] = 3
-    return graph
-
-
-def without_loader() -> Graph:
-    graph = text_to_image()
-    del graph["nodes"][0]
-    return graph
-
-
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
@@ -192,25 +179,16 @@ def without_loader() -> Graph:
             changed(8, [0, 1.0, "by size", 1.15]),
             "node 8 (RectifluxSchedule): steps must be at least 1, got 0",
         ),
-        (changed(6, [64, 8, 1]), "node 6 (RectifluxEmptyLatent): height must be at least 16, got 8"),
         (changed(6, [100, 16, 1]), "node 6 (RectifluxEmptyLatent): width must be a multiple of 16, got 100"),
-        (changed(10, [1e9]), "node 10 (RectifluxSampler): cfg_scale must be at most"),
-        (changed(10, ["big"]), "node 10 (RectifluxSampler): cfg_scale must be a number, got 'big'"),
         (changed(9, ["rk9"]), "node 9 (RectifluxSolver): solver: 'rk9' is not one of"),
-        (
-            changed(1, ["m.safetensors", "auto"]),
-            "node 1 (RectifluxModelLoader): model_name: 'm.safetensors' is not",
-        ),
+        (changed(1, ["m.safetensors", "auto"]), "node 1 (RectifluxModelLoader): model_name: 'm.safetensors'"),
         (changed(1, ["m.ckpt", "auto"]), "node 1 (RectifluxModelLoader): model_name: 'm.ckpt' is a pickle"),
         (changed(12, ["../fox"]), "filename_prefix must stay in the folder output, got '../fox'"),
-        (changed(12, [""]), "filename_prefix must not be empty"),
         (changed(12, ["x" * 300]), "filename_prefix must have at most 200 bytes, got 300"),
         (changed(12, type="Frobnicate"), "nodes that are not installed here: node 12 (Frobnicate)"),
         (changed(12, mode=2), "the workflow has no output node; add a Save Image"),
         (changed(7, mode=2), "node 10 (RectifluxSampler): noise is not connected"),
         (changed(12, [], type="PreviewImage"), "has only preview nodes and saves no image"),
-        (without_loader(), "input model of node 10 (RectifluxSampler) is linked to node 1, which does not"),
-        (with_wrong_wire(), "model must be MODEL, but output 0 of node 3 is VAE"),
     ],
 )
 def test_invalid_graphs_are_refused(command: Command, graph: Graph, message: str) -> None:
@@ -226,20 +204,11 @@ def test_a_cycle_is_reported_once_with_all_its_nodes(command: Command) -> None:
     assert all(f"{node_id} (Rectiflux" in message for node_id in (6, 8, 10, 11))
 
 
-@pytest.mark.parametrize("content", [None, b'{"nodes": [', b"\x89PNG\r\n\x1a\n\0\0", b""])
-def test_missing_and_truncated_workflow_files_are_refused(command: Command, content: bytes | None) -> None:
+def test_a_damaged_workflow_file_and_an_unknown_setting_are_refused(command: Command) -> None:
     path = command.folder / "broken"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     assert str(path) in command.refuses(path)
-
-
-def test_invalid_settings_are_refused(command: Command) -> None:
     assert "--set sead: unknown widget" in command.refuses(text_to_image(), "--set", "sead=1")
-    graph = text_to_image()
-    graph["nodes"].append({**node_of(graph, 4), "id": 14, "title": "Another"})
-    message = command.refuses(graph, "--set", "prompt=x")
-    assert "4.prompt (FLUX Prompt)" in message and "14.prompt (Another)" in message
 
 
 def test_wrong_arguments_are_reported_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
