@@ -51,7 +51,7 @@ class PartWeights:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that a loader computes in when none is asked for. Raises ValueError as `choose_dtype`."""
+        """The dtype that a loader computes in when none is given. Raises ValueError as `choose_dtype`."""
         return choose_dtype(self.tensors, self.name)
 
 

@@ -11,7 +11,7 @@ from .weight_file import Weight
 
 @contextmanager
 def blame_file(file: str, kind: ModelKind, tensors: Mapping[str, Weight]) -> Iterator[None]:
-    """Context that turns any error of sizing or building a model from `tensors` into a ValueError on `file`.
+    """Context that reports any error of sizing or building a model from `tensors` as a ValueError on `file`.
 
     The shapes in a damaged or hostile file may be anything, so whatever fails on them is the file's fault.
     """
