@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..flux_core.backends.cpu_linear import PackedLinear, can_pack
+from ..flux_core.backends.cpu_linear import PackedLinear
+from ..flux_core.backends.onednn import can_pack
 from ..flux_core.model.spec import FluxSpec
 from .interleaved import Clock, Run
 

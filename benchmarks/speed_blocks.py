@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flux_core.backends.cpu_int8 import Int8Linear
+from ..flux_core.backends.cpu_int8 import Int8Linear, quantize_int8
 from ..flux_core.backends.cpu_pack import pack_weights
 from ..flux_core.backends.quantize import quantize_to_int8
 from ..flux_core.model.transformer import FluxTransformer
@@ -118,7 +118,7 @@ def int8_error(settings: Settings) -> Iterator[Outcome]:
         kinds["the miniature's linear1, random inputs"] = (block.linear1.weight, torch.randn(256, 192))
     for kind, (w, inputs) in kinds.items():
         exact = F.linear(inputs, w)
-        int8 = _relative(Int8Linear(w, None)(inputs), exact)
+        int8 = _relative(Int8Linear(quantize_int8(w), None, w.dtype)(inputs), exact)
         bf16 = _relative(F.linear(inputs.bfloat16(), w.bfloat16()).float(), exact)
         yield Told(f"error {kind}: int8 {int8:.4f}, bf16 {bf16:.4f} of the outputs' length")
 

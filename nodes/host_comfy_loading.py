@@ -22,7 +22,7 @@ from ..flux_core.weights import Checkpoint, Part, Source, load_transformer
 from ..flux_core.weights.checkpoint import PartWeights
 from .host import WEIGHT_DTYPES
 from .host_comfy_network import ComfyNetwork
-from .host_comfy_quant import follow, keep_stored
+from .host_comfy_quant import follow_patches, make_patchable
 from .host_comfy_text import progress
 
 
@@ -41,7 +41,7 @@ def load_model(source: Source, weight_dtype: str, memory_limit: str, disable_dyn
     network, config = _load_network(checkpoint, weight_dtype, limit, device)
     # ComfyUI reads the width of img_in, which a control LoRA changes
     dequantize_layers(network, network.dtype, "img_in")
-    has_stored = keep_stored(network)
+    has_stored = make_patchable(network)
     _use_comfy_layers(network, comfy.ops.disable_weight_init)
     config.set_inference_dtype(network.dtype, None)
     model = config.get_model({})
@@ -95,7 +95,7 @@ def _follow_runs(patcher: Any) -> None:
     """Have the network keep results during a sampling run, and its layers use the patches that are loaded."""
     from comfy.patcher_extension import CallbacksMP
 
-    follow(patcher)
+    follow_patches(patcher)
     patcher.add_callback(CallbacksMP.ON_PRE_RUN, lambda p: p.model.diffusion_model.begin(p))
     patcher.add_callback(CallbacksMP.ON_CLEANUP, lambda p: p.model.diffusion_model.end())
 

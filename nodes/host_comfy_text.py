@@ -22,7 +22,7 @@ from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import expect
 from ..flux_core.weights.weight_file import WeightFile
 from .host_comfy_network import ComfyNetwork, PromptTokens, TextModule
-from .host_comfy_quant import follow, keep_stored
+from .host_comfy_quant import follow_patches, make_patchable
 from .run_report import in_percent
 from .wires import Entries
 
@@ -90,13 +90,15 @@ def _with_our_encoders(clip_checkpoint: Checkpoint, t5_checkpoint: Checkpoint) -
             clip_checkpoint, t5_checkpoint, dtype, tokenizer_folders=_tokenizers(), on_progress=progress()
         )
         wrapped = TextModule(encoders, dtype, notice)
-        wrapped.disable_offload = keep_stored(wrapped)  # ComfyUI then takes the plain patcher, as for a MODEL
+        wrapped.disable_offload = make_patchable(
+            wrapped
+        )  # ComfyUI then takes the plain patcher, as for a MODEL
         return wrapped.to(device)
 
     clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=module, tokenizer=_tokens))
     if not clip.patcher.is_dynamic():
         clip.patcher = _whole_patcher(clip.patcher)
-    follow(clip.patcher)
+    follow_patches(clip.patcher)
     return clip
 
 

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from ..flux_core.backends.cpu_linear import can_pack
 from ..flux_core.backends.cpu_pack import pack_weights
+from ..flux_core.backends.onednn import can_pack
 from ..flux_core.backends.quantize import check_int8, fp8_bytes, quantize_to_fp8, quantize_to_int8
 from ..flux_core.memory import fits, limit_of, stream
 from ..flux_core.model.autoencoder import AutoEncoder

@@ -10,11 +10,11 @@ from torch import Tensor
 from ...flux_core.quant.formats import (
     ConcatenatedWeight,
     DenseWeight,
-    FourBitWeight,
     GGUFWeight,
     QuantizedWeight,
     ScaledWeight,
 )
+from ...flux_core.quant.four_bit import FourBitWeight, NestedScales
 from ...flux_core.quant.gguf import BLOCK_TYPES
 
 NF4 = [
@@ -107,10 +107,11 @@ def nested_nf4(weight: Tensor) -> tuple[FourBitWeight, Tensor]:
     scales = (levels[numbers] * units[:, None] + offset).view(-1)[:count]
     halves = torch.cat([plain.packed >> 4, plain.packed & 15], dim=1).view(-1)
     spread = scales.repeat_interleave(64)[: len(halves)]
-    values = (plain.code[halves.long()] * spread).view(weight.shape)
+    values = (plain.levels[halves.long()] * spread).view(weight.shape)
     bytes_ = numbers.view(-1)[:count].to(torch.uint8)
     shape = tuple(weight.shape)
-    return FourBitWeight(plain.packed, bytes_, plain.code, shape, 64, "nf4", units, levels, 8, offset), values
+    nested = NestedScales(bytes_, levels, units, 8, offset)
+    return FourBitWeight(plain.packed, nested, plain.levels, shape, 64), values
 
 
 def every_format() -> dict[str, tuple[QuantizedWeight, Tensor]]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...flux_core.model.transformer import FluxTransformer
+from ...flux_core.quant.four_bit import NestedScales
 from ...flux_core.quant.gguf import BLOCK_TYPES
 from .models import flux_transformer
 from .quantized import QUANTIZABLE, fp8, int8, nested_nf4, nf4, random_blocks
@@ -82,12 +83,14 @@ def four_bit(nested: bool) -> Callable[[Tensor], tuple[State, Tensor]]:
             "shape": list(weight.shape),
             "dtype": "bfloat16",
         }
-        parts = {"weight": stored.packed, "weight.absmax": stored.absmax, "weight.quant_map": stored.code}
-        if nested:
-            assert None not in (stored.nested_absmax, stored.nested_code, stored.offset)
-            parts["weight.nested_absmax"] = stored.nested_absmax
-            parts["weight.nested_quant_map"] = stored.nested_code
-            about |= {"nested_blocksize": stored.nested_block, "nested_offset": float(stored.offset)}
+        scales = stored.absmax
+        parts = {"weight": stored.packed, "weight.quant_map": stored.levels}
+        if isinstance(scales, NestedScales):
+            parts |= {"weight.absmax": scales.codes, "weight.nested_absmax": scales.absmax}
+            parts["weight.nested_quant_map"] = scales.levels
+            about |= {"nested_blocksize": scales.group, "nested_offset": float(scales.offset)}
+        else:
+            parts["weight.absmax"] = scales
         state = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
         return {**parts, "weight.quant_state.bitsandbytes__nf4": state}, numbers
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cpu_linear import can_pack, mkl_is_slow
+from .cpu_info import mkl_is_slow
+from .onednn import can_pack
 
 SCORES = 3 << 17
 """Scores that are computed at a time, where they are not those of fewer than QUERIES queries."""

@@ -1,7 +1,7 @@
-"""A transformer whose layers are packed for the processor (packed.py) or quantised (also fp8.py).
+"""Packs a transformer's weights for the CPU (cpu_linear.py), and finds and replaces a model's linear layers.
 
-Packed are those that every step uses. What `prepare` uses once a run is left alone, but for fp8; so are
-layers that keep quantised weights, and models that are streamed, whose weights must stay pages of their file.
+Packed are the layers that every step uses. Those that `prepare` uses once per run stay as they are, and so do
+quantized layers and streamed models, whose weights stay memory-mapped.
 """
 
 from __future__ import annotations
@@ -15,60 +15,63 @@ from torch import nn
 from ..model.layers import Modulation, SingleStreamBlock
 from ..model.transformer import FluxTransformer
 from ..quant.linear import QuantizedLinear, compute_dtype, device_of
-from .cpu_linear import PackedLinear, can_pack, has_avx512, mkl_is_slow
+from .cpu_info import has_avx512, mkl_is_slow
+from .cpu_linear import PackedLinear
+from .onednn import can_pack
 
 LINEAR = (nn.Linear, QuantizedLinear)
 Place = tuple[nn.Module, str, "nn.Linear | QuantizedLinear"]
-"""A linear layer with the module that it is a child of, and its name there."""
+"""A linear layer with its parent module and its name there."""
 
-COMPUTABLE = (torch.float32, torch.bfloat16, torch.float16)
 Progress = Callable[[int, int], None]
-SMALL = 1 << 16
-"""Numbers of a weight below which packing gains nothing: the call costs more than the order saves."""
-SMALL_IN_FLOAT32 = 1 << 18
-"""The same in float32, where torch's own order is MKL's. Up to 192 x 1344, the miniature's largest, both take
-the same time at 96 tokens, and a recorded step (recorder.py) has to copy what oneDNN gives.
-"""
-LARGE = 1 << 22
-"""Numbers of a float32 weight from which on torch's own order, MKL's, is as quick with AVX-512.
+"""Called with the number of weights processed so far, and of all."""
 
-There 81 against 77 GFLOP/s. With AVX2 alone (AMD EPYC, Zen 3) oneDNN's order gives 130 against 93 at 256
-tokens, 122 against 98 at 768, and 117 against 106 at 1536, so that weights of every size are packed.
+Sizes = tuple[float, float]
+"""A range of weight sizes in elements: the smallest, and the smallest that is too large."""
+
+PACKED_SIZES: dict[tuple[torch.dtype, str], Sizes] = {
+    (torch.bfloat16, "any"): (1 << 16, math.inf),
+    (torch.float32, "AVX2"): (1 << 18, math.inf),
+    (torch.float32, "AVX-512"): (1 << 18, 1 << 22),
+    (torch.float32, "AVX-512, slow MKL"): (1 << 15, math.inf),
+}
+"""Sizes of the weights that packing makes faster, by dtype and CPU.
+
+Below, the call costs more than the layout saves. In float32, torch's own layers use MKL, and up to
+192 x 1344, the miniature's largest weight, both take the same time at 96 tokens; from 2^22 elements on, MKL
+is as fast with AVX-512 (81 against 77 GFLOP/s). With AVX2 alone (AMD EPYC, Zen 3) oneDNN gives 130 against
+93 GFLOP/s at 256 tokens, 122 against 98 at 768 and 117 against 106 at 1536. Beside a slow MKL, 192 x 192 at
+96 tokens takes 39 against 67 us.
 """
-SMALL_BESIDE_SLOW_MKL = 1 << 15
-"""The same as SMALL in float32 where `mkl_is_slow`: 192 x 192 at 96 tokens takes 39 against 67 us."""
+
+
+def packed_sizes(dtype: torch.dtype) -> Sizes:
+    """The sizes of the weights in `dtype` that packing makes faster on this CPU."""
+    if dtype != torch.float32:
+        return PACKED_SIZES[torch.bfloat16, "any"]
+    cpu = "AVX-512, slow MKL" if mkl_is_slow() else "AVX-512" if has_avx512() else "AVX2"
+    return PACKED_SIZES[torch.float32, cpu]
 
 
 def pack_weights(model: FluxTransformer, on_progress: Progress | None = None) -> int:
-    """Reorder the weights of every step's layers where that makes them faster; returns how many.
+    """Pack the weights of every step's layers where that makes them faster; returns how many.
 
-    The model computes what it did, to rounding. Layers are replaced one by one, each as soon as its weight is
-    reordered, so that memory does not double; `on_progress` hears how many of their numbers are done, and of
-    how many. Does nothing where the processor or this torch cannot, and to a model that is streamed.
+    Outputs change within rounding. Layers are replaced one by one, each as soon as its weight is packed, so
+    that memory does not double. Returns 0 where this CPU or torch cannot pack, and for streamed models.
     """
     if model.streaming is not None:
         return 0
 
     def packed(layer: nn.Linear | QuantizedLinear, qkv_dim: int | None) -> nn.Module | None:
-        if not isinstance(layer, nn.Linear):
+        dtype = compute_dtype(layer)
+        if not isinstance(layer, nn.Linear) or not can_pack(device_of(layer), dtype):
             return None
-        least, most = _sizes_that_gain(compute_dtype(layer))
-        if not least <= layer.weight.numel() < most:
-            return None
-        if not can_pack(device_of(layer), compute_dtype(layer)):
+        smallest, too_large = packed_sizes(dtype)
+        if not smallest <= layer.weight.numel() < too_large:
             return None
         return PackedLinear(layer.weight, layer.bias, qkv_dim)
 
     return replace_layers(model, packed, layers_of(model), on_progress)
-
-
-def _sizes_that_gain(dtype: torch.dtype) -> tuple[int, float]:
-    """Numbers of a weight in `dtype` from which, and below which, its order makes it faster here."""
-    if dtype != torch.float32:
-        return SMALL, math.inf
-    if mkl_is_slow():
-        return SMALL_BESIDE_SLOW_MKL, math.inf
-    return SMALL_IN_FLOAT32, LARGE if has_avx512() else math.inf
 
 
 def replace_layers(
@@ -77,14 +80,17 @@ def replace_layers(
     layers: Iterable[Place],
     on_progress: Progress | None,
 ) -> int:
-    """Put what `make` gives for each layer, and its number of outputs without GELU, in the layer's place."""
+    """Replace each layer by `make(layer, qkv_dim)` unless that is None; returns how many.
+
+    `qkv_dim` is the number of outputs of a single block's `linear1` that no GELU follows, else None.
+    """
     left = list(layers)[::-1]
     total = sum(layer.in_features * layer.out_features for *_, layer in left)
     count = done = 0
     while left:
-        parent, name, layer = left.pop()  # while it is listed its weight stays
-        first_single = isinstance(parent, SingleStreamBlock) and name == "linear1"
-        new = make(layer, 3 * model.spec.hidden_size if first_single else None)
+        parent, name, layer = left.pop()  # what the list refers to stays in memory
+        split = isinstance(parent, SingleStreamBlock) and name == "linear1"
+        new = make(layer, 3 * model.spec.hidden_size if split else None)
         if new is not None:
             setattr(parent, name, new.train(layer.training))
             count += 1
@@ -95,18 +101,19 @@ def replace_layers(
 
 
 def layers_of(model: FluxTransformer, ends: bool = True) -> Iterator[Place]:
-    """The linear layers of every step."""
+    """The linear layers of every step, with or without the model's first and last layer."""
     if ends:
         for parent, name in ((model, "img_in"), (model.final_layer, "linear")):
             if isinstance(layer := getattr(parent, name), LINEAR):
                 yield parent, name, layer
     for block in [*model.double_blocks, *model.single_blocks]:
-        yield from inside(block)
+        yield from layers_inside(block)
 
 
-def inside(module: nn.Module, modulations: bool = False) -> Iterator[Place]:
+def layers_inside(module: nn.Module, modulations: bool = False) -> Iterator[Place]:
+    """The linear layers of a block, with or without those of its modulations."""
     for name, child in list(module.named_children()):
         if isinstance(child, LINEAR):
             yield module, name, child
         elif modulations or not isinstance(child, Modulation):
-            yield from inside(child, modulations)
+            yield from layers_inside(child, modulations)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..model.layers import RMS_EPS
 from ..model.ops import REFERENCE, Rope, Stream, normed_qkv
-from .cpu_linear import CPULinear, gelu
+from .cpu_gelu import gelu
+from .cpu_linear import CPULinear
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

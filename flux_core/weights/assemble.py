@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..quant.formats import FourBitWeight, ScaledWeight
+from ..quant.formats import ScaledWeight
+from ..quant.four_bit import FourBitWeight, NestedScales
 from .weight_file import Weight, WeightFile
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -153,45 +153,26 @@ def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str,
     try:
         if not isinstance(absmax, Tensor) or not isinstance(code, Tensor):
             raise ValueError
+        nested = isinstance(nested_absmax, Tensor) and isinstance(nested_code, Tensor)
+        if (absmax.dtype == torch.uint8) != nested:
+            raise ValueError
+        scales: Tensor | NestedScales = absmax.float().reshape(-1)
+        if isinstance(nested_absmax, Tensor) and isinstance(nested_code, Tensor):
+            offset = torch.tensor(float(about["nested_offset"])) if "nested_offset" in about else None
+            group = int(about.get("nested_blocksize", 256))
+            scales = NestedScales(
+                absmax.reshape(-1), nested_code.float(), nested_absmax.float(), group, offset
+            )
         weight = FourBitWeight(
             packed.view(torch.uint8).reshape(-1),
-            absmax.reshape(-1) if absmax.dtype == torch.uint8 else absmax.float().reshape(-1),
+            scales,
             code.float(),
-            tuple(int(side) for side in about["shape"]),
+            [int(side) for side in about["shape"]],
             int(about["blocksize"]),
             kind,
-            nested_absmax.float() if isinstance(nested_absmax, Tensor) else None,
-            nested_code.float() if isinstance(nested_code, Tensor) else None,
-            int(about.get("nested_blocksize", 256)),
-            torch.tensor(float(about["nested_offset"])) if "nested_offset" in about else None,
         )
-        _check_four_bit(weight)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"{file} is damaged: the {kind} description of {name} does not match it; download it again"
         ) from error
     return weight
-
-
-def _check_four_bit(weight: FourBitWeight) -> None:
-    """Raise ValueError unless there are as many codes, scales and levels as the shape needs."""
-    count, block = prod(weight.size), weight.block  # torch's own numel may overflow
-    fits = (
-        min(weight.size, default=0) > 0
-        and block > 0
-        and block % 2 == 0
-        and weight.packed.numel() == -(-count // 2)
-        and weight.absmax.numel() == -(-count // block)
-        and weight.code.numel() == 16
-        and (weight.absmax.dtype == torch.uint8) == (weight.nested_absmax is not None)
-    )
-    if fits and weight.nested_absmax is not None:
-        units = -(-weight.absmax.numel() // max(1, weight.nested_block))
-        fits = (
-            weight.nested_code is not None
-            and weight.nested_code.numel() == 256
-            and weight.nested_block > 0
-            and weight.nested_absmax.numel() == units
-        )
-    if not fits:
-        raise ValueError

@@ -84,7 +84,7 @@ def _dense(tensor: Weight, dtype: torch.dtype, device: torch.device | str) -> Te
 
 
 def _moved(tensor: Weight, device: torch.device | str) -> QuantizedWeight:
-    return (DenseWeight(tensor) if isinstance(tensor, Tensor) else tensor).to(torch.device(device))
+    return (DenseWeight(tensor) if isinstance(tensor, Tensor) else tensor).moved_to(torch.device(device))
 
 
 def _computable(tensor: Weight) -> Tensor | None:

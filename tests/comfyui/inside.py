@@ -45,7 +45,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     comfy.utils.set_progress_bar_global_hook(lambda value, *_, **__: percents.append(value))
     sys.modules["pack.nodes.run_report"].SHOWN_FROM = 1
     patcher = ours.load_model(Path(model), "auto", "auto")
-    layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedQuantizedLinear)}
+    layers = {n: m for n, m in patcher.model.named_modules() if isinstance(m, stored.PatchedLinear)}
     kept = {f"{n}.{k}": t.clone() for n, m in layers.items() for k, t in m.named_buffers()}
     addresses = {f"{n}.{k}": t.data_ptr() for n, m in layers.items() for k, t in m.named_buffers()}
     numbers = sum(p.nbytes for p in patcher.model.diffusion_model.parameters())
@@ -55,7 +55,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
         "size": comfy.model_management.module_size(patcher.model.diffusion_model),
         "held": numbers + sum(t.nbytes for t in kept.values()),
         "dense": sum(t.numel() * 4 for t in patcher.model.state_dict().values()),
-        "extra keys": [key for key in patcher.model.state_dict() if "stored" in key],
+        "extra keys": [key for key in patcher.model.state_dict() if "quantized" in key],
     }
 
     name, layer = next((n, m) for n, m in layers.items() if "blocks" in n)

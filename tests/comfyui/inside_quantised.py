@@ -29,7 +29,7 @@ def kept(form: str, layers: dict[str, Any]) -> list[Tensor]:
     """Codes and scales of all layers, as bytes."""
     tensors: list[Tensor] = []
     for layer in layers.values():
-        tensors += (layer.codes, layer.scale) if form == "int8" else layer.buffers()
+        tensors += (layer.quantized.codes, layer.quantized.scale) if form == "int8" else layer.buffers()
     return [tensor.clone().contiguous().view(torch.uint8) for tensor in tensors]
 
 

@@ -52,7 +52,7 @@ def test_loading_is_shown(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
 def test_what_others_see_of_a_weight(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
     form, *_, found = seen
     shape, dtype, device, text = found["as seen"]
-    assert (dtype, device, text) == ("torch.float32", "cpu", f"StoredWeight({shape}, {LABELS[form]})")
+    assert (dtype, device, text) == ("torch.float32", "cpu", f"WeightView({shape}, {LABELS[form]})")
     assert found["numbers"]
 
 
@@ -105,6 +105,6 @@ def test_what_is_saved_are_the_numbers(seen: tuple[str, Path, Path, dict[str, An
 def test_overwriting_is_refused(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
     form, *_, found = seen
     assert found["overwritten"] == (
-        f"weights that stay {LABELS[form]} cannot be overwritten, as scheduled LoRAs (hooks) do; "
+        f"weights quantized as {LABELS[form]} cannot be overwritten, as scheduled LoRAs (hooks) do; "
         "load the LoRA with Load FLUX LoRA, or choose weight_dtype bf16 and a bf16 file"
     )

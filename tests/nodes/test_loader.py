@@ -304,7 +304,7 @@ def test_a_model_that_fits_is_packed_and_gives_the_same_image(
     host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To 1e-5, the rounding of float32; one that does not fit stays mapped from its file."""
-    monkeypatch.setattr(cpu_pack, "SMALL_IN_FLOAT32", cpu_pack.SMALL)
+    monkeypatch.setattr(cpu_pack, "packed_sizes", lambda dtype: (1 << 16, float("inf")))
     name = quantised(models, "Q8_0")[1]  # wide enough to be packed then, and dense
     load = {"model_name": name, "weight_dtype": "fp32"}
     packed = call("RectifluxModelLoader", **load)

@@ -7,6 +7,7 @@ anew; one test runs the code that inductor makes.
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -19,8 +20,7 @@ import torch
 from rectiflux.benchmarks.reference import quantized as reference
 from rectiflux.benchmarks.reference.models import flux_transformer, text
 from rectiflux.flux_core.backends import compile as compiling
-from rectiflux.flux_core.backends import cpu_pack as packing
-from rectiflux.flux_core.backends import quantize
+from rectiflux.flux_core.backends import cpu_pack, quantize
 from rectiflux.flux_core.backends.compile import compile_blocks
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
 from rectiflux.flux_core.model.layers import Shared
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ..memory.test_streaming import offload_some
 
 SIZES = {"hidden_size": 256, "num_heads": 4, "mlp_ratio": 1.0}
+SINGLES = {**SIZES, "depth": 0}
 """Q4_K needs rows of 256 numbers."""
 
 
@@ -61,9 +62,8 @@ def counting(name: str) -> Iterator[Counting]:
     import torch._dynamo
 
     found = Counting(torch._dynamo.lookup_backend(name))
-    compiled = torch.compile(compiling._call, dynamic=False, backend=found, recompile_limit=compiling.LIMIT)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "_compiled", lambda: compiled)
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=found))
         yield found
     torch._dynamo.reset()
 
@@ -84,11 +84,11 @@ def velocity(model: FluxTransformer, side: int = 4, length: int = 5) -> Tensor:
 
 @torch.no_grad()
 def singles(model: FluxTransformer, side: int = 4, rows: int = 1, batch: int = 1) -> Tensor:
-    """A random joint state after the single blocks alone, which have every kind of layer."""
+    """The velocity of a model with single blocks alone, which have every kind of layer."""
     prepared = model.prepare(text(side, rows=rows), [0.5], side, side)
     generator = torch.Generator().manual_seed(side)
-    x = torch.randn(batch, 5 + (side // 2) ** 2, model.spec.hidden_size, generator=generator)
-    return model.single_stream(x, prepared.modulations[0.5], prepared.rope)
+    tokens = torch.randn(batch, (side // 2) ** 2, model.spec.in_channels, generator=generator)
+    return model(tokens, prepared, 0.5)
 
 
 def assert_same(found: Tensor, expected: Tensor, of_largest: float = 1e-5) -> None:
@@ -126,12 +126,12 @@ def lora_file(model: FluxTransformer, folder: Path, rank: int = 3) -> Path:
 @pytest.mark.slow
 def test_all_blocks_of_a_class_are_one_compilation(traced: Counting) -> None:
     """For every size, prompt, seed and sigma, and for another model of the same sizes."""
-    model = flux_transformer(depth_single=4, **SIZES)
+    model = flux_transformer(depth_single=4, **SINGLES)
     compiled = compile_blocks(model)
     found, graphs = traced.during(singles, compiled)
     assert graphs == 1
     assert_same(found, singles(model))
-    for other in (model, flux_transformer(seed=7, **SIZES)):
+    for other in (model, flux_transformer(seed=7, **SINGLES)):
         for side in (4, 6, 8, 16):
             found, graphs = traced.during(singles, compile_blocks(other), side)
             assert graphs == 0
@@ -140,7 +140,7 @@ def test_all_blocks_of_a_class_are_one_compilation(traced: Counting) -> None:
 
 @pytest.mark.slow
 def test_a_batch_of_any_size_is_one_compilation(traced: Counting) -> None:
-    model = flux_transformer(**SIZES)
+    model = flux_transformer(**SINGLES)
     compiled = compile_blocks(model)
     for rows, batch, expected in ((1, 2, 1), (1, 3, 0), (2, 2, 1), (4, 4, 0)):
         found, graphs = traced.during(singles, compiled, 4, rows, batch)
@@ -156,8 +156,8 @@ def test_weights_stay_as_they_are_stored(traced: Counting) -> None:
         wide = layer.out_features > layer.in_features
         return (reference.nested_nf4 if wide else lambda w: reference.gguf(w, "Q8_0"))(layer.weight)[0]
 
-    model = keep_stored(flux_transformer(**SIZES), make)
-    labels = [model.single_blocks[0].get_submodule(name).stored.label for name in ("linear1", "linear2")]
+    model = keep_stored(flux_transformer(**SINGLES), make)
+    labels = [model.single_blocks[0].get_submodule(name).quantized.label for name in ("linear1", "linear2")]
     assert labels == ["bitsandbytes NF4", "GGUF Q8_0"]
     compiled = compile_blocks(model)
     found, graphs = traced.during(singles, compiled)
@@ -171,7 +171,7 @@ def test_weights_stay_as_they_are_stored(traced: Counting) -> None:
 @pytest.mark.slow
 def test_another_strength_of_a_lora_compiles_nothing(traced: Counting, tmp_path: Path) -> None:
     """Over quantised weights, and attached before or after compiling."""
-    model = keep_stored(flux_transformer(**SIZES), q4_k)
+    model = keep_stored(flux_transformer(**SINGLES), q4_k)
     file = read_lora(lora_file(model, tmp_path), model.spec)
     compiled = compile_blocks(with_lora(model, [LoraUse(file, 0.5)])[0])
     found, graphs = traced.during(singles, compiled)
@@ -208,11 +208,11 @@ def test_layers_that_are_one_operation(
     traced: Counting, monkeypatch: pytest.MonkeyPatch, kind: str, of_largest: float
 ) -> None:
     """In 8 bits an input that is rounded otherwise may be another code. One block stays as it is in fp8."""
-    model = flux_transformer(**SIZES)
+    model = flux_transformer(**SINGLES)
     singles(compile_blocks(model))
-    monkeypatch.setattr(packing, "SMALL", 1)
+    monkeypatch.setattr(cpu_pack, "packed_sizes", lambda dtype: (1, math.inf))
     change = {
-        "packed": packing.pack_weights,
+        "packed": cpu_pack.pack_weights,
         "int8": quantize.quantize_to_int8,
         "fp8": quantize.quantize_to_fp8,
     }

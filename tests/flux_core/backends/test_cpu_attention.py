@@ -11,7 +11,7 @@ from rectiflux.benchmarks.reference.models import relative_error
 from rectiflux.flux_core.backends import cpu_attention as module
 from rectiflux.flux_core.backends.choose import table
 from rectiflux.flux_core.backends.cpu_attention import attend, serves
-from rectiflux.flux_core.backends.cpu_linear import can_pack
+from rectiflux.flux_core.backends.onednn import can_pack
 from rectiflux.flux_core.model.autoencoder import AttnBlock
 from torch import Tensor
 

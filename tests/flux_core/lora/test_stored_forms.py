@@ -66,5 +66,5 @@ def test_a_lora_on_stored_weights_in_bf16(form: str) -> None:
     adapted, _ = with_lora(model, [LoraUse(read_lora(kohya(changes), SPEC), 0.7)])
     rounding = relative_error(paint(model).float(), paint(dense))
     assert adapted.dtype == torch.bfloat16
-    assert {b.dtype for n, b in adapted.named_buffers() if "stored" not in n} == {torch.bfloat16}
+    assert {b.dtype for n, b in adapted.named_buffers() if "quantized" not in n} == {torch.bfloat16}
     assert relative_error(paint(adapted).float(), paint(merged(dense, changes, 0.7))) < 2 * rounding
