@@ -1,4 +1,4 @@
-"""How far the checker can be trusted: true renders, near misses of every kind, an autoencoder's pictures."""
+"""How accurate the checker is: on true renders, on near misses of every kind, after an autoencoder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIDES = ((128, 128), (160, 112), (112, 160), (192, 192), (256, 256))
 
 
 def any_scene(rng: random.Random) -> Scene:
-    """A scene with everything set; in one of three an object is changed, so that held-out ones occur too."""
+    """A scene with every attribute set; a third have an object changed, so that held-out ones occur too."""
     scene = random_scene(rng)
     if rng.random() < 1 / 3:
         changed = replace(scene.items[0], shape=rng.choice(SHAPES), color=rng.choice(tuple(COLORS)))
@@ -46,7 +46,7 @@ def any_scene(rng: random.Random) -> Scene:
 
 
 def near_misses(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Scene]]:
-    """(kind, scene) that differ in one thing from a scene that is true; one of each kind that applies."""
+    """(kind, scene) with one attribute wrong; one of each kind that applies to the true scene."""
     first, alike = scene.items[0], scene.kind == "count"
 
     def with_first(item: Item) -> Scene:
@@ -55,8 +55,8 @@ def near_misses(scene: Scene, rng: random.Random) -> Iterator[tuple[str, Scene]]
     yield "shape", with_first(replace(first, shape=_other(SHAPES, first.shape, rng)))
     yield "colour", with_first(replace(first, color=_other(tuple(COLORS), first.color, rng)))
     yield "background", replace(scene, background=_other(tuple(BACKGROUNDS), scene.background, rng))
-    open_colours = tuple(replace(item, color=None) for item in scene.items)
-    yield "without", replace(scene, items=open_colours, without=first.color)
+    without_color = tuple(replace(item, color=None) for item in scene.items)
+    yield "without", replace(scene, items=without_color, without=first.color)
     more, fewer = (*scene.items, scene.items[-1]), scene.items[:-1]
     yield "count", replace(scene, items=fewer if fewer and rng.random() < 0.5 else more, relation=None)
     if scene.shadow:
@@ -79,13 +79,13 @@ def _other(values: tuple[str, ...], value: str | None, rng: random.Random) -> st
     return rng.choice([other for other in values if other != value])
 
 
-def check_the_checker(count: int, seed: int = 0) -> dict[str, Any]:
-    """Shares of `count` true renders that pass, by size, and of near misses that do, by kind."""
+def checker_accuracy(count: int, seed: int = 0) -> dict[str, Any]:
+    """Shares of `count` true renders that pass, by size, and of near misses that pass, by kind."""
     rng = random.Random(seed)
     right: Counter[str] = Counter()
     drawn: Counter[str] = Counter()
     accepted: Counter[str] = Counter()
-    told: Counter[str] = Counter()
+    tried: Counter[str] = Counter()
     for i in range(count):
         width, height = SIDES[i % len(SIDES)]
         scene = any_scene(rng)
@@ -93,19 +93,19 @@ def check_the_checker(count: int, seed: int = 0) -> dict[str, Any]:
         drawn[f"{width}x{height}"] += 1
         right[f"{width}x{height}"] += judge(finding, scene).passes
         for kind, wrong in near_misses(scene, rng):
-            told[kind] += 1
+            tried[kind] += 1
             accepted[kind] += judge(finding, wrong).passes
     return {
         "renders": count,
         "accuracy": sum(right.values()) / count,
         "accuracy_by_size": {size: right[size] / drawn[size] for size in drawn},
-        "mismatches": sum(told.values()),
-        "false_accepts": sum(accepted.values()) / sum(told.values()),
-        "false_accepts_by_kind": {kind: accepted[kind] / told[kind] for kind in told},
+        "mismatches": sum(tried.values()),
+        "false_accepts": sum(accepted.values()) / sum(tried.values()),
+        "false_accepts_by_kind": {kind: accepted[kind] / tried[kind] for kind in tried},
     }
 
 
-def check_the_autoencoder(autoencoder: AutoEncoder, count: int, seed: int = 0) -> dict[str, float]:
+def autoencoder_accuracy(autoencoder: AutoEncoder, count: int, seed: int = 0) -> dict[str, float]:
     """Share of `count` renders of 128 x 128 that pass after encoding and decoding, and their PSNR in dB."""
     rng = random.Random(seed)
     passed, noise = 0, []

@@ -1,4 +1,4 @@
-"""What bench fidelity asks both sides: the same input to each component, ours and the reference's."""
+"""The components that `bench fidelity` compares: the same input to ours and to the reference's."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from ..flux_core.model.spec import Conditioning
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import Models
 from .reference.models import diffusers_velocity
-from .reference.small_pipeline import GUIDANCE, PROMPT, WIDTH, References, diffusers_picture, our_picture
+from .reference.small_pipeline import GUIDANCE, PROMPT, WIDTH, References, diffusers_image, our_image
 
 LATENT, LENGTH, SIGMA = 8, 32, 0.6
-"""Sides of the latent, text tokens and noise level of the transformer's one step."""
+"""Sides of the latent, text tokens and sigma of the transformer's one step."""
 
-
-PICTURE = "all"
-"""The part of the component that all models have a part in."""
+IMAGE = "all"
+"""The part of the component that all models together compute."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """What is compared: the model it is of (or PICTURE), what ours and the references answer to one input."""
+    """A part (a model, or IMAGE), and the outputs of ours and of the references for one input."""
 
     part: str
     ours: Callable[[Models], Tensor]
@@ -35,22 +34,22 @@ def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def asked(inputs: int, guidance: bool) -> tuple[Tensor, Conditioning]:
+def transformer_input(channels: int, guidance: bool) -> tuple[Tensor, Conditioning]:
     """Tokens of a latent, and a prompt."""
-    tokens = noise(4, 1, LATENT * LATENT // 4, inputs)
+    tokens = noise(4, 1, LATENT * LATENT // 4, channels)
     return tokens, Conditioning(
         noise(5, 1, LENGTH, WIDTH), noise(6, 1, WIDTH), GUIDANCE if guidance else None
     )
 
 
 def velocity(model: FluxTransformer) -> Tensor:
-    tokens, prompt = asked(model.spec.in_channels, model.spec.guidance_embed)
+    tokens, prompt = transformer_input(model.spec.in_channels, model.spec.guidance_embed)
     return model(tokens, model.prepare(prompt, [SIGMA], LATENT, LATENT), SIGMA)
 
 
 def their_velocity(references: References, models: Models) -> Tensor:
     config = references.transformer.config
-    tokens, prompt = asked(config.in_channels, config.guidance_embeds)
+    tokens, prompt = transformer_input(config.in_channels, config.guidance_embeds)
     return diffusers_velocity(references.transformer, tokens, prompt, SIGMA, LATENT, LATENT)
 
 
@@ -92,9 +91,9 @@ COMPONENTS = {
         lambda ours: ours.text_encoders.encode_clip(clip_ids(ours)),
         lambda theirs, ours: theirs.clip(input_ids=clip_ids(ours)).pooler_output,
     ),
-    "whole picture": Component(
-        PICTURE,
-        our_picture,
-        lambda theirs, ours: diffusers_picture(theirs, t5_ids(ours), clip_ids(ours)),
+    "whole image": Component(
+        IMAGE,
+        our_image,
+        lambda theirs, ours: diffusers_image(theirs, t5_ids(ours), clip_ids(ours)),
     ),
 }

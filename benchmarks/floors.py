@@ -1,7 +1,7 @@
-"""How fast a step could be at best: its arithmetic and its bytes, and what this machine does of either.
+"""Lower bounds for a step's time: its FLOP and bytes, and this machine's matmul rate and bandwidth.
 
-FLOP are counted as two for a multiplication with its addition. What `prepare` does once a run (text
-projection, modulations) is no part of a step.
+A multiply-add counts as two FLOP. What `prepare` computes once a run (text projection, modulations) is not
+part of a step.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from .interleaved import Clock, Run
 
 FP8 = torch.float8_e4m3fn
 SIDES = {"cpu": (256, 1024, 2048), "cuda": (4096, 8192)}
-"""Rows, columns and depth of the products that a rate is measured with; the best counts."""
+"""Sides of the square matrices that the matmul rate is measured with; the best counts."""
+QUICK_SIDES = (64,)
 
 
 @dataclass(frozen=True)
 class Flop:
-    """Arithmetic of a step: of the linear layers and of the two products in attention."""
+    """FLOP of a step: of the linear layers and of the two matmuls in attention."""
 
     linear: float
     attention: float
@@ -34,7 +35,7 @@ class Flop:
         return self.linear + self.attention
 
     def seconds(self, linear_rate: float, attention_rate: float) -> float:
-        """The least time at these rates, in FLOP/s."""
+        """The shortest time at these rates in FLOP/s."""
         return self.linear / linear_rate + self.attention / attention_rate
 
 
@@ -42,7 +43,7 @@ def step_flop(spec: FluxSpec, text_tokens: int, image_tokens: int, batch: int = 
     """FLOP of one step. FLUX.1 at 1024 x 1024 with 512 text tokens: 59.5 + 14.9 = 74.4 TFLOP."""
     hidden, both = spec.hidden_size, text_tokens + image_tokens
     blocks = spec.depth + spec.depth_single
-    # qkv and the way out of attention, and the MLP: a double block has these weights once for each stream
+    # qkv, attention output and MLP: a double block has these weights once for each stream
     weights = hidden * (4 * hidden + 2 * spec.mlp_size)
     ends = hidden * (spec.in_channels + spec.out_channels)
     linear = 2 * (blocks * weights * both + ends * image_tokens)
@@ -52,7 +53,7 @@ def step_flop(spec: FluxSpec, text_tokens: int, image_tokens: int, batch: int = 
 def step_bytes(spec: FluxSpec, text_tokens: int, image_tokens: int, width: int) -> dict[str, int]:
     """Bytes that each elementwise part of a step moves if it reads its inputs and writes its outputs once.
 
-    `width` is that of a number in bytes. A GELU inside the product before it moves none.
+    `width` is the size of an element in bytes. A GELU fused into the matmul before it moves none.
     """
     hidden, both = spec.hidden_size, text_tokens + image_tokens
     double, single = spec.depth, spec.depth_single
@@ -66,22 +67,22 @@ def step_bytes(spec: FluxSpec, text_tokens: int, image_tokens: int, width: int) 
 
 
 def matmul_rate(dtype: torch.dtype, clock: Clock, sides: tuple[int, ...] | None = None) -> float:
-    """FLOP/s of the largest product that torch does here, in `dtype`: plain, or with packed weights.
+    """FLOP/s of the fastest square matmul in `dtype`, by torch or with packed weights.
 
-    Raises RuntimeError where it does none (float8 on most processors and on cards before 8.9).
+    Raises RuntimeError where there is none (float8 on most processors and on cards before 8.9).
     """
     device, rates = clock.device, []
     for side in sides or SIDES[device.type]:
         a, b = torch.randn(2, side, side, device=device).unbind()
-        for run in _products(a, b, dtype):
+        for run in _matmuls(a, b, dtype):
             rates.append(2 * side**3 / best_of(run, clock))
     return max(rates)
 
 
-def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> list[Run]:
-    """The ways to multiply two square matrices."""
+def _matmuls(a: Tensor, b: Tensor, dtype: torch.dtype) -> list[Run]:
+    """The available ways to multiply two square matrices."""
     if dtype == FP8:
-        return [_fp8_product(a.to(FP8), b.to(FP8))]
+        return [_fp8_matmul(a.to(FP8), b.to(FP8))]
     left, right = a.to(dtype), b.to(dtype)
     runs: list[Run] = [lambda: left @ right]
     if can_pack(a.device, dtype):
@@ -90,21 +91,21 @@ def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> list[Run]:
     return runs
 
 
-def _fp8_product(a: Tensor, b: Tensor) -> Run:
-    """With a scale for each row of either side, as fp8 layers multiply."""
+def _fp8_matmul(a: Tensor, b: Tensor) -> Run:
+    """With a scale for each row of either operand, as in fp8 layers."""
     scale = torch.ones(len(a), 1, device=a.device)
     return lambda: torch._scaled_mm(a, b.T, scale_a=scale, scale_b=scale.T, out_dtype=torch.bfloat16)
 
 
 def bandwidth(nbytes: int, clock: Clock) -> float:
-    """Bytes/s, read and written, of copying so many: those of a small tensor may never leave the cache."""
+    """Bytes/s, read and written, of copying `nbytes`: a small tensor may stay in the cache."""
     source = torch.zeros(max(1, nbytes // 4), device=clock.device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_of(lambda: target.copy_(source), clock)
 
 
 def best_of(run: Run, clock: Clock, seconds: float = 0.3, at_least: int = 3) -> float:
-    """The least seconds of a run, after one that is not counted; short runs are timed many at once."""
+    """The fewest seconds of a run, after a warm-up; short runs are timed several at once."""
     run()
     once = max(clock.seconds(run), 1e-7)
     together = max(1, int(0.01 / once))

@@ -1,21 +1,21 @@
-"""Diffusion, flow matching and rectified flow in the plane: distances, straightness, orders.
+"""Diffusion, flow matching and rectified flow on points in the plane: distances, straightness, orders.
 
     python3 run.py bench flow [--quick] [--json FILE] [--figure FILE] [--seed N] [--threads N]
 
 On each of three distributions five flows are trained: a diffusion (noise prediction on DDPM's chain), flow
 matching on independent pairs, which is the 1-rectified flow, flow matching on minibatch optimal-transport
-pairs, and the 2- and 3-rectified flow. The table gives of each
+pairs, and the 2- and 3-rectified flow. The table lists for each
 
-  energy distance   of Euler's samples to fresh data at 1 to 32 steps (of the diffusion: of its
-                    probability-flow ODE), with what it is between data and data, the floor
+  energy distance   of Euler's samples to new data at 1 to 32 steps (of the diffusion: of its
+                    probability-flow ODE), and the floor, the distance between two samples of the data
   S                 straightness of its own ODE (flux_core/flow/straightness.py), 0 is straight
-  cost              E|noise - x0|^2 of the pairs that it learned from, and of the pairs that it makes
+  cost              E|noise - x0|^2 of the pairs that it was trained on, and of the pairs that it generates
 
-Samples are made from fresh noise, never from that of training pairs. Then the diffusion's network is sampled
-in four ways, and the order of every deterministic solver is measured on a velocity in closed form. The last
-line has the three figures that it is all about: S of the 1- over S of the 2-rectified flow on the ring, the
-mean energy distance of the latter's samples in one Euler step over the floor, and the largest difference
-between an order and its theory. A picture shows samples and paths of each method.
+Samples start from new noise, never from that of training pairs. Then the diffusion's network is sampled in
+four ways, and the order of every deterministic solver is measured on a velocity in closed form. The last line
+has three results: S of the 1- over S of the 2-rectified flow on the ring, the mean energy distance of the
+2-rectified flow's samples in one Euler step over the floor, and the largest difference between a measured
+order and its theory. A figure shows samples and paths of each method.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STEPS = (1, 2, 4, 8, 32)
 SHOWN_STEPS = (1, 4, 32)
 DIGITS = {"straightness_ratio": 1, "one_step_over_floor": 3, "worst_order_error": 4}
 SLATE = (70, 78, 96)
-HUES = {
+COLORS = {
     "diffusion": (118, 84, 173),
     "flow_matching": (38, 98, 176),
     "transport": (20, 132, 110),
@@ -55,11 +55,11 @@ HUES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and measured."""
+    """The size of trainings and measurements."""
 
     plan: Plan
     points: int = 10_000  # on each side of an energy distance
-    draws: int = 24  # of so many points each, for the last line; the tables have one
+    draws: int = 24  # of `points` each, for the last line; the tables use one
     straight_points: int = 4096
     straight_steps: int = 100
     bridge_points: int = 2000
@@ -79,28 +79,28 @@ FULL = Sizes(
 
 
 def main(argv: list[str], sizes: Sizes = FULL) -> int:
-    """Train, measure, print the tables, draw the figure; 0."""
+    """Train, measure, print the tables, draw the figure; the exit code, 0."""
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
     names = ["ring"] if arguments.quick else list(DATA)
     progress = Progress(len(names) * sum(recipe.steps for recipe in sizes.plan.recipes.values()))
     data: dict[str, Any] = {}
-    examiners: dict[str, Examiner] = {}
+    evaluations: dict[str, Evaluation] = {}
     for name in names:
         progress.data = name
         laboratory = Laboratory(DATA[name], sizes.plan, arguments.seed, progress)
         methods = dict(laboratory.run())
-        examiner = examiners[name] = Examiner(DATA[name], sizes)
-        data[name] = examiner.table(methods)
+        evaluation = evaluations[name] = Evaluation(DATA[name], sizes)
+        data[name] = evaluation.table(methods)
         print_table(name, data[name])
         if name == "ring":
-            bridged = examiner.bridge(laboratory)
+            bridged = evaluation.bridge(laboratory)
             print_bridge(bridged)
-            headline = examiner.headline(data[name], methods["rectified_2"].velocity)
+            headline = evaluation.headline(data[name], methods["rectified_2"].velocity)
     measured = {name: {"measured": value, "theory": theory} for name, (value, theory) in orders().items()}
     print_orders(measured)
     headline["worst_order_error"] = max(abs(row["measured"] - row["theory"]) for row in measured.values())
-    draw_figure(arguments.figure, examiners, data)
+    draw_figure(arguments.figure, evaluations, data)
     figures = {
         "data": data,
         "bridge": bridged,
@@ -117,20 +117,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py bench flow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="the ring alone")
+    parser.add_argument("--quick", action="store_true", help="only the ring")
     parser.add_argument(
         "--figure", type=writable, default=ROOT / "data" / "flow.png", help="the PNG (default data/flow.png)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and training draws (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and training data (default 0)")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch (default 1: more gain little on networks so small)"
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of torch (default 1: more gain little on such small networks)",
     )
     add_json(parser)
     return parser.parse_args(argv)
 
 
 class Progress:
-    """The bar on standard error; called once a training step with the title of what is trained."""
+    """The progress line on standard error; called once per training step with the title of the method."""
 
     def __init__(self, steps: int) -> None:
         self.line, self.step, self.data = ProgressLine(steps), 0, ""
@@ -140,8 +143,8 @@ class Progress:
         self.line.update(self.step, f"{self.data}: {title}")
 
 
-class Examiner:
-    """Measures flows on one distribution, with points of its own: the same for each method, new to all."""
+class Evaluation:
+    """Measures flows on one distribution, with the same new points for each method."""
 
     def __init__(self, draw: Draw, sizes: Sizes) -> None:
         self.draw, self.sizes = draw, sizes
@@ -152,12 +155,12 @@ class Examiner:
         self.paths: dict[str, Tensor] = {}
 
     def table(self, methods: dict[str, Method]) -> dict[str, Any]:
-        """Floor, and of each method what the table shows."""
+        """The floor, and the row of each method."""
         rows = {key: self.measure(key, method) for key, method in methods.items()}
         return {"floor": energy_floor(self.data, self.sizes.points), "methods": rows}
 
     def measure(self, key: str, method: Method) -> dict[str, Any]:
-        """The row of one method; its samples and a few paths stay for the figure."""
+        """The row of one method; its samples and a few paths are kept for the figure."""
         ends = {steps: sample(method.velocity, self.noise, steps) for steps in STEPS}
         some = self.noise[: self.sizes.straight_points]
         self.samples[key], self.paths[key] = ends, trace(method.velocity, self.noise[:70], STEPS[-1])
@@ -170,9 +173,9 @@ class Examiner:
         }
 
     def bridge(self, laboratory: Laboratory) -> dict[str, Any]:
-        """Energy distance of four samplers of the diffusion's one network, from the same noise.
+        """Energy distance of four samplers of the diffusion's network, from the same noise.
 
-        A mean over four parts, since that of one part scatters by half.
+        A mean over four parts: that of one part varies by half.
         """
         part = self.sizes.bridge_points
         data, start = (draw(4 * part, self.generator) for draw in (self.draw, noise))
@@ -183,7 +186,7 @@ class Examiner:
         return {"floor": energy_floor(data[:part], part), "samplers": distances}
 
     def headline(self, table: dict[str, Any], velocity: Velocity) -> dict[str, float]:
-        """The two figures of the 2-rectified flow, its energy distance as a mean over draws."""
+        """Straightness ratio and one-step energy distance of the 2-rectified flow, a mean over draws."""
         total = 0.0
         for _ in range(self.sizes.draws):
             fresh = self.draw(self.sizes.points, self.generator)
@@ -197,12 +200,12 @@ class Examiner:
 
 
 def sample(velocity: Velocity, start: Tensor, steps: int) -> Tensor:
-    """Points after so many equal Euler steps."""
+    """Points after `steps` equal Euler steps."""
     return integrate(SOLVERS["euler"], velocity, start, torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
 
 def trace(velocity: Velocity, start: Tensor, steps: int) -> Tensor:
-    """Where the points come by, [steps + 1, B, 2]."""
+    """The points at each step, [steps + 1, B, 2]."""
     passed: list[Tensor] = []
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     end = integrate(SOLVERS["euler"], velocity, start, sigmas, lambda step: passed.append(step.x))
@@ -211,7 +214,7 @@ def trace(velocity: Velocity, start: Tensor, steps: int) -> Tensor:
 
 def print_table(name: str, table: dict[str, Any]) -> None:
     print(
-        f"\n{name}: energy distance x 1000 after so many Euler steps (one draw: it scatters by half about "
+        f"\n{name}: energy distance x 1000 after so many Euler steps (one draw: it varies by half around "
         f"its mean), floor {1000 * table['floor']:.2f}"
     )
     steps = "".join(f"{count:10d}" for count in STEPS)
@@ -237,33 +240,36 @@ def print_orders(table: dict[str, Any]) -> None:
         print(f"{name:28}{row['measured']:9.3f}   theory {row['theory']}")
 
 
-def draw_figure(path: Path, examiners: dict[str, Examiner], data: dict[str, Any]) -> None:
-    """Of each distribution a block: data and noise, then of each method samples and some of its paths."""
+def draw_figure(path: Path, evaluations: dict[str, Evaluation], data: dict[str, Any]) -> None:
+    """A block for each distribution: data and noise, then samples and some paths of each method."""
     blocks: list[Block] = []
-    for name, examiner in examiners.items():
-        rows = [figure_row(examiner, key, row) for key, row in data[name]["methods"].items()]
-        head = [("data", Panel(SLATE, points=examiner.data)), ("noise", Panel(SLATE, points=examiner.noise))]
+    for name, evaluation in evaluations.items():
+        rows = [figure_row(evaluation, key, row) for key, row in data[name]["methods"].items()]
+        head = [
+            ("data", Panel(SLATE, points=evaluation.data)),
+            ("noise", Panel(SLATE, points=evaluation.noise)),
+        ]
         columns = [*(f"{count} step{'s' * (count > 1)}" for count in SHOWN_STEPS), "paths"]
         blocks.append(Block(name, head, columns, rows))
-    legend = "grey: data\ncolour: samples\nnumber: energy\ndistance x 1000\nS: straightness"
+    legend = "gray: data\ncolor: samples\nvalue: energy\ndistance x 1000\nS: straightness"
     titles = [title.replace(" (", "\n(").replace(" = ", "\n= ") for title in TITLES.values()]
-    path.parent.mkdir(exist_ok=True)  # data/, where git ignores it, is made on first use
+    path.parent.mkdir(exist_ok=True)  # data/ is ignored by git
     draw_sheet(blocks, legend, titles).quantize(256, dither=Image.Dither.NONE).save(
         path, "PNG", optimize=True
     )
     print(f"\nfigure: {path}")
 
 
-def figure_row(examiner: Examiner, key: str, row: dict[str, Any]) -> list[Panel]:
+def figure_row(evaluation: Evaluation, key: str, row: dict[str, Any]) -> list[Panel]:
     """The panels of one method on one distribution."""
     panels = [
         Panel(
-            HUES[key],
-            examiner.data,
-            examiner.samples[key][count],
+            COLORS[key],
+            evaluation.data,
+            evaluation.samples[key][count],
             note=f"{1000 * row['energy_distance'][count]:.2f}",
         )
         for count in SHOWN_STEPS
     ]
     note = f"S {row['straightness']:.3g}"
-    return [*panels, Panel(HUES[key], examiner.data, paths=examiner.paths[key], note=note)]
+    return [*panels, Panel(COLORS[key], evaluation.data, paths=evaluation.paths[key], note=note)]

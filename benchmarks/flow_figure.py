@@ -8,21 +8,21 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from .palette import FAINT, GROUND, INK, PAPER, Colour, font
+from .palette import FAINT, GROUND, INK, PAPER, Color, font
 
 SIDE, GAP, MARGIN, LABEL = 168, 10, 28, 150  # pixels: a panel, between panels, border, titles of rows
 TITLE, HEAD = 40, 26  # pixels: a block's title, a line of column titles
-FINE = 2  # paths are drawn so much larger, then reduced
+OVERSAMPLING = 2  # paths are drawn at this scale, then reduced
 REACH = 5.6  # a panel shows -REACH..REACH
-SHADE = (203, 206, 216)  # the data, where it lies under something else
+SHADE = (203, 206, 216)  # the data beneath samples or paths
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn from below upwards: the data [n, 2], points [m, 2], paths [steps + 1, k, 2]; a note."""
+    """What is drawn, bottom layer first: data [n, 2], points [m, 2], paths [steps + 1, k, 2]; a note."""
 
-    colour: Colour
-    under: Tensor | None = None
+    color: Color
+    data: Tensor | None = None
     points: Tensor | None = None
     paths: Tensor | None = None
     note: str = ""
@@ -30,7 +30,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Block:
-    """A first row of panels with their titles, then rows under the titles of their columns."""
+    """A first row of panels with titles, then rows of panels with column titles."""
 
     title: str
     head: list[tuple[str, Panel]]
@@ -56,7 +56,7 @@ def draw_sheet(blocks: list[Block], legend: str, row_titles: list[str]) -> Image
 
 
 def row_top(index: int) -> int:
-    """Where a row of panels begins; -1 is the head."""
+    """The top of a row of panels; -1 is the head."""
     if index < 0:
         return MARGIN + TITLE + HEAD
     return row_top(-1) + SIDE + GAP + HEAD + index * (SIDE + GAP)
@@ -77,41 +77,41 @@ def draw_block(sheet: Image.Image, block: Block, left: int) -> None:
 
 
 def draw_panel(panel: Panel) -> Image.Image:
-    """[SIDE, SIDE] pixels."""
-    picture = Image.new("RGB", (SIDE, SIDE), GROUND)
-    if panel.under is not None:
-        picture.paste(SHADE, mask=density(panel.under))
+    """The panel as an image [SIDE, SIDE]."""
+    image = Image.new("RGB", (SIDE, SIDE), GROUND)
+    if panel.data is not None:
+        image.paste(SHADE, mask=density(panel.data))
     if panel.points is not None:
-        picture.paste(panel.colour, mask=density(panel.points))
+        image.paste(panel.color, mask=density(panel.points))
     if panel.paths is not None:
-        picture = draw_paths(picture, panel.paths, panel.colour)
+        image = draw_paths(image, panel.paths, panel.color)
     if panel.note:
-        ImageDraw.Draw(picture).text((7, SIDE - 6), panel.note, INK, font(12), anchor="lb")
-    return picture
+        ImageDraw.Draw(image).text((7, SIDE - 6), panel.note, INK, font(12), anchor="lb")
+    return image
 
 
 def density(points: Tensor) -> Image.Image:
-    """How much of the points lies at each pixel, as a mask: 0 nothing, 255 much more than the average."""
+    """The density of points at each pixel as a mask: 0 none, 255 much more than the average."""
     xy = points.double().numpy()
     edges = np.linspace(-REACH, REACH, SIDE + 1)
     counts, _, _ = np.histogram2d(-xy[:, 1], xy[:, 0], bins=(edges, edges))
-    level = len(xy) / 6000  # points a pixel that count as dense
+    level = len(xy) / 6000  # points per pixel that count as dense
     mask = (255 * (1 - np.exp(-counts / level))).astype(np.uint8)
     return Image.fromarray(mask).filter(ImageFilter.GaussianBlur(0.6))
 
 
-def draw_paths(picture: Image.Image, paths: Tensor, colour: Colour) -> Image.Image:
-    """Paths over the picture, from faint where noise is to full colour where they end in a dot."""
-    large = picture.resize((SIDE * FINE, SIDE * FINE), Image.Resampling.NEAREST)
+def draw_paths(image: Image.Image, paths: Tensor, color: Color) -> Image.Image:
+    """Paths over the image, from faint at the noise to full color at the end, which has a dot."""
+    large = image.resize((SIDE * OVERSAMPLING, SIDE * OVERSAMPLING), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large, "RGBA")
-    scale = SIDE * FINE / (2 * REACH)
+    scale = SIDE * OVERSAMPLING / (2 * REACH)
     pixels = ((paths.double() * paths.new_tensor([1.0, -1.0]) + REACH) * scale).numpy()
     steps = len(pixels) - 1
     for index in range(steps):
         alpha = 45 + 120 * (index + 1) // steps
         for start, end in zip(pixels[index], pixels[index + 1], strict=True):
-            pen.line([*start, *end], (*colour, alpha), 2)
-    for ends, radius, fill in ((pixels[0], 2, (*FAINT, 150)), (pixels[-1], 3, (*colour, 255))):
+            pen.line([*start, *end], (*color, alpha), 2)
+    for ends, radius, fill in ((pixels[0], 2, (*FAINT, 150)), (pixels[-1], 3, (*color, 255))):
         for x, y in ends:
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill)
     return large.resize((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -1,7 +1,7 @@
-"""The plane: three distributions to learn, and a network small enough to learn one in seconds.
+"""Three distributions in the plane, and a network small enough to learn one in seconds.
 
-Data and noise are points [B, 2]; data spreads about 3 from the origin, so that noise (spread 1) has a way to
-go. Every draw is from a generator that the caller seeds, so that a figure is the same at every run.
+Data and noise are points [B, 2]; data lies about 3 from the origin, noise has standard deviation 1. Every
+draw is from a generator that the caller seeds, so that results are reproducible.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..flux_core.train.checkpoint import WeightAverage
 RING = GaussianMixture.ring(components=8, radius=4.0, std=0.2)
 
 Draw = Callable[[int, Generator], Tensor]
-"""(number of points, generator) -> points [number, 2]."""
+"""(count, generator) -> points [count, 2]."""
 
 
 def ring(count: int, generator: Generator) -> Tensor:
-    """Eight Gaussians on a circle."""
+    """Eight Gaussians on a circle of radius 4."""
     return RING.sample(count, generator).float()
 
 
@@ -36,7 +36,7 @@ def checkerboard(count: int, generator: Generator) -> Tensor:
 
 
 def moons(count: int, generator: Generator) -> Tensor:
-    """Two half circles of radius 3, one reaching into the other, blurred by 0.2."""
+    """Two interleaving half circles of radius 3, with noise of 0.2."""
     angle = math.pi * torch.rand(count, generator=generator)
     side = torch.randint(2, (count,), generator=generator) * 2.0 - 1
     x = 3 * angle.cos() - 1.5 * side
@@ -53,7 +53,7 @@ DATA: dict[str, Draw] = {"ring": ring, "checkerboard": checkerboard, "moons": mo
 
 
 class PlaneNetwork(nn.Module):
-    """(x [B, 2], t [B]) -> a prediction [B, 2]: a perceptron on points scaled by the data's extent."""
+    """(x [B, 2], t [B]) -> a prediction [B, 2]: an MLP on points scaled by the data's extent."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class PlaneNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: Adam, warmed up, its rate falling to 0 by a cosine, weights averaged."""
+    """How a network is trained: Adam, warm-up, cosine decay to 0, exponential average of the weights."""
 
     steps: int
     batch: int = 512
@@ -84,7 +84,7 @@ def train(
     recipe: Recipe,
     progress: Callable[[], None],
 ) -> PlaneNetwork:
-    """The network, trained on `loss` (of the network and a batch size: [B]), with its averaged weights."""
+    """The network with averaged weights after training on `loss` (network, batch size -> losses [B])."""
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.rate, betas=(0.9, 0.99), fused=True)
     average = WeightAverage(network, recipe.average)
     for step in range(recipe.steps):

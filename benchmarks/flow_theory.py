@@ -1,4 +1,4 @@
-"""Two checks of the theory by numbers: the solvers' orders, and one network sampled in four ways."""
+"""Two numerical checks of the theory: the solvers' orders, and one network sampled in four ways."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ..flux_core.sampling.solver import SOLVERS, Solver, integrate
 
 MIXTURE = GaussianMixture.isotropic(torch.tensor([[1.5, 0.5], [-1.0, 1.0], [0.0, -1.5]]).double(), 0.6)
 STEPS = {1: 256, 2: 128, 3: 128, 4: 48, 5: 32}
-"""Order -> steps at which the error is small enough for the order to show, and far above rounding."""
-EXACT = 2048  # steps of RK4 that stand for the exact solution
+"""Order -> steps at which the error follows the order and is far above rounding."""
+EXACT = 2048  # steps of RK4 for the reference solution
 
 
 def orders() -> dict[str, tuple[float, int]]:
-    """Of each deterministic solver the order measured and that of theory.
+    """(measured order, order of theory) of each deterministic solver.
 
-    The slope of log error over log steps, between so many steps and twice as many of equal length, in float64
-    on the closed-form velocity of a mixture of three Gaussians, from noise at 1 to data at 0.
+    The slope of log error over log steps, between STEPS and twice as many equal steps, in float64 on the
+    closed-form velocity of a mixture of three Gaussians, from noise at 1 to data at 0.
     """
     path = RectifiedPath()
     velocity = as_velocity(path, MIXTURE.network(path))
@@ -41,7 +41,7 @@ def orders() -> dict[str, tuple[float, int]]:
     measured: dict[str, tuple[float, int]] = {}
     for name, solver in SOLVERS.items():
         if getattr(solver, "is_random", False):
-            continue  # its path is that of an SDE
+            continue  # it samples an SDE
         end = 0.5 if hasattr(solver, "rtol") else 0.0
         if end not in exact:
             exact[end] = equal_steps(SOLVERS["rk4"], velocity, start, EXACT, end)
@@ -55,17 +55,17 @@ def orders() -> dict[str, tuple[float, int]]:
 
 
 def equal_steps(solver: Solver, velocity: Velocity, x: Tensor, steps: int, end: float) -> Tensor:
-    """x at `end` after so many equal steps from 1.
+    """x at `end` after `steps` equal steps from 1.
 
-    A solver that chooses its own steps is given one at a time, with a tolerance that refuses none; it lands
-    on 0 by a method of lower order however short the step, so its order shows on the way before that only.
+    An adaptive solver gets one step at a time, with a tolerance that rejects none. It uses a method of lower
+    order for the step to 0, so its order is measured before that.
     """
     sigmas = torch.linspace(1, end, steps + 1, dtype=torch.float64)
     if not hasattr(solver, "rtol"):
         return integrate(solver, velocity, x, sigmas)
-    patient = replace(solver, rtol=1e12, atol=1e12)
+    tolerant = replace(solver, rtol=1e12, atol=1e12)
     for sigma, after in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-        x = integrate(patient, velocity, x, [sigma, after])
+        x = integrate(tolerant, velocity, x, [sigma, after])
     return x
 
 

@@ -1,4 +1,4 @@
-"""What a model's file costs a process: seconds to load it and to step, and the memory held meanwhile."""
+"""Seconds to load a checkpoint and to take steps with it, and the process memory that this takes."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ SIGMAS = (1.0, 0.5)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that a process holds: of its own, of mapped files, and swapped out."""
+class ProcessMemory:
+    """Bytes of a process: its own (anonymous) memory, mapped files that are resident, and swapped out."""
 
     anonymous: int = 0
     mapped: int = 0
     swapped: int = 0
 
 
-def held() -> Memory:
-    """What this process holds now; zeros where the system does not tell (elsewhere than on Linux)."""
+def process_memory() -> ProcessMemory:
+    """The memory of this process now; zeros on systems other than Linux."""
     if not STATUS.exists():
-        return Memory()
+        return ProcessMemory()
     lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
     values = [int(lines[name].split()[0]) << 10 for name in ("RssAnon", "RssFile", "VmSwap")]
-    return Memory(*values)
+    return ProcessMemory(*values)
 
 
-class Watch:
-    """Looks at the process's memory every `period` seconds and keeps the most of each kind."""
+class MemoryPeak:
+    """Samples the process's memory every `period` seconds in a `with` block; `highest` of each kind."""
 
     def __init__(self, period: float = 0.05) -> None:
-        self.most, self._period = held(), period
+        self.highest, self._period = process_memory(), period
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MemoryPeak:
         self._thread.start()
         return self
 
@@ -60,28 +60,27 @@ class Watch:
     def _run(self) -> None:
         while not self._stop.wait(self._period):
             with suppress(OSError):
-                now = held()
-                most = self.most
-                self.most = Memory(
-                    max(now.anonymous, most.anonymous),
-                    max(now.mapped, most.mapped),
-                    max(now.swapped, most.swapped),
+                now, highest = process_memory(), self.highest
+                self.highest = ProcessMemory(
+                    max(now.anonymous, highest.anonymous),
+                    max(now.mapped, highest.mapped),
+                    max(now.swapped, highest.swapped),
                 )
 
 
 @torch.no_grad()
 def measure(path: Path, sides: Sequence[int], limit: str, device: torch.device) -> dict[str, float]:
-    """Figures of one file: seconds (load; at each side prepare, the first step, the second), bytes.
+    """Seconds (load; at each side prepare, first step, second step) and bytes of one checkpoint.
 
     Raises ValueError where a velocity is not finite, and what `load_transformer` raises.
     """
-    before = held()
+    before = process_memory()
     figures: dict[str, float] = {"file": sum(p.stat().st_size for p in _files(path))}
-    with Watch() as watch:
+    with MemoryPeak() as peak:
         start = time.perf_counter()
         model = load_transformer(path, device=device, limit=limit_of(limit, device))
         figures["load"] = time.perf_counter() - start
-        figures["loaded_anonymous"] = held().anonymous - before.anonymous
+        figures["loaded_anonymous"] = process_memory().anonymous - before.anonymous
         figures["streamed"] = float(model.streaming is not None)
         spec = model.spec
         generator = torch.Generator().manual_seed(0)
@@ -96,13 +95,13 @@ def measure(path: Path, sides: Sequence[int], limit: str, device: torch.device) 
             for name, sigma in zip(("first", "second"), SIGMAS, strict=True):
                 start = time.perf_counter()
                 result = velocity(noise, sigma)
-                finite = bool(result.isfinite().all())  # waits for the device, too
+                finite = bool(result.isfinite().all())  # also waits for the device
                 figures[f"{name}_{side}"] = time.perf_counter() - start
                 if not finite:
                     raise ValueError(f"{path.name} gives velocities that are not finite at {side} x {side}")
-    figures["anonymous"] = watch.most.anonymous
-    figures["mapped"] = watch.most.mapped
-    figures["swapped"] = watch.most.swapped
+    figures["anonymous"] = peak.highest.anonymous
+    figures["mapped"] = peak.highest.mapped
+    figures["swapped"] = peak.highest.swapped
     if device.type == "cuda":
         figures["device"] = torch.cuda.max_memory_allocated(device)
     return figures

@@ -1,4 +1,4 @@
-"""Prompts painted by the miniature and judged: what `bench adherence` and `bench family` share."""
+"""Generate images with the miniature and score them: shared by `bench adherence` and `bench family`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..miniature.evaluate import Sampling, generate_images
 from .prompts import SIX, Prompt
 
 BATCH = 16
-Painter = Callable[[Sequence[Prompt]], list[np.ndarray]]
-"""Prompts -> a picture uint8 [H, W, 3] of each."""
+Generate = Callable[[Sequence[Prompt]], list[np.ndarray]]
+"""Prompts -> an image uint8 [H, W, 3] of each."""
 
 
 @dataclass(frozen=True)
-class Files:
-    """The four files of one member of the family."""
+class ModelFiles:
+    """The four files of one variant of the miniature."""
 
     transformer: Path
     vae: Path
@@ -33,8 +33,8 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Painted:
-    """What became of one prompt: a verdict for each seed, and the sharpness of each picture that has one."""
+class ScoredPrompt:
+    """A prompt, the checker's verdict on each of its images, and the sharpness where it can be measured."""
 
     prompt: Prompt
     verdicts: list[dict[str, bool]]
@@ -45,10 +45,10 @@ class Painted:
         return [all(verdict.values()) for verdict in self.verdicts]
 
 
-def files_of(models: Path, variant: str) -> Files:
-    """Where a member of the family lies in a folder of models."""
+def model_files(models: Path, variant: str) -> ModelFiles:
+    """The files of a variant in a folder of models."""
     text, mini = models / "text_encoders", "rectiflux-mini"
-    return Files(
+    return ModelFiles(
         models / "diffusion_models" / f"{mini}-{variant}.safetensors",
         models / "vae" / f"{mini}-vae.safetensors",
         text / f"{mini}-clip.safetensors",
@@ -56,8 +56,8 @@ def files_of(models: Path, variant: str) -> Files:
     )
 
 
-def load_models(files: Files) -> Models:
-    """The models in float32. Raises what loading raises, and ValueError for a file that is not there."""
+def load_models(files: ModelFiles) -> Models:
+    """The models in float32. Raises what loading raises, and ValueError for a missing file."""
     check_files(files)
     options = {"dtype": torch.float32, "device": device()}
     return Models(
@@ -67,14 +67,14 @@ def load_models(files: Files) -> Models:
     )
 
 
-def check_files(files: Files) -> None:
-    """Raises ValueError for the first that is not there."""
+def check_files(files: ModelFiles) -> None:
+    """Raises ValueError for the first missing file."""
     for path in astuple(files):
         if not path.is_file():
-            raise ValueError(f"there is no {path}; train it (run.py train) or name another place")
+            raise ValueError(f"{path} is missing; train it (run.py train) or name another file")
 
 
-def paint(
+def generate(
     models: Models,
     prompts: Sequence[Prompt],
     sampling: Sampling,
@@ -82,9 +82,9 @@ def paint(
     height: int = 128,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
-    """A picture uint8 [height, width, 3] of each prompt; `on_batch` is told how many are done.
+    """An image uint8 [height, width, 3] of each prompt; `on_batch` is called with the count of images done.
 
-    The noise of the n-th prompt depends on n alone, whoever paints and in however many steps.
+    The noise of the n-th prompt depends on n alone, not on the model or the number of steps.
     """
     return generate_images(
         models.transformer,
@@ -99,33 +99,26 @@ def paint(
     )
 
 
-def judge_pictures(prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seeds: int) -> list[Painted]:
-    """What became of each prompt; its pictures follow one another."""
-    painted = []
+def check_images(prompts: Sequence[Prompt], images: Sequence[np.ndarray], seeds: int) -> list[ScoredPrompt]:
+    """Each prompt with the verdicts on its `seeds` images, which follow one another."""
+    scored = []
     for i, prompt in enumerate(prompts):
-        mine = pictures[i * seeds : (i + 1) * seeds]
-        found = [parse_scene(picture) for picture in mine]
-        sharp = [sharpness(picture, finding) for picture, finding in zip(mine, found, strict=True)]
-        verdicts = [judge(finding, prompt.scene).correct for finding in found]
-        painted.append(Painted(prompt, verdicts, [value for value in sharp if value is not None]))
-    return painted
+        own = images[i * seeds : (i + 1) * seeds]
+        findings = [parse_scene(image) for image in own]
+        sharp = [sharpness(image, finding) for image, finding in zip(own, findings, strict=True)]
+        verdicts = [judge(finding, prompt.scene).correct for finding in findings]
+        scored.append(ScoredPrompt(prompt, verdicts, [value for value in sharp if value is not None]))
+    return scored
 
 
-def figures_of(painted: Sequence[Painted]) -> dict[str, Any]:
-    """Scores by category, overall and by prompt. A category's is the share of its pictures that are right."""
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(one.prompt.category for one in painted):
-        mine = [one for one in painted if one.prompt.category == name]
-        verdicts = [verdict for one in mine for verdict in one.verdicts]
-        told = {key: [verdict[key] for verdict in verdicts if key in verdict] for key in ATTRIBUTES}
-        found[name] = {
-            "prompts": len(mine),
-            "pictures": len(verdicts),
-            "score": float(np.mean([all(verdict.values()) for verdict in verdicts])),
-            "attributes": {key: float(np.mean(values)) for key, values in told.items() if values},
-        }
+def scores(scored: Sequence[ScoredPrompt]) -> dict[str, Any]:
+    """Scores by category, overall and by prompt; a category's is the share of its images that are right."""
+    found = {
+        name: _category([one for one in scored if one.prompt.category == name])
+        for name in dict.fromkeys(one.prompt.category for one in scored)
+    }
     counted = [name for name in SIX if name in found] if set(SIX) <= found.keys() else list(found)
-    sharp = [value for one in painted for value in one.sharpness]
+    sharp = [value for one in scored for value in one.sharpness]
     return {
         "overall": float(np.mean([found[name]["score"] for name in counted])),
         "categories": found,
@@ -137,6 +130,18 @@ def figures_of(painted: Sequence[Painted]) -> dict[str, Any]:
                 "right": one.right,
                 "wrong": [[key for key, right in verdict.items() if not right] for verdict in one.verdicts],
             }
-            for one in painted
+            for one in scored
         ],
+    }
+
+
+def _category(scored: Sequence[ScoredPrompt]) -> dict[str, Any]:
+    """The score of one category, and the share of images that are right in each attribute asked for."""
+    verdicts = [verdict for one in scored for verdict in one.verdicts]
+    asked = {key: [verdict[key] for verdict in verdicts if key in verdict] for key in ATTRIBUTES}
+    return {
+        "prompts": len(scored),
+        "images": len(verdicts),
+        "score": float(np.mean([all(verdict.values()) for verdict in verdicts])),
+        "attributes": {key: float(np.mean(values)) for key, values in asked.items() if values},
     }

@@ -1,4 +1,4 @@
-"""Ratios of times from interleaved runs: ours, theirs, theirs, ours, so that a busy machine slows both."""
+"""Ratios of times from interleaved runs (ours, theirs, theirs, ours), so that other load slows both sides."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""Seconds that pass, or that this process computes: the second for one thread on a machine that is shared."""
+"""Elapsed seconds, or CPU seconds of this process: the latter for one thread on a shared machine."""
 
 Run = Callable[[], Any]
 
 UNITS = {"ms": 1e3, "MB": 1e-6}
-"""Of times in seconds and of bytes."""
+"""Printed unit -> factor from seconds or bytes."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Theirs over ours: a median over turns, with least and greatest; medians of both, in s or bytes."""
+    """Theirs over ours: median, least and greatest over turns; medians of both sides, in s or bytes."""
 
     case: str
     ratio: float
@@ -33,12 +33,12 @@ class Ratio:
     note: str = ""
     unit: str = "ms"
 
-    def told(self, value: float) -> str:
-        """One of both in the unit."""
+    def format(self, value: float) -> str:
+        """A side's value in the unit."""
         return f"{UNITS[self.unit] * value:.1f} {self.unit}"
 
     def lines(self) -> str:
-        """For a person, and the line that scripts look for."""
+        """A line to read and the line that scripts look for."""
         times = f"{self._padded(self.ours)}, theirs {self._padded(self.theirs)}"
         spread = f"{self.low:.2f} to {self.high:.2f}, {self.turns} turns"
         note = f"; {self.note}" if self.note else ""
@@ -50,37 +50,43 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Clock:
-    """How runs are timed: the clock, and on which device there is something to wait for."""
+    """Which clock times a run, and which device must be synchronized around it."""
 
     kind: str = "wall"
     device: torch.device = torch.device("cpu")
 
     def seconds(self, run: Run) -> float:
-        self._wait()
+        self._synchronize()
         start = CLOCKS[self.kind]()
         run()
-        self._wait()
+        self._synchronize()
         return CLOCKS[self.kind]() - start
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def compare(
-    case: str, ours: Run, theirs: Run, clock: Clock, budget: float, note: str = "", *, warm: bool = False
-) -> Ratio:
-    """The ratio of as many turns as fit into `budget` seconds, at least two.
-
-    A run of each goes before, unless both have run (`warm`).
+@dataclass(frozen=True)
+class Effort:
+    """How long to compare: turns until `budget` seconds have passed, `at_least` so many; `warm` skips the
+    warm-up run of either side.
     """
-    if not warm:
+
+    budget: float
+    at_least: int = 2
+    warm: bool = False
+
+
+def compare(case: str, ours: Run, theirs: Run, clock: Clock, effort: Effort, note: str = "") -> Ratio:
+    """The ratio over interleaved turns of two runs of each side, after a warm-up run of each."""
+    if not effort.warm:
         ours(), theirs()
-    end = time.perf_counter() + budget
+    end = time.perf_counter() + effort.budget
     turns: list[tuple[float, float]] = []
-    while len(turns) < 2 or time.perf_counter() < end:
-        first, other, another, last = (clock.seconds(run) for run in (ours, theirs, theirs, ours))
-        turns.append(((first + last) / 2, (other + another) / 2))
+    while len(turns) < effort.at_least or time.perf_counter() < end:
+        first, second, third, fourth = (clock.seconds(run) for run in (ours, theirs, theirs, ours))
+        turns.append(((first + fourth) / 2, (second + third) / 2))
     ratios = [their / our for our, their in turns]
-    middle = [statistics.median(side) for side in zip(*turns, strict=True)]
-    return Ratio(case, statistics.median(ratios), min(ratios), max(ratios), len(turns), *middle, note)
+    medians = [statistics.median(side) for side in zip(*turns, strict=True)]
+    return Ratio(case, statistics.median(ratios), min(ratios), max(ratios), len(turns), *medians, note)

@@ -1,17 +1,17 @@
-"""The prompts of `bench adherence`, each with the scene that its picture must show: ours, or from a file.
+"""The prompts of `bench adherence`, each with the scene that its image must show: built in, or from a file.
 
-A file of prompts has one JSON object a line; lines that are empty are skipped:
+A file of prompts has one JSON object per line; empty lines are skipped:
 
     {"prompt": "a small red circle left of a blue square", "category": "mine",
      "objects": [{"shape": "circle", "colour": "red", "count": 1, "size": "small"},
                  {"shape": "square", "colour": "blue"}],
      "relation": "left", "place": "top left", "background": "navy", "without": "green", "shadow": false}
 
-Only prompt and objects are required; what is absent or null is open. `count` is 1 unless given, up to five
-objects in all. `relation` (left, right, above, below) says how the first of two objects stands to the second,
-`place` where the middle of the objects is, `without` is a colour that no object may have, and `shadow` false
-asks for none on the floor (true asks for nothing). Prompts of one `category` share a score. The values are
-those of miniature/scene.py.
+Only prompt and objects are required; an absent or null value is unspecified. `count` defaults to 1, up to
+five objects in total. `relation` (left, right, above, below) is the position of the first of two objects
+relative to the second, `place` the position of the center of the objects, `without` a color that no object
+may have; `shadow` false asks for no shadow on the floor (true specifies nothing). Prompts of one `category`
+share a score. The values are those of miniature/scene.py.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from ..miniature.scene import (
 )
 
 EACH = 56
-"""Prompts in each of our categories."""
+"""Prompts in each built-in category."""
 SIX = ("single object", "two objects", "counting", "colours", "position", "attribute binding")
 """GenEval's tasks (Ghosh et al. 2023, arXiv:2310.11513); the overall score is the mean of theirs."""
-MOST_OBJECTS = 5
-WAYS = ("", "", "a photo of ", "", "a picture of ", "", "draw ", "an image of ")
-"""What people write before what they want."""
-ONE_OF = {
+MAX_OBJECTS = 5
+PREFIXES = ("", "", "a photo of ", "", "a picture of ", "", "draw ", "an image of ")
+"""How people begin a prompt."""
+CHOICES = {
     "shape": SHAPES,
     "colour": tuple(COLORS),
     "size": tuple(SIZES),
@@ -56,13 +56,13 @@ ONE_OF = {
     "background": tuple(BACKGROUNDS),
     "without": tuple(COLORS),
 }
-OF_OBJECTS = ("shape", "colour", "count", "size")
-OF_LINES = ("prompt", "objects", "relation", "place", "background", "without", "shadow", "category")
+OBJECT_KEYS = ("shape", "colour", "count", "size")
+LINE_KEYS = ("prompt", "objects", "relation", "place", "background", "without", "shadow", "category")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Words, and what a picture of them must show; what is None in the scene is open."""
+    """A text, and the scene that its image must show; None in the scene is unspecified."""
 
     text: str
     scene: Scene
@@ -70,12 +70,12 @@ class Prompt:
 
 
 def categories() -> list[Prompt]:
-    """Ours, the same each time: EACH of GenEval's six categories, of held-out combinations and of words."""
+    """The built-in prompts, always the same: EACH of GenEval's six categories, of "unseen" and of "words"."""
     makers: dict[str, Callable[[random.Random], Iterator[Scene]]] = {
         "single object": _singles,
         "two objects": _twos,
         "counting": _counts,
-        "colours": _colours,
+        "colours": _colors,
         "position": _positions,
         "attribute binding": _bindings,
         "unseen": _unseen,
@@ -84,13 +84,14 @@ def categories() -> list[Prompt]:
     for name, maker in makers.items():
         scenes = list(maker(random.Random(name)))[:EACH]
         found += [
-            Prompt(WAYS[i % len(WAYS)] + plain_caption(scene), scene, name) for i, scene in enumerate(scenes)
+            Prompt(PREFIXES[i % len(PREFIXES)] + plain_caption(scene), scene, name)
+            for i, scene in enumerate(scenes)
         ]
     return found + [Prompt(text, scene, "words") for text, scene in _words(random.Random("words"))]
 
 
 def _singles(rng: random.Random) -> Iterator[Scene]:
-    """Every shape alone, small, large, in two places, on two backgrounds, in the middle of one."""
+    """Every shape alone, small, large, in two places, on two backgrounds, in the center of one."""
     for kind, shape in product(range(8), SHAPES):
         scene = Scene((Item(shape, size={1: "small", 2: "large"}.get(kind)),))
         place = "center" if kind in (3, 7) else rng.choice(tuple(PLACES)) if kind == 4 else None
@@ -98,7 +99,7 @@ def _singles(rng: random.Random) -> Iterator[Scene]:
 
 
 def _twos(rng: random.Random) -> Iterator[Scene]:
-    """Every two unlike shapes in both orders, then some on a background."""
+    """Every pair of different shapes in both orders, then some on a background."""
     pairs = list(permutations(SHAPES, 2))
     rng.shuffle(pairs)
     for i, (first, second) in enumerate(pairs + pairs):
@@ -106,16 +107,16 @@ def _twos(rng: random.Random) -> Iterator[Scene]:
 
 
 def _counts(rng: random.Random) -> Iterator[Scene]:
-    """Every number of every shape that training shows, then in a colour, then on a background, then both."""
+    """Every count of every shape that training shows, then in a color, then on a background, then both."""
     for kind, (count, shape) in product(range(4), product((2, 3, 4), SHAPES)):
-        colour = rng.choice([c for c in COLORS if (shape, c) not in HELD_OUT_PAIRS])
+        color = rng.choice([c for c in COLORS if (shape, c) not in HELD_OUT_PAIRS])
         if (count, shape) not in HELD_OUT_COUNTS:
-            item = Item(shape, colour if kind in (1, 3) else None)
+            item = Item(shape, color if kind in (1, 3) else None)
             yield Scene((item,) * count, background=_ground(rng) if kind > 1 else None)
 
 
-def _colours(rng: random.Random) -> Iterator[Scene]:
-    """Every shape in every colour that training shows it in, then some on a background."""
+def _colors(rng: random.Random) -> Iterator[Scene]:
+    """Every shape in every color that training shows it in, then some on a background."""
     items = [Item(shape, c) for shape, c in product(SHAPES, COLORS) if (shape, c) not in HELD_OUT_PAIRS]
     rng.shuffle(items)
     for i, item in enumerate(items + items):
@@ -123,7 +124,7 @@ def _colours(rng: random.Random) -> Iterator[Scene]:
 
 
 def _positions(rng: random.Random) -> Iterator[Scene]:
-    """Two unlike shapes, in every relation equally often."""
+    """Two different shapes, in every relation equally often."""
     pairs = list(permutations(SHAPES, 2))
     rng.shuffle(pairs)
     for i, (first, second) in enumerate(pairs + pairs[::-1]):
@@ -131,7 +132,7 @@ def _positions(rng: random.Random) -> Iterator[Scene]:
 
 
 def _bindings(rng: random.Random) -> Iterator[Scene]:
-    """Two unlike shapes in unlike colours, a pair of each two shapes first."""
+    """Two different shapes in different colors, one of each pair of shapes first."""
     pairs = list(permutations(SHAPES, 2))
     rng.shuffle(pairs)
     for shapes in pairs + pairs:
@@ -143,23 +144,23 @@ def _bindings(rng: random.Random) -> Iterator[Scene]:
 
 
 def _unseen(rng: random.Random) -> Iterator[Scene]:
-    """Each held-out object alone four times and beside another twice; each held-out count, in colours too."""
+    """Each held-out object alone four times and beside another twice; each held-out count, also in colors."""
     pairs = sorted(HELD_OUT_PAIRS)
-    for kind, (shape, colour) in product(range(4), pairs):
+    for kind, (shape, color) in product(range(4), pairs):
         place = rng.choice(tuple(PLACES)) if kind == 2 else None
         size = rng.choice(("small", "large")) if kind == 3 else None
-        yield Scene((Item(shape, colour, size),), place=place, background=_ground(rng) if kind == 1 else None)
-    for kind, (shape, colour) in product(range(2), pairs):
+        yield Scene((Item(shape, color, size),), place=place, background=_ground(rng) if kind == 1 else None)
+    for kind, (shape, color) in product(range(2), pairs):
         other = Item(
-            rng.choice([s for s in SHAPES if s != shape]), rng.choice([c for c in COLORS if c != colour])
+            rng.choice([s for s in SHAPES if s != shape]), rng.choice([c for c in COLORS if c != color])
         )
-        items = (Item(shape, colour), other)
+        items = (Item(shape, color), other)
         relation = rng.choice(tuple(RELATIONS)) if kind else None
         yield Scene(items if rng.random() < 0.5 else items[::-1], relation=relation)
     counts = sorted(HELD_OUT_COUNTS)
-    colours = {shape: [c for c in COLORS if (shape, c) not in HELD_OUT_PAIRS] for _, shape in counts}
+    colors = {shape: [c for c in COLORS if (shape, c) not in HELD_OUT_PAIRS] for _, shape in counts}
     for kind, (count, shape) in product(range(5), counts):
-        yield Scene((Item(shape, colours[shape][kind] if kind else None),) * count)
+        yield Scene((Item(shape, colors[shape][kind] if kind else None),) * count)
 
 
 def _words(rng: random.Random) -> Iterator[tuple[str, Scene]]:
@@ -179,7 +180,7 @@ def _ground(rng: random.Random) -> str:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file. Raises ValueError, with the number of the line, for the first bad one."""
+    """The prompts of a file. Raises ValueError with the line number for the first invalid line."""
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
@@ -188,22 +189,22 @@ def read_prompts(path: Path) -> list[Prompt]:
             except ValueError as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
     if not prompts:
-        raise ValueError(f"{path.name} has no prompts; write one JSON object a line")
+        raise ValueError(f"{path.name} has no prompts; write one JSON object per line")
     return prompts
 
 
 def parse_prompt(line: str) -> Prompt:
-    """The prompt of one line of such a file. Raises ValueError that says what is wrong with it."""
+    """The prompt of one line of such a file. Raises ValueError that says what is invalid."""
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"this is no JSON ({error.msg} at character {error.pos + 1})") from error
-    _check_names(fields, OF_LINES, "a line")
+        raise ValueError(f"this is not JSON ({error.msg} at character {error.pos + 1})") from error
+    _check_names(fields, LINE_KEYS, "a line")
     text, category, shadow = fields.get("prompt"), fields.get("category"), fields.get("shadow")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"prompt must be words, got {text!r}")
+        raise ValueError(f"prompt must be a text, got {text!r}")
     if category is not None and not isinstance(category, str):
-        raise ValueError(f"category must be a name, got {category!r}")
+        raise ValueError(f"category must be a text, got {category!r}")
     if shadow is not None and not isinstance(shadow, bool):
         raise ValueError(f"shadow must be true or false, got {shadow!r}")
     scene = Scene(
@@ -224,13 +225,13 @@ def _items(objects: Any) -> tuple[Item, ...]:
         raise ValueError(f"objects must be a list of at least one object, got {objects!r}")
     items: list[Item] = []
     for entry in objects:
-        _check_names(entry, OF_OBJECTS, "an object")
+        _check_names(entry, OBJECT_KEYS, "an object")
         count = entry.get("count", 1)
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_OBJECTS:
-            raise ValueError(f"count must be a whole number from 1 to {MOST_OBJECTS}, got {count!r}")
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_OBJECTS:
+            raise ValueError(f"count must be an integer from 1 to {MAX_OBJECTS}, got {count!r}")
         items += [Item(_one_of("shape", entry), _one_of("colour", entry), _one_of("size", entry))] * count
-    if len(items) > MOST_OBJECTS:
-        raise ValueError(f"there may be {MOST_OBJECTS} objects in all, got {len(items)}")
+    if len(items) > MAX_OBJECTS:
+        raise ValueError(f"a prompt may have {MAX_OBJECTS} objects in total, got {len(items)}")
     return tuple(items)
 
 
@@ -239,11 +240,11 @@ def _check_names(fields: Any, known: tuple[str, ...], what: str) -> None:
         raise ValueError(f"{what} must be a JSON object with {', '.join(known)}, got {fields!r}")
     for name in fields:
         if name not in known:
-            raise ValueError(f"{what} has {', '.join(known)}, but no {name!r}")
+            raise ValueError(f"{what} has the keys {', '.join(known)}, got {name!r}")
 
 
 def _one_of(name: str, fields: dict[str, Any]) -> str | None:
     value = fields.get(name)
-    if value is not None and value not in ONE_OF[name]:
-        raise ValueError(f"{name} must be one of {', '.join(ONE_OF[name])}, got {value!r}")
+    if value is not None and value not in CHOICES[name]:
+        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
     return value

@@ -1,6 +1,6 @@
-"""A file of FLUX.1 [dev]'s true names and shapes with random weights, written piece by piece.
+"""A file with FLUX.1 [dev]'s names and shapes and random weights, written piece by piece.
 
-All weights are stretches of one pool of random numbers, so that 24 GB cost no more than the writing.
+All weights are slices of one pool of random values, so that 24 GB cost no more than the writing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..flux_core.quant.gguf import BLOCK_TYPES, dequantize
 from .reference.quantized import random_blocks
 
 STD = 0.01
-"""Standard deviation of the weights: near enough to 1 / sqrt(3072) for finite velocities."""
+"""Standard deviation of the weights: close enough to 1 / sqrt(3072) for finite velocities."""
 POOL = 1 << 24
-"""Numbers in the pool."""
+"""Values in the pool."""
 FP8 = torch.float8_e4m3fn
 NAMES = {torch.bfloat16: "BF16", FP8: "F8_E4M3"}
 
@@ -32,8 +32,8 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Random:
-    """Bytes of random weights of one format, in units that no tensor begins or ends within."""
+class RandomPool:
+    """Bytes of random weights of one format, in units that a tensor contains whole."""
 
     data: memoryview
     unit: int
@@ -45,7 +45,7 @@ class Random:
         return count // self.weights * self.unit
 
     def write(self, file: BinaryIO, count: int, start: int) -> None:
-        """Write `count` weights, from the unit `start` of the pool on and round again."""
+        """Write `count` weights, from the unit `start` of the pool on, wrapping around."""
         left, at = self.size(count), start * self.unit % len(self.data)
         while left:
             piece = self.data[at : at + left]
@@ -53,19 +53,19 @@ class Random:
             left, at = left - len(piece), 0
 
 
-def numbers(dtype: torch.dtype) -> Random:
-    """Normal numbers in a dtype of torch."""
+def dense_pool(dtype: torch.dtype) -> RandomPool:
+    """Normally distributed weights in a dtype of torch."""
     values = (STD * torch.randn(POOL, generator=torch.Generator().manual_seed(0))).to(dtype)
-    return Random(memoryview(values.view(torch.uint8).numpy()), dtype.itemsize, 1)
+    return RandomPool(memoryview(values.view(torch.uint8).numpy()), dtype.itemsize, 1)
 
 
-def blocks(kind: str) -> Random:
-    """Blocks of a GGUF type, every bit random, with scales that make numbers of the usual size."""
+def gguf_pool(kind: str) -> RandomPool:
+    """Blocks of a GGUF type, every bit random, with scales for a standard deviation of STD."""
     block = BLOCK_TYPES[kind]
     sample = torch.from_numpy(random_blocks(kind, 256, 16, largest=1e-4))
     largest = 1e-4 * STD / float(dequantize(sample, kind).std())
     data = random_blocks(kind, 1, POOL // block.size, largest=largest)
-    return Random(memoryview(data.reshape(-1)), block.bytes, block.size)
+    return RandomPool(memoryview(data.reshape(-1)), block.bytes, block.size)
 
 
 def shapes_of(spec: FluxSpec) -> dict[str, torch.Size]:
@@ -75,18 +75,18 @@ def shapes_of(spec: FluxSpec) -> dict[str, torch.Size]:
 
 
 def is_matrix(name: str, shape: torch.Size) -> bool:
-    """What published quantised files hold in few bits."""
+    """Whether published files quantize this tensor."""
     return len(shape) == 2 and not name.startswith("img_in.")
 
 
 def write_random_safetensors(path: Path, dtype: torch.dtype, spec: FluxSpec, on_progress: OnProgress) -> None:
-    """Matrices in `dtype`, the rest in bfloat16. safetensors' own writer wants all of it in memory."""
-    small = numbers(torch.bfloat16)
-    large = small if dtype == torch.bfloat16 else numbers(dtype)
+    """Matrices in `dtype`, the rest in bfloat16; safetensors' own writer would need all of it in memory."""
+    small = dense_pool(torch.bfloat16)
+    large = small if dtype == torch.bfloat16 else dense_pool(dtype)
     header, end = {}, 0
-    kinds = {}
+    pools = {}
     for name, shape in shapes_of(spec).items():
-        kinds[name] = pool = large if is_matrix(name, shape) else small
+        pools[name] = pool = large if is_matrix(name, shape) else small
         start, end = end, end + pool.size(shape.numel())
         kind = NAMES[dtype if pool is large else torch.bfloat16]
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
@@ -94,23 +94,23 @@ def write_random_safetensors(path: Path, dtype: torch.dtype, spec: FluxSpec, on_
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for number, (name, entry) in enumerate(header.items()):
-            kinds[name].write(file, torch.Size(entry["shape"]).numel(), 7919 * number)
+        for index, (name, entry) in enumerate(header.items()):
+            pools[name].write(file, torch.Size(entry["shape"]).numel(), 7919 * index)
             on_progress(entry["data_offsets"][1], end)
         to_disk(file)
 
 
 def write_random_gguf(path: Path, kind: str, spec: FluxSpec, on_progress: OnProgress) -> None:
-    """Matrices in a GGUF type, the rest in float32, as city96's converter has it."""
-    large, small = blocks(kind), numbers(torch.float32)
+    """Matrices in a GGUF type, the rest in float32, like city96's converter."""
+    large, small = gguf_pool(kind), dense_pool(torch.float32)
     writer, tensors = GGUFWriter(path, "flux"), []
     for name, shape in shapes_of(spec).items():
-        packed = is_matrix(name, shape) and shape[1] % large.weights == 0
-        pool = large if packed else small
-        stored = (*shape[:-1], pool.size(shape[-1])) if packed else tuple(shape)
-        number = GGMLQuantizationType[kind] if packed else GGMLQuantizationType.F32
-        data_type = np.dtype(np.uint8) if packed else np.dtype(np.float32)
-        writer.add_tensor_info(name, stored, data_type, pool.size(shape.numel()), raw_dtype=number)
+        quantized = is_matrix(name, shape) and shape[1] % large.weights == 0
+        pool = large if quantized else small
+        stored = (*shape[:-1], pool.size(shape[-1])) if quantized else tuple(shape)
+        gguf_type = GGMLQuantizationType[kind] if quantized else GGMLQuantizationType.F32
+        data_type = np.dtype(np.uint8) if quantized else np.dtype(np.float32)
+        writer.add_tensor_info(name, stored, data_type, pool.size(shape.numel()), raw_dtype=gguf_type)
         tensors.append((pool, shape.numel()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -119,8 +119,8 @@ def write_random_gguf(path: Path, kind: str, spec: FluxSpec, on_progress: OnProg
     assert file is not None
     total, done = sum(pool.size(count) for pool, count in tensors), 0
     writer.write_padding(file, file.tell())
-    for number, (pool, count) in enumerate(tensors):
-        pool.write(file, count, 7919 * number)
+    for index, (pool, count) in enumerate(tensors):
+        pool.write(file, count, 7919 * index)
         writer.write_padding(file, pool.size(count))
         done += pool.size(count)
         on_progress(done, total)
@@ -129,7 +129,7 @@ def write_random_gguf(path: Path, kind: str, spec: FluxSpec, on_progress: OnProg
 
 
 def to_disk(file: BinaryIO) -> None:
-    """Have the file on the disk and nowhere else, so that whoever opens it reads it from there."""
+    """Flush the file to the disk and drop it from the page cache, so that it is read from the disk."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -137,15 +137,15 @@ def to_disk(file: BinaryIO) -> None:
 
 
 FORMATS: dict[str, Callable[[Path, FluxSpec, OnProgress], None]] = {
-    "bf16": lambda path, spec, told: write_random_safetensors(path, torch.bfloat16, spec, told),
-    "fp8": lambda path, spec, told: write_random_safetensors(path, FP8, spec, told),
-    "Q4_K": lambda path, spec, told: write_random_gguf(path, "Q4_K", spec, told),
+    "bf16": lambda path, spec, on_progress: write_random_safetensors(path, torch.bfloat16, spec, on_progress),
+    "fp8": lambda path, spec, on_progress: write_random_safetensors(path, FP8, spec, on_progress),
+    "Q4_K": lambda path, spec, on_progress: write_random_gguf(path, "Q4_K", spec, on_progress),
 }
 ENDINGS = {"bf16": ".safetensors", "fp8": ".safetensors", "Q4_K": ".gguf"}
 BITS = {"bf16": 16, "fp8": 8, "Q4_K": 4.5}
 SPEC = FLUX_DEV
 
 
-def bytes_of(form: str, spec: FluxSpec) -> int:
-    """About how large a format's file is."""
-    return int(sum(shape.numel() for shape in shapes_of(spec).values()) * BITS[form] / 8 * 1.01)
+def estimated_bytes(name: str, spec: FluxSpec) -> int:
+    """The approximate size of a file in a format of FORMATS."""
+    return int(sum(shape.numel() for shape in shapes_of(spec).values()) * BITS[name] / 8 * 1.01)

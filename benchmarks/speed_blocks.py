@@ -1,4 +1,4 @@
-"""Cases of `bench speed`: the transformer, small and in FLUX.1's width, against diffusers and ComfyUI."""
+"""Cases of `bench speed`: the transformer, small and at FLUX.1's width, against diffusers and ComfyUI."""
 
 from __future__ import annotations
 
@@ -15,18 +15,26 @@ from ..flux_core.backends.quantize import quantize_to_int8
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.sampling.schedule import make_sigmas
 from ..flux_core.weights import load_transformer
-from .footprint import Watch, held
-from .interleaved import compare
+from .footprint import MemoryPeak, process_memory
+from .interleaved import Effort, compare
 from .speed_comfy import against_comfy
 from .speed_inputs import FULL, MINIATURE, QUICK, Inputs, difference, diffusers_twin, random_model
-from .speed_settings import NO_BFLOAT16, Outcome, Settings, Skipped, Told, knows_bfloat16
+from .speed_settings import (
+    NO_BFLOAT16,
+    TIME_IS_UP,
+    Note,
+    Outcome,
+    Settings,
+    Skipped,
+    supports_bfloat16,
+)
 
 
 def miniature(settings: Settings) -> Iterator[Outcome]:
-    """Eight steps of the shipped miniature at 128 px, with all that depends on the prompt."""
+    """Eight steps of mini-dev at 128 px in fp32, including what is computed once a prompt."""
     file = settings.models / MINIATURE
     if not file.is_file():
-        yield Skipped("miniature", f"there is no {file}")
+        yield Skipped("miniature", f"{file} is missing")
         return
     model = load_transformer(file, torch.float32, settings.device)
     twin = diffusers_twin(model)
@@ -34,77 +42,80 @@ def miniature(settings: Settings) -> Iterator[Outcome]:
     inputs = Inputs(model, 128, 32)
     sigmas = make_sigmas(2 if settings.quick else 8, inputs.h * inputs.w // 4).tolist()
     ours, theirs = inputs.our_loop(model, sigmas), inputs.their_loop(twin, sigmas)
-    yield Told(f"miniature: largest difference {difference(ours(), theirs()):.1e} of the largest value")
-    yield compare("miniature", ours, theirs, settings.clock, settings.budget)
+    yield Note(f"miniature: largest difference {difference(ours(), theirs()):.1e} of the largest value")
+    yield compare("miniature", ours, theirs, settings.clock, Effort(settings.budget))
     yield from against_comfy("miniature", model, inputs, settings)
 
 
 def full_width(settings: Settings) -> Iterator[Outcome]:
     """A step of 1 double and 2 single blocks, 512 text tokens, at 256 and 512 px: fp32, bf16, int8.
 
-    int8 against diffusers in bf16, or in fp32 where the processor would take minutes for bf16.
+    int8 is compared with diffusers in bf16, or in fp32 where the processor would take minutes for bf16.
     """
     spec, sides = (QUICK, (64,)) if settings.quick else (FULL, (256, 512))
-    length = 16 if settings.quick else 512
-    forms = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if not settings.quick and not knows_bfloat16(settings.device):
-        del forms["bf16"]
+    text_tokens = 16 if settings.quick else 512
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if not settings.quick and not supports_bfloat16(settings.device):
+        del dtypes["bf16"]
         yield Skipped("full-bf16", NO_BFLOAT16)
-    for name, dtype in forms.items():
+    for name, dtype in dtypes.items():
         model = random_model(spec, dtype, settings.device)
         twin = diffusers_twin(model)
-        with Watch() as watch:
-            before = held().anonymous
-            pack_weights(model)
-        held_bytes = sum(t.nbytes for t in twin.parameters())
-        more = watch.most.anonymous - before
-        yield Told(
-            f"full-{name}: packing {held_bytes / 1e9:.2f} GB took {more / 1e9:.2f} GB more at its peak"
-        )
+        yield packing_peak(f"full-{name}", model)
         for side in sides:
             case = f"full-{name}-{side}"
-            if settings.is_over:
-                yield Skipped(case, "the time is over")
+            if settings.is_time_up:
+                yield Skipped(case, TIME_IS_UP)
                 continue
-            inputs = Inputs(model, side, length)
+            inputs = Inputs(model, side, text_tokens)
             run, theirs = inputs.our_step(model), inputs.their_step(twin)
-            yield Told(f"{case}: largest difference {difference(run(), theirs()):.1e} of the largest value")
-            yield compare(case, run, theirs, settings.clock, settings.budget, warm=True)
+            yield Note(f"{case}: largest difference {difference(run(), theirs()):.1e} of the largest value")
+            yield compare(case, run, theirs, settings.clock, Effort(settings.budget, warm=True))
             yield from against_comfy(case, model, inputs, settings)
-        if name == next(iter(forms)):
-            yield from _int8(model, twin, sides, length, settings)
+        if name == next(iter(dtypes)):
+            yield from _int8(model, twin, sides, text_tokens, settings)
         del model, twin
 
 
+def packing_peak(case: str, model: FluxTransformer) -> Note:
+    """Pack the model's weights and report the most memory that packing added meanwhile."""
+    size = sum(t.nbytes for t in model.parameters())
+    with MemoryPeak() as peak:
+        before = process_memory().anonymous
+        pack_weights(model)
+    added = peak.highest.anonymous - before
+    return Note(f"{case}: packing {size / 1e9:.2f} GB took {added / 1e9:.2f} GB more at its peak")
+
+
 def _int8(
-    model: FluxTransformer, twin: nn.Module, sides: tuple[int, ...], length: int, settings: Settings
+    model: FluxTransformer, twin: nn.Module, sides: tuple[int, ...], text_tokens: int, settings: Settings
 ) -> Iterator[Outcome]:
-    """The same model in int8 against diffusers as it is; the model's packed layers are given up for it."""
+    """The same weights in int8 against diffusers' unquantized model; unpacks the model's layers."""
     if settings.device.type != "cpu":
-        yield Skipped("full-int8", "int8 is for CPUs")
+        yield Skipped("full-int8", "int8 layers run on CPUs only")
         return
-    if settings.is_over:
-        yield Skipped("full-int8", "the time is over")
+    if settings.is_time_up:
+        yield Skipped("full-int8", TIME_IS_UP)
         return
     state, dtype = model.state_dict(), model.dtype
-    told = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    dtype_name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     model = FluxTransformer(model.spec).to(dtype).requires_grad_(False).eval()
     model.load_state_dict(state, assign=True)
     del state
     quantize_to_int8(model)
     pack_weights(model)
     for side in sides:
-        inputs = Inputs(model, side, length)
+        inputs = Inputs(model, side, text_tokens)
         run, theirs, case = inputs.our_step(model), inputs.their_step(twin), f"full-int8-{side}"
-        exact = theirs()
-        error = float((run().float() - exact.float()).norm() / exact.float().norm())
-        included = " (bf16 against bf16 included)" if told == "bf16" else ""
-        yield Told(f"{case}: the velocity's error is {error:.4f} of its length{included}")
-        yield compare(case, run, theirs, settings.clock, settings.budget, f"theirs in {told}", warm=True)
+        error = _relative_norm(run().float(), theirs().float())
+        included = " (bf16 against bf16 included)" if dtype_name == "bf16" else ""
+        yield Note(f"{case}: the velocity's error is {error:.4f} of its norm{included}")
+        effort = Effort(settings.budget, warm=True)
+        yield compare(case, run, theirs, settings.clock, effort, f"theirs in {dtype_name}")
 
 
 def int8_error(settings: Settings) -> Iterator[Outcome]:
-    """No time: what int8 loses in one layer, on random, outlier-heavy and the miniature's weights."""
+    """The error of one int8 layer on random, outlier-heavy and the miniature's weights; not timed."""
     width = 256 if settings.quick else 3072
     x, weight = torch.randn(256, width), torch.randn(width, width) * width**-0.5
     heavy, columns = weight.clone(), torch.randperm(width)[: max(1, width // 100)]
@@ -118,10 +129,10 @@ def int8_error(settings: Settings) -> Iterator[Outcome]:
         kinds["the miniature's linear1, random inputs"] = (block.linear1.weight, torch.randn(256, 192))
     for kind, (w, inputs) in kinds.items():
         exact = F.linear(inputs, w)
-        int8 = _relative(Int8Linear(quantize_int8(w), None, w.dtype)(inputs), exact)
-        bf16 = _relative(F.linear(inputs.bfloat16(), w.bfloat16()).float(), exact)
-        yield Told(f"error {kind}: int8 {int8:.4f}, bf16 {bf16:.4f} of the outputs' length")
+        int8 = _relative_norm(Int8Linear(quantize_int8(w), None, w.dtype)(inputs), exact)
+        bf16 = _relative_norm(F.linear(inputs.bfloat16(), w.bfloat16()).float(), exact)
+        yield Note(f"error {kind}: int8 {int8:.4f}, bf16 {bf16:.4f} of the output's norm")
 
 
-def _relative(y: Tensor, exact: Tensor) -> float:
+def _relative_norm(y: Tensor, exact: Tensor) -> float:
     return float((y - exact).norm() / exact.norm())

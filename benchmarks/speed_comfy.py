@@ -1,4 +1,4 @@
-"""ComfyUI's own FLUX in `bench speed`, where COMFYUI_PATH names a checkout that can be imported."""
+"""ComfyUI's own FLUX in `bench speed`, if COMFYUI_PATH names a checkout that can be imported."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..flux_core.model.transformer import FluxTransformer, unpack
-from .interleaved import compare
+from .interleaved import Effort, compare
 from .speed_inputs import Inputs, difference
-from .speed_settings import Outcome, Settings, Skipped, Told
+from .speed_settings import TIME_IS_UP, Note, Outcome, Settings, Skipped
 
 
 def against_comfy(case: str, model: FluxTransformer, inputs: Inputs, settings: Settings) -> Iterator[Outcome]:
-    """A step against ComfyUI's own Flux, where COMFYUI_PATH names a checkout that can be imported."""
+    """A step against ComfyUI's own Flux, with our weights."""
     name, path = f"{case}-comfyui", os.environ.get("COMFYUI_PATH")
-    if not path or settings.is_over:
-        yield Skipped(name, "the time is over" if path else "COMFYUI_PATH names no ComfyUI checkout")
+    if not path or settings.is_time_up:
+        yield Skipped(name, TIME_IS_UP if path else "COMFYUI_PATH does not name a ComfyUI checkout")
         return
     try:
         comfy = comfy_model(model, path)
@@ -27,12 +27,12 @@ def against_comfy(case: str, model: FluxTransformer, inputs: Inputs, settings: S
         return
     run, theirs = inputs.our_step(model), inputs.comfy_step(comfy)
     latent = unpack(run(), inputs.h, inputs.w)
-    yield Told(f"{name}: largest difference {difference(latent, theirs()):.1e} of the largest value")
-    yield compare(name, run, theirs, settings.clock, settings.budget, warm=True)
+    yield Note(f"{name}: largest difference {difference(latent, theirs()):.1e} of the largest value")
+    yield compare(name, run, theirs, settings.clock, Effort(settings.budget, warm=True))
 
 
 def comfy_model(model: FluxTransformer, path: str) -> Any:
-    """ComfyUI's Flux with our weights. It reads the command line when it is imported, so that is hidden."""
+    """ComfyUI's Flux with our weights. ComfyUI parses sys.argv when imported, so it gets an empty one."""
     if path not in sys.path:
         sys.path.insert(0, path)
     given, sys.argv = sys.argv, sys.argv[:1]

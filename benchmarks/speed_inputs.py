@@ -1,4 +1,4 @@
-"""What the cases of `bench speed` share: random models with their twins in diffusers, and their runs."""
+"""Random models, their twins in diffusers, and runs of both: shared by the cases of `bench speed`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .reference.models import diffusers_of_size, diffusers_state_dict
 FULL = FluxSpec(3072, 24, 1, 2, context_in=4096, vec_in=768, guidance_embed=True)
 QUICK = FluxSpec(128, 1, 1, 2, context_in=64, vec_in=32, guidance_embed=True)
 MINIATURE = Path("diffusion_models") / "rectiflux-mini-dev.safetensors"
-GUIDANCE = 4.0  # 1000 times it is a whole number in bfloat16, to which diffusers rounds it
+GUIDANCE = 4.0  # 4000 is exact in bfloat16, to which diffusers rounds 1000 * guidance
 SIGMA = 0.5
 
 
 def random_model(spec: FluxSpec, dtype: torch.dtype, device: torch.device) -> FluxTransformer:
-    """A transformer with random weights of a trained network's size."""
+    """A transformer with random weights as large as a trained network's."""
     with torch.device("meta"):
         model = FluxTransformer(spec)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
@@ -37,7 +37,7 @@ def random_model(spec: FluxSpec, dtype: torch.dtype, device: torch.device) -> Fl
 
 
 def diffusers_twin(model: FluxTransformer) -> nn.Module:
-    """diffusers' transformer with the same weights, each held once more."""
+    """diffusers' transformer with a copy of the weights."""
     with torch.device("meta"):
         twin = diffusers_of_size(model.spec)
     twin.load_state_dict(diffusers_state_dict(model), assign=True)
@@ -45,37 +45,37 @@ def diffusers_twin(model: FluxTransformer) -> nn.Module:
 
 
 class Inputs:
-    """A prompt and noises, drawn for a model."""
+    """A random prompt and random noise [batch, 16, side / 8, side / 8] for a model."""
 
-    def __init__(self, model: FluxTransformer, side: int, length: int, batch: int = 1) -> None:
+    def __init__(self, model: FluxTransformer, side: int, text_tokens: int, batch: int = 1) -> None:
         spec, dtype, device = model.spec, model.dtype, model.device
         self.h = self.w = side // 8
-        txt = torch.randn(1, length, spec.context_in, device=device, dtype=dtype)
+        txt = torch.randn(1, text_tokens, spec.context_in, device=device, dtype=dtype)
         pooled = torch.randn(1, spec.vec_in, device=device, dtype=dtype)
         self.prompt = Conditioning(txt, pooled, GUIDANCE if spec.guidance_embed else None)
         self.guidance = torch.full((batch,), GUIDANCE, device=device) if spec.guidance_embed else None
         self.noise = torch.randn(batch, 16, self.h, self.w, device=device, dtype=dtype)
-        self.ids = position_ids(length, self.h, self.w).to(device)
+        self.ids = position_ids(text_tokens, self.h, self.w).to(device)
 
     def our_step(self, model: FluxTransformer) -> Run:
-        """A step as in a run."""
+        """One step as in a sampling run."""
         prepared, tokens = model.prepare(self.prompt, [SIGMA], self.h, self.w), pack(self.noise)
         return lambda: model(tokens, prepared, SIGMA)
 
     def timestep(self, sigma: float) -> Tensor:
-        """As diffusers' pipeline has it: made before the loop, one for each picture."""
+        """The timestep of each image, made before the loop as in diffusers' pipeline."""
         return torch.full((len(self.noise),), sigma, device=self.noise.device, dtype=self.noise.dtype)
 
     def their_velocity(self, model: Any, tokens: Tensor, timestep: Tensor) -> Tensor:
-        length = self.prompt.txt.shape[1]
+        text_tokens = self.prompt.txt.shape[1]
         return model(
             hidden_states=tokens,
             timestep=timestep,
             guidance=self.guidance,
             pooled_projections=self.prompt.pooled.expand(len(tokens), -1),
             encoder_hidden_states=self.prompt.txt.expand(len(tokens), -1, -1),
-            txt_ids=self.ids[:length],
-            img_ids=self.ids[length:],
+            txt_ids=self.ids[:text_tokens],
+            img_ids=self.ids[text_tokens:],
             return_dict=False,
         )[0]
 
@@ -84,11 +84,11 @@ class Inputs:
         return lambda: self.their_velocity(model, tokens, timestep)
 
     def our_loop(self, model: FluxTransformer, sigmas: Sequence[float]) -> Run:
-        """Euler's steps between sigmas, with all that depends on the prompt."""
+        """Euler steps between sigmas, including what is computed once a prompt."""
 
         def run() -> Tensor:
-            asked, rows = sigmas[:-1], len(self.noise)
-            velocity = guided_velocity(model, VelocityRequest(self.prompt, asked, self.h, self.w, rows))
+            request = VelocityRequest(self.prompt, sigmas[:-1], self.h, self.w, len(self.noise))
+            velocity = guided_velocity(model, request)
             x = self.noise
             for sigma, after in pairwise(sigmas):
                 x = x + (after - sigma) * velocity(x, sigma)
@@ -115,5 +115,5 @@ class Inputs:
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """The largest, over theirs' largest value."""
+    """Largest absolute difference over theirs' largest magnitude."""
     return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())

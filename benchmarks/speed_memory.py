@@ -1,7 +1,7 @@
-"""Case of `bench speed`: the most memory that a step, a decode and a whole picture take above the weights.
+"""Case of `bench speed`: peak memory of a step, a decode and a whole image above the weights.
 
-On the CPU each side runs in a process of its own, where memory that the other gave back cannot hide what it
-takes, and what counts is the process's own (anonymous) memory. On CUDA it is what torch allocated.
+On the CPU each side runs in its own process, so that it cannot reuse memory that the other side freed, and
+the process's own (anonymous) memory counts. On CUDA the memory that torch allocated counts.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ..flux_core.memory.tiling import decode
 from ..flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec
 from ..flux_core.pipeline import Models
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
-from .footprint import STATUS, Watch, held
-from .generate import check_files, files_of
+from .footprint import STATUS, MemoryPeak, process_memory
+from .generate import check_files, model_files
 from .interleaved import Ratio, Run
 from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomize
 from .speed_inputs import FULL, QUICK, Inputs, diffusers_twin, random_model
-from .speed_models import our_picture, their_picture
-from .speed_settings import Outcome, Settings, Skipped, Told
+from .speed_models import our_image, their_image
+from .speed_settings import TIME_IS_UP, Note, Outcome, Settings, Skipped
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "theirs")
 PERIOD = 0.002
-"""Seconds between looks at a process's memory."""
+"""Seconds between samples of a process's memory."""
 REPEATED = 2.0
-"""Seconds for which short runs are repeated, so that a look meets the peak."""
+"""Seconds for which short runs are repeated, so that a sample meets the peak."""
 
 
 def step(side: str, settings: Settings) -> Run:
@@ -52,7 +52,7 @@ def step(side: str, settings: Settings) -> Run:
 
 
 def decoding(pixels: int) -> Callable[[str, Settings], Run]:
-    """A decode to so many pixels square by FLUX.1's autoencoder with random weights, fp32, as each has it."""
+    """A decode to `pixels` squared by FLUX.1's autoencoder with random weights, fp32, by either side."""
 
     def build(side: str, settings: Settings) -> Run:
         spec = AutoEncoderSpec(ch=32) if settings.quick else AutoEncoderSpec()
@@ -69,9 +69,9 @@ def decoding(pixels: int) -> Callable[[str, Settings], Run]:
     return build
 
 
-def picture(side: str, settings: Settings) -> Run:
-    """A picture by the shipped miniature, the prompt read in it."""
-    files, steps = files_of(settings.models, "dev"), 2
+def image(side: str, settings: Settings) -> Run:
+    """An image by mini-dev, text encoding included."""
+    files, steps = model_files(settings.models, "dev"), 2
     check_files(files)
     options = {"dtype": torch.float32, "device": settings.device}
     encoders = load_text_encoders(files.clip, files.t5, **options)
@@ -80,29 +80,29 @@ def picture(side: str, settings: Settings) -> Run:
     if side == "theirs":
         twins = diffusers_transformer(transformer), diffusers_autoencoder(vae)
         pipeline = diffusers_pipeline(*twins).to(settings.device)
-        return lambda: their_picture(pipeline, encoders, steps)
+        return lambda: their_image(pipeline, encoders, steps)
     pack_weights(transformer)
     models = Models(encoders, transformer, vae)
-    return lambda: our_picture(models, steps)
+    return lambda: our_image(models, steps)
 
 
 LARGE = "decode-2048"
 SUBJECTS: dict[str, Callable[[str, Settings], Run]] = {
     "step-512": step,
     "decode-512": decoding(512),
-    "picture": picture,
+    "picture": image,
     LARGE: decoding(2048),
 }
 
 
 def memory(settings: Settings) -> Iterator[Outcome]:
-    """Ratios of bytes; of the decode at 2048 px ours alone, theirs would not fit into most computers."""
+    """Ratios of bytes; the decode at 2048 px is ours alone, diffusers' would not fit into most computers."""
     for name in SUBJECTS:
         case = f"memory-{name}"
-        if settings.is_over:
-            yield Skipped(case, "the time is over")
+        if settings.is_time_up:
+            yield Skipped(case, TIME_IS_UP)
         elif settings.device.type == "cpu" and not STATUS.exists():
-            yield Skipped(case, "this system does not tell what a process holds")
+            yield Skipped(case, "this system has no /proc/self/status to read a process's memory from")
         elif name == LARGE and not settings.large:
             yield Skipped(case, "minutes on a CPU; --large measures it")
         else:
@@ -113,27 +113,27 @@ def memory(settings: Settings) -> Iterator[Outcome]:
 
 
 def _compared(name: str, settings: Settings) -> Outcome:
-    """Raises OSError where a process did not end well, and ValueError where there is no miniature."""
-    measure = above_weights if settings.quick or settings.device.type == "cuda" else apart
+    """Raises OSError where a child process failed, and ValueError where the miniature is missing."""
+    measure = above_weights if settings.quick or settings.device.type == "cuda" else in_own_process
     ours = measure(name, "ours", settings)
     if name == LARGE:
-        return Told(f"memory-{name}: ours takes {ours / 1e6:.0f} MB above the weights")
+        return Note(f"memory-{name}: ours takes {ours / 1e6:.0f} MB above the weights")
     theirs = measure(name, "theirs", settings)
     if not ours or not theirs:
-        return Skipped(f"memory-{name}", "too small to see")
+        return Skipped(f"memory-{name}", "too small to measure")
     ratio = theirs / ours
     return Ratio(f"memory-{name}", ratio, ratio, ratio, 1, ours, theirs, "above the weights", "MB")
 
 
 @torch.no_grad()
 def above_weights(name: str, side: str, settings: Settings) -> int:
-    """The most bytes above those held once the model is there. Raises ValueError without a miniature."""
+    """Peak bytes above those of the loaded model. Raises ValueError where the miniature is missing."""
     torch.manual_seed(0)
     return peak(SUBJECTS[name](side, settings), settings)
 
 
 def peak(run: Run, settings: Settings) -> int:
-    """The most bytes that a run takes above what is held before it."""
+    """Peak bytes of a run above the memory before it."""
     gc.collect()
     device = settings.device
     if device.type == "cuda":
@@ -143,29 +143,29 @@ def peak(run: Run, settings: Settings) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    give_back()
-    base, end = held().anonymous, time.perf_counter() + (0.1 if settings.quick else REPEATED)
-    with Watch(PERIOD) as watch:
+    release_freed_memory()
+    base, end = process_memory().anonymous, time.perf_counter() + (0.1 if settings.quick else REPEATED)
+    with MemoryPeak(PERIOD) as found:
         run()
         while time.perf_counter() < end:
             run()
-    return watch.most.anonymous - base
+    return found.highest.anonymous - base
 
 
-def give_back() -> None:
-    """Have the C library return what it keeps of freed memory, where it is one that can (glibc)."""
+def release_freed_memory() -> None:
+    """Have glibc return freed memory to the system; does nothing with other C libraries."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def apart(name: str, side: str, settings: Settings) -> int:
-    """`above_weights` by a process of its own. Raises OSError where that process fails."""
+def in_own_process(name: str, side: str, settings: Settings) -> int:
+    """`above_weights` measured by a child process. Raises OSError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "figures.json"
-        command = [sys.executable, str(ROOT / "run.py"), "bench", "speed", "--alone", name, side]
+        command = [sys.executable, str(ROOT / "run.py"), "bench", "speed", "--child", name, side]
         command += ["--models", str(settings.models), "--threads", str(torch.get_num_threads())]
         ended = subprocess.run([*command, "--json", str(report)], capture_output=True, text=True)
         if ended.returncode:
-            why = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
-            raise OSError(f"the process that measured {side} ended with {ended.returncode} and said: {why}")
+            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+            raise OSError(f"the process that measured {side} failed with code {ended.returncode}: {last}")
         return json.loads(report.read_text(encoding="utf-8"))["figures"]["bytes"]

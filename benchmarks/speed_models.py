@@ -1,6 +1,6 @@
-"""Cases of `bench speed`: autoencoder, text encoders, whole pictures and loading, against diffusers.
+"""Cases of `bench speed`: autoencoder, text encoders, whole images and loading, against diffusers.
 
-They run the shipped miniatures; theirs has the same weights, in folders as diffusers keeps them.
+They run the shipped miniatures; diffusers gets the same weights in its own folders.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import pack
 from ..flux_core.pipeline import Models, draw_noise, text_to_image
 from ..flux_core.weights import load_autoencoder, load_text_encoders, load_transformer
-from .generate import Files, check_files, files_of
-from .interleaved import compare
+from .generate import ModelFiles, check_files, model_files
+from .interleaved import Effort, compare
 from .reference.models import diffusers_autoencoder, diffusers_pipeline, diffusers_transformer, randomize
-from .speed_settings import NO_BFLOAT16, Outcome, Settings, Skipped, Told, knows_bfloat16
+from .speed_settings import NO_BFLOAT16, Note, Outcome, Settings, Skipped, supports_bfloat16
 
 PROMPT = "a red circle left of a blue square on a gray background"
 SEED, SIDE, GUIDANCE = 7, 128, 3.5
@@ -34,7 +34,7 @@ FULL_VAE = AutoEncoderSpec()
 
 
 def autoencoder(settings: Settings) -> Iterator[Outcome]:
-    """FLUX.1's autoencoder in full width with random weights, fp32: decode and encode, eager as it comes."""
+    """Decode and encode by FLUX.1's autoencoder at full width, random weights, fp32, both sides eager."""
     side = 64 if settings.quick else 256
     model = AutoEncoder(AutoEncoderSpec(ch=32) if settings.quick else FULL_VAE).eval().requires_grad_(False)
     randomize(model)
@@ -43,41 +43,36 @@ def autoencoder(settings: Settings) -> Iterator[Outcome]:
     latent = torch.randn(1, 16, side // 8, side // 8, device=settings.device)
     image = torch.rand(1, 3, side, side, device=settings.device) * 2 - 1
     difference = (model.decode(latent) - twin.decode(latent).sample).abs().max()
-    yield Told(f"vae: largest difference of a decode {float(difference):.1e}")
-    clock, budget = settings.clock, settings.budget
-    yield compare(
-        f"vae-decode-{side}", lambda: model.decode(latent), lambda: twin.decode(latent).sample, clock, budget
-    )
-    yield compare(
-        f"vae-encode-{side}",
-        lambda: model.encode(image),
-        lambda: twin.encode(image).latent_dist.mode(),
-        clock,
-        budget,
-    )
+    yield Note(f"vae: largest difference of a decode {float(difference):.1e}")
+    runs = {
+        "decode": (lambda: model.decode(latent), lambda: twin.decode(latent).sample),
+        "encode": (lambda: model.encode(image), lambda: twin.encode(image).latent_dist.mode()),
+    }
+    for name, (ours, theirs) in runs.items():
+        yield compare(f"vae-{name}-{side}", ours, theirs, settings.clock, Effort(settings.budget))
     yield from in_bfloat16(model, twin, latent, settings)
 
 
 def in_bfloat16(model: AutoEncoder, twin: Any, latent: Tensor, settings: Settings) -> Iterator[Outcome]:
-    """A decode in bfloat16 against theirs in both dtypes; ours is converted for it."""
+    """A decode in bfloat16 against theirs in both dtypes; converts our model in place."""
     case, clock, budget = f"vae-decode-bf16-{8 * latent.shape[-1]}", settings.clock, settings.budget
-    if not settings.quick and not knows_bfloat16(settings.device):
+    if not settings.quick and not supports_bfloat16(settings.device):
         yield Skipped(case, NO_BFLOAT16)
         return
     exact = twin.decode(latent).sample
-    model, small = model.bfloat16(), latent.bfloat16()
-    lost = (model.decode(small).float() - exact).abs().max()
-    yield Told(f"{case}: largest difference to float32 {float(lost):.1e}")
-    ours = partial(model.decode, small)
-    note = "theirs in fp32"
-    yield compare(f"{case}-fp32", ours, lambda: twin.decode(latent).sample, clock, budget, note, warm=True)
+    model, rounded = model.bfloat16(), latent.bfloat16()
+    error = (model.decode(rounded).float() - exact).abs().max()
+    yield Note(f"{case}: largest difference to float32 {float(error):.1e}")
+    ours = partial(model.decode, rounded)
+    effort = Effort(budget, warm=True)
+    yield compare(f"{case}-fp32", ours, lambda: twin.decode(latent).sample, clock, effort, "theirs in fp32")
     half = copy.deepcopy(twin).bfloat16()
-    yield compare(case, ours, lambda: half.decode(small).sample, clock, budget, "theirs in bf16")
+    yield compare(case, ours, lambda: half.decode(rounded).sample, clock, Effort(budget), "theirs in bf16")
 
 
-def pictures(settings: Settings) -> Iterator[Outcome]:
-    """The miniature: text encode, a whole picture, time from files to the first one, loading."""
-    files = files_of(settings.models, "dev")
+def images(settings: Settings) -> Iterator[Outcome]:
+    """The miniature: text encoding, a whole image, the first image including loading, loading alone."""
+    files = model_files(settings.models, "dev")
     try:
         check_files(files)
     except ValueError as error:
@@ -85,71 +80,73 @@ def pictures(settings: Settings) -> Iterator[Outcome]:
             yield Skipped(case, str(error))
         return
     with tempfile.TemporaryDirectory() as name:
-        yield from _pictures(files, Path(name), settings)
+        yield from _images(Pair(files, Path(name), settings), settings)
 
 
-def _pictures(files: Files, folder: Path, settings: Settings) -> Iterator[Outcome]:
-    clock, budget, steps = settings.clock, settings.budget, 2 if settings.quick else 8
-    plain = load_transformer(files.transformer, torch.float32), load_autoencoder(files.vae, torch.float32)
-    diffusers_transformer(plain[0]).half().save_pretrained(folder / "transformer")
-    diffusers_autoencoder(plain[1]).half().save_pretrained(folder / "vae")
-    encoders = load_text_encoders(files.clip, files.t5, dtype=torch.float32, device=settings.device)
+class Pair:
+    """Both sides' ways to load the miniature; the text encoders are loaded once and shared."""
 
-    accelerated = importlib.util.find_spec("accelerate") is not None  # diffusers loads faster with it
+    def __init__(self, files: ModelFiles, folder: Path, settings: Settings) -> None:
+        """`folder` receives the models as diffusers saves them."""
+        self.files, self.folder, self.device = files, folder, settings.device
+        transformer = load_transformer(files.transformer, torch.float32)
+        diffusers_transformer(transformer).half().save_pretrained(folder / "transformer")
+        vae = load_autoencoder(files.vae, torch.float32)
+        diffusers_autoencoder(vae).half().save_pretrained(folder / "vae")
+        self.encoders = load_text_encoders(files.clip, files.t5, dtype=torch.float32, device=self.device)
+        self.has_accelerate = importlib.util.find_spec("accelerate") is not None  # diffusers loads faster
 
-    def load_ours() -> Models:
-        transformer = load_transformer(files.transformer, torch.float32, settings.device)
+    def load_ours(self) -> Models:
+        transformer = load_transformer(self.files.transformer, torch.float32, self.device)
         pack_weights(transformer)
-        return Models(encoders, transformer, load_autoencoder(files.vae, torch.float32, settings.device))
+        autoencoder = load_autoencoder(self.files.vae, torch.float32, self.device)
+        return Models(self.encoders, transformer, autoencoder)
 
-    def load_theirs() -> Any:
-        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": accelerated}
-        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", **options)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
-        return diffusers_pipeline(transformer, vae).to(settings.device)
+    def load_theirs(self) -> Any:
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": self.has_accelerate}
+        transformer = FluxTransformer2DModel.from_pretrained(self.folder / "transformer", **options)
+        vae = AutoencoderKL.from_pretrained(self.folder / "vae", **options)
+        return diffusers_pipeline(transformer, vae).to(self.device)
 
-    def paint_ours(models: Models) -> Tensor:
-        return our_picture(models, steps)
 
-    def paint_theirs(pipeline: Any) -> Tensor:
-        return their_picture(pipeline, encoders, steps)
+def _images(pair: Pair, settings: Settings) -> Iterator[Outcome]:
+    clock, budget, steps = settings.clock, settings.budget, 2 if settings.quick else 8
+    encoders, ours, theirs = pair.encoders, pair.load_ours(), pair.load_theirs()
 
-    ours, theirs = load_ours(), load_theirs()
-    difference = float((paint_ours(ours) - paint_theirs(theirs)).abs().max())
-    yield Told(f"whole-picture: largest difference {difference:.1e} of 1")
-    yield compare(
-        "text-encode", lambda: encoders.encode([PROMPT]), lambda: _read(encoders), clock, budget / 4,
-        "the same transformers models on both sides",
-    )  # fmt: skip
-    yield compare("whole-picture", lambda: paint_ours(ours), lambda: paint_theirs(theirs), clock, budget)
-    yield compare(
-        "load",
-        load_ours,
-        load_theirs,
-        clock,
-        budget / 2,
-        f"transformer and autoencoder; theirs {'with' if accelerated else 'without'} accelerate",
-    )
-    first = "from files to the first picture, text encoders loaded"
+    def generate_ours(models: Models) -> Tensor:
+        return our_image(models, steps)
+
+    def generate_theirs(pipeline: Any) -> Tensor:
+        return their_image(pipeline, encoders, steps)
+
+    difference = float((generate_ours(ours) - generate_theirs(theirs)).abs().max())
+    yield Note(f"whole-picture: largest difference {difference:.1e} of 1")
+    note = "the same transformers models on both sides"
+    encode = partial(encoders.encode, [PROMPT])
+    yield compare("text-encode", encode, partial(_encode, encoders), clock, Effort(budget / 4), note)
+    run, other = partial(generate_ours, ours), partial(generate_theirs, theirs)
+    yield compare("whole-picture", run, other, clock, Effort(budget))
+    note = f"transformer and autoencoder; theirs {'with' if pair.has_accelerate else 'without'} accelerate"
+    yield compare("load", pair.load_ours, pair.load_theirs, clock, Effort(budget / 2), note)
     yield compare(
         "first-picture",
-        lambda: paint_ours(load_ours()),
-        lambda: paint_theirs(load_theirs()),
+        lambda: generate_ours(pair.load_ours()),
+        lambda: generate_theirs(pair.load_theirs()),
         clock,
-        budget,
-        first,
+        Effort(budget),
+        "from files to the first image, text encoders loaded",
     )
 
 
-def our_picture(models: Models, steps: int) -> Tensor:
+def our_image(models: Models, steps: int) -> Tensor:
     """[1, 3, SIDE, SIDE], 0..1."""
     image = text_to_image(models, PROMPT, width=SIDE, height=SIDE, steps=steps, seed=SEED, guidance=GUIDANCE)
     return image / 2 + 0.5
 
 
-def their_picture(pipeline: Any, encoders: TextEncoders, steps: int) -> Tensor:
-    """The same by diffusers' pipeline."""
-    txt, pooled = _read(encoders)
+def their_image(pipeline: Any, encoders: TextEncoders, steps: int) -> Tensor:
+    """The same image by diffusers' pipeline."""
+    txt, pooled = _encode(encoders)
     return pipeline(
         prompt_embeds=txt,
         pooled_prompt_embeds=pooled,
@@ -163,8 +160,8 @@ def their_picture(pipeline: Any, encoders: TextEncoders, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def _read(encoders: TextEncoders) -> tuple[Tensor, Tensor]:
-    """The prompt by transformers' models, called as diffusers calls them."""
+def _encode(encoders: TextEncoders) -> tuple[Tensor, Tensor]:
+    """(txt, pooled) of PROMPT by transformers' models, called as diffusers calls them."""
     t5_ids, clip_ids = encoders.t5_ids([PROMPT]), encoders.clip_ids([PROMPT])
     device = encoders.t5.device
     txt = encoders.t5(input_ids=t5_ids.to(device)).last_hidden_state

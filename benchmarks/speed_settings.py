@@ -1,4 +1,4 @@
-"""What the cases of `bench speed` are given, and what they give."""
+"""Settings that the cases of `bench speed` receive, and the outcomes that they yield."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MODELS = Path(__file__).resolve().parents[1] / "models"
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: `budget` is the seconds of turns that a comparison may take."""
+    """How to measure: `budget` is the seconds of interleaved runs that one comparison may take."""
 
     quick: bool
     budget: float
     clock: Clock
     models: Path
     end: float = math.inf
-    """When no comparison may begin any more, by time.perf_counter."""
+    """The time, by time.perf_counter, after which no comparison may begin."""
     large: bool = False
-    """Whether to measure what takes minutes, too."""
+    """Whether to include the cases that take minutes."""
 
     @property
-    def is_over(self) -> bool:
+    def is_time_up(self) -> bool:
         return time.perf_counter() > self.end
 
     @property
@@ -40,53 +40,53 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Told:
-    """A line for whoever reads."""
+class Note:
+    """A line of text beside the ratios."""
 
-    line: str
+    text: str
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A comparison that was not made, and why."""
+    """A comparison that was not made, and the reason."""
 
     case: str
-    why: str
+    reason: str
 
 
-Outcome = Ratio | Told | Skipped
+Outcome = Ratio | Note | Skipped
 Case = Callable[[Settings], Iterator[Outcome]]
 
+TIME_IS_UP = "the time is up"
+NO_BFLOAT16 = "this processor has no bfloat16 instructions; bfloat16 takes many times as long as float32"
 
-NO_BFLOAT16 = "this processor has no instructions for bfloat16, so that it takes many times fp32"
 
-
-def knows_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 itself."""
+def supports_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 instructions."""
     if device.type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def add_options(parser: argparse.ArgumentParser, cases: Collection[str]) -> None:
-    """What benchmarks of these settings are asked in common; `clock_of` makes the rest ready."""
+    """Add the options that benchmarks with these settings share; `prepare_clock` applies them."""
 
     def names(text: str) -> list[str]:
         for name in text.split(","):
             if name not in cases:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(cases)}")
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(cases)}")
         return text.split(",")
 
     parser.add_argument("--quick", action="store_true", help="small models, few runs: does it run at all?")
-    parser.add_argument("--cases", type=names, help=f"of {', '.join(cases)}; all of the device")
+    parser.add_argument("--cases", type=names, help=f"from {', '.join(cases)}; default: those of the device")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are (wall)")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="wall or CPU seconds (wall)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the miniatures")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the shipped models")
 
 
-def clock_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Clock:
-    """The clock that was asked for, once torch has its threads and seed; ends where there is no device."""
+def prepare_clock(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Clock:
+    """Set torch's threads and seed and return the clock; end the program where the device is missing."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device, got none; leave it out to measure on the CPU")
     torch.set_num_threads(arguments.threads)

@@ -1,4 +1,4 @@
-"""The parts of a step that `bench time-spent` tells apart: their operations, their table, their chart."""
+"""The parts of a step that `bench time-spent` distinguishes: their operations, table and chart."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from .palette import FAINT, INK, PAPER, Colour, font
+from .palette import FAINT, INK, PAPER, Color, font
 
 OVERHEAD = "Python and launches"
 OTHER = "other"
-NAMES = {
+OPERATIONS = {
     "linear layers": r"mm|addmm|addmv|bmm|linear|t|matmul|_int_mm|_scaled_mm|.*linear.*",
     "attention": r".*(scaled_dot_product|attention|flash|sage).*|_softmax|softmax",
-    "norms and modulation": r"(native_)?layer_norm|.*(modulated_norm|residual_and_norm).*",
+    "norms and modulation": r"(native_)?layer_norm",
     "q/k norm and rotary": (
         r"linalg_vector_norm|hypot|reciprocal_?|mul_?|div_?|complex|stack|sub|neg|rms_norm|_fused_rms_norm|pow|mean"
-        r"|rsqrt|.*queries_keys_values.*"
+        r"|rsqrt"
     ),
-    "GELU": r"gelu_?|sigmoid_?|.*beside_gelu.*",
-    "gated residuals": r"addcmul|add_?|.*gated_residual.*",
+    "GELU": r"gelu_?|sigmoid_?",
+    "gated residuals": r"addcmul|add_?",
     "copies": r"cat|copy_|clone|contiguous|_to_copy|to|repeat",
     OVERHEAD: (
         r"view|_?reshape(_alias)?|_unsafe_view|view_as_(real|complex)|slice|select|narrow|transpose|permute|mT"
@@ -30,14 +30,14 @@ NAMES = {
         r"|_local_scalar_dense|is_nonzero"
     ),
 }
-"""Names of operations, without the library before ::, by part. Views and allocations compute nothing, so they
-count as overhead; addcmul is the modulation of a norm, too, where pictures of a batch have their own."""
-PARTS = (*(name for name in NAMES if name != OVERHEAD), OTHER, OVERHEAD)
-_PATTERNS = {part: re.compile(pattern) for part, pattern in NAMES.items()}
+"""Part -> pattern of operation names without the namespace before ::. Views and allocations compute nothing
+and count as overhead; addcmul also modulates a norm where the images of a batch have their own modulation."""
+PARTS = (*(name for name in OPERATIONS if name != OVERHEAD), OTHER, OVERHEAD)
+_PATTERNS = {part: re.compile(pattern) for part, pattern in OPERATIONS.items()}
 
 
 def part_of(operation: str) -> str:
-    """The part that an operation of torch's, with its overload or without, or a kernel of ours belongs to."""
+    """The part that an operation of torch belongs to, given with or without its overload."""
     name = _name(operation)
     return next((part for part, pattern in _PATTERNS.items() if pattern.fullmatch(name)), OTHER)
 
@@ -47,22 +47,22 @@ def _name(operation: str) -> str:
 
 
 def with_gelu(operations: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Operations in order with their seconds; those by which a GELU is done without tanh (packed.py: gelu,
-    addcmul, mul_, sigmoid_ and mul) are called aten::gelu.
+    """The operations in order with their seconds; the four of a GELU without tanh (cpu_linear.gelu: addcmul,
+    mul_, sigmoid_, mul) are renamed to aten::gelu.
     """
-    told = list(operations)
-    computing = [i for i, (name, _) in enumerate(told) if part_of(name) != OVERHEAD]
-    names = [_name(told[i][0]).removesuffix("_") for i in computing]
+    renamed = list(operations)
+    computing = [i for i, (name, _) in enumerate(renamed) if part_of(name) != OVERHEAD]
+    names = [_name(renamed[i][0]).removesuffix("_") for i in computing]
     for first in range(len(computing) - 3):
         if names[first : first + 4] == ["addcmul", "mul", "sigmoid", "mul"]:
             for i in computing[first : first + 4]:
-                told[i] = ("aten::gelu", told[i][1])
-    return told
+                renamed[i] = ("aten::gelu", renamed[i][1])
+    return renamed
 
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds that a part takes in a step, and that it would take at best."""
+    """Seconds of a part in a step, and the lower bound for them, 0 without one."""
 
     name: str
     seconds: float
@@ -70,8 +70,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """A step's seconds and its parts; `other` names operations that no part claims, the longest first."""
+class StepTime:
+    """A step's seconds and its parts; `other` names operations that belong to no part, the longest first."""
 
     case: str
     seconds: float
@@ -102,22 +102,22 @@ HEAD = f"{'part':22}{'ms':>10}{'share':>8}{'floor':>10}{'x floor':>9}"
 
 def row(name: str, seconds: float, whole: float, floor: float) -> str:
     """One line of the table."""
-    least = f"{1000 * floor:10.3f}{seconds / floor:9.2f}" if floor else f"{'-':>10}{'-':>9}"
-    return f"{name:22}{1000 * seconds:10.3f}{100 * seconds / whole:6.1f} %{least}"
+    bound = f"{1000 * floor:10.3f}{seconds / floor:9.2f}" if floor else f"{'-':>10}{'-':>9}"
+    return f"{name:22}{1000 * seconds:10.3f}{100 * seconds / whole:6.1f} %{bound}"
 
 
 BAR, GAP, LABEL, WIDTH, MARGIN = 18, 8, 190, 520, 28  # pixels
 TIME, FLOOR = (150, 170, 214), (38, 70, 140)
 
 
-def draw_bars(cases: Iterable[Spent]) -> Image.Image:
-    """Each part's share of its step as a bar, its floor darker within, one case below the other."""
+def draw_bars(cases: Iterable[StepTime]) -> Image.Image:
+    """Each part's share of its step as a bar, its floor darker inside, one case below the other."""
     cases = list(cases)
     block = MARGIN + (len(PARTS) + 1) * (BAR + GAP)
-    picture = Image.new("RGB", (LABEL + WIDTH + 3 * MARGIN, MARGIN + len(cases) * block), PAPER)
-    pen = ImageDraw.Draw(picture)
-    for number, case in enumerate(cases):
-        top = MARGIN + number * block
+    image = Image.new("RGB", (LABEL + WIDTH + 3 * MARGIN, MARGIN + len(cases) * block), PAPER)
+    pen = ImageDraw.Draw(image)
+    for position, case in enumerate(cases):
+        top = MARGIN + position * block
         title = (
             f"{case.case}: {1000 * case.seconds:.2f} ms a step, floors {100 * case.floor_share:.0f} % of it"
         )
@@ -130,11 +130,11 @@ def draw_bars(cases: Iterable[Spent]) -> Image.Image:
             share = f"{100 * part.seconds / case.seconds:.1f} %"
             longest = max(part.seconds, part.floor) / case.seconds
             pen.text((MARGIN + LABEL + WIDTH * longest + 6, y + BAR // 2), share, FAINT, font(12), "lm")
-    return picture
+    return image
 
 
-def bar(pen: ImageDraw.ImageDraw, y: int, share: float, colour: Colour) -> None:
-    """A bar of this share of the whole width, left where all begin."""
+def bar(pen: ImageDraw.ImageDraw, y: int, share: float, color: Color) -> None:
+    """Draw a bar of this share of the whole width."""
     if share > 0:
         left = MARGIN + LABEL
-        pen.rectangle((left, y, left + round(WIDTH * min(share, 1.0)), y + BAR), colour)
+        pen.rectangle((left, y, left + round(WIDTH * min(share, 1.0)), y + BAR), color)

@@ -1,4 +1,4 @@
-"""A whole FLUX.1 in small in every format that flux_core reads, and the numbers that each file holds."""
+"""A small FLUX.1 written in every file format that flux_core reads, with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ PREFIXES = {
     "t5": "text_encoders.t5xxl.transformer.",
     "clip": "text_encoders.clip_l.transformer.",
 }
-"""What stands before the names of each model in an all-in-one checkpoint."""
+"""Prefix of each model's tensor names in an all-in-one checkpoint."""
 
 ALL = tuple(PREFIXES)
 
 
 @dataclass(frozen=True)
 class Written:
-    """Where each of the four models lies, and the numbers in the files where they are not the models' own.
+    """The path of each of the four models, and the dequantized weights where they are not the models' own.
 
-    `parts` names the models that are in the format; the others lie beside them as plain float32.
+    `parts` names the models that are in the format; the others are stored as float32.
     """
 
     paths: dict[str, Path]
     parts: tuple[str, ...] = ALL
-    numbers: dict[str, State] = field(default_factory=dict)
+    weights: dict[str, State] = field(default_factory=dict)
 
 
 Write = Callable[[Small, Path], Written]
@@ -48,7 +48,7 @@ def save(state: State, path: Path) -> Path:
 
 
 def plain_files(small: Small, folder: Path, dtype: torch.dtype = torch.float32) -> Written:
-    """Four files with BFL's and transformers' names, as they are published."""
+    """Four files with BFL's and transformers' names, as published."""
     cast = {part: {n: t.to(dtype) for n, t in state.items()} for part, state in small.states().items()}
     paths = {part: save(state, folder / f"{part}.safetensors") for part, state in cast.items()}
     return Written(paths, ALL, {} if dtype == torch.float32 else cast)
@@ -63,7 +63,7 @@ def diffusers_files(small: Small, folder: Path) -> Written:
 
 
 def diffusers_folder(small: Small, folder: Path) -> Written:
-    """A pipeline's folder as diffusers saves one, the large models in shards."""
+    """A pipeline folder as diffusers saves it, the large models in shards."""
     references = small.references()
     references.transformer.save_pretrained(folder / "transformer", max_shard_size="8MB")
     references.autoencoder.save_pretrained(folder / "vae")
@@ -78,11 +78,11 @@ def all_in_one(small: Small, folder: Path) -> Written:
     return Written(dict.fromkeys(ALL, save(whole, folder / "checkpoint.safetensors")))
 
 
-def quantised(small: Small, folder: Path, form: str) -> Written:
-    """Transformer and text encoders in a form of FORMS."""
+def quantized(small: Small, folder: Path, form: str) -> Written:
+    """Transformer and text encoders in a format of FORMS."""
     paths, parts = plain_files(small, folder).paths, ("transformer", "t5", "clip")
-    numbers = {part: write_quantized_safetensors(small.states()[part], paths[part], form) for part in parts}
-    return Written(paths, parts, numbers)
+    weights = {part: write_quantized_safetensors(small.states()[part], paths[part], form) for part in parts}
+    return Written(paths, parts, weights)
 
 
 def gguf(small: Small, folder: Path, kind: str) -> Written:
@@ -91,8 +91,8 @@ def gguf(small: Small, folder: Path, kind: str) -> Written:
     paths |= {part: folder / f"{part}.gguf" for part in ("transformer", "t5")}
     transformer = write_gguf(states["transformer"], paths["transformer"], kind)
     t5 = write_gguf(llama_names(states["t5"]), paths["t5"], kind, "t5encoder")
-    numbers = {"transformer": transformer, "t5": dict(zip(states["t5"], t5.values(), strict=True))}
-    return Written(paths, ("transformer", "t5"), {} if kind == "F32" else numbers)
+    weights = {"transformer": transformer, "t5": dict(zip(states["t5"], t5.values(), strict=True))}
+    return Written(paths, ("transformer", "t5"), {} if kind == "F32" else weights)
 
 
 CONTAINERS: dict[str, Write] = {
@@ -101,7 +101,7 @@ CONTAINERS: dict[str, Write] = {
     "diffusers folder, shards": diffusers_folder,
     "all-in-one": all_in_one,
 }
-"""Where the float32 numbers themselves are stored."""
+"""Formats that store float32."""
 
 HALVES: dict[str, Write] = {
     "fp16": partial(plain_files, dtype=torch.float16),
@@ -117,8 +117,8 @@ TITLES = {
 }
 """Longer names of FORMS."""
 
-QUANTISED: dict[str, Write] = {
-    **{TITLES.get(form, form): partial(quantised, form=form) for form in FORMS},
+QUANTIZED: dict[str, Write] = {
+    **{TITLES.get(form, form): partial(quantized, form=form) for form in FORMS},
     **{f"GGUF {kind}": partial(gguf, kind=kind) for kind in BLOCK_TYPES if kind != "F32"},
 }
 
@@ -126,7 +126,7 @@ FORMATS: dict[str, Write] = {
     **CONTAINERS,
     "GGUF F32": partial(gguf, kind="F32"),
     **HALVES,
-    **QUANTISED,
+    **QUANTIZED,
 }
 EXACT = (*CONTAINERS, "GGUF F32")
-"""The formats whose models, computed in float32, are the references to the last digits."""
+"""Formats whose models, computed in float32, agree with the references up to rounding."""

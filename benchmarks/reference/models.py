@@ -1,7 +1,7 @@
 """Small models with random weights, and the same weights under diffusers' names.
 
-The mapping is what diffusers' own converter does (scripts/convert_flux_to_diffusers.py), written anew: qkv
-splits in three, linear1 in four, and the last modulation holds (scale, shift) there and (shift, scale) here.
+The mapping is that of diffusers' converter (scripts/convert_flux_to_diffusers.py): qkv splits in three,
+linear1 in four, and the last modulation holds (scale, shift) there and (shift, scale) here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SPLIT = {
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Random parameters of a trained network's size: no zero and no one is left that could hide a mistake."""
+    """Random parameters as large as a trained network's; zeros and ones could hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,14 +62,14 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def flux_transformer(seed: int = 0, **sizes: object) -> FluxTransformer:
-    """Our transformer with random weights, of SPEC's sizes unless others are given."""
+    """Our transformer with random weights and SPEC's sizes unless others are given."""
     model = FluxTransformer(replace(SPEC, **sizes)).eval().requires_grad_(False)
     randomize(model, seed)
     return model
 
 
 def autoencoder(seed: int = 1) -> AutoEncoder:
-    """Our autoencoder with random weights, of AE_SPEC's sizes."""
+    """Our autoencoder with random weights and AE_SPEC's sizes."""
     model = AutoEncoder(AE_SPEC).eval().requires_grad_(False)
     randomize(model, seed)
     return model
@@ -83,7 +83,7 @@ def text(seed: int, *, rows: int = 1, length: int = 5, guidance: float | None = 
 
 
 def _renamed(name: str) -> tuple[str, ...]:
-    """diffusers' names, without ending, for one of ours without ending."""
+    """diffusers' names for one of ours, all without .weight, .bias or .scale."""
     part, _, rest = name.partition(".")
     if part in EMBEDDERS:
         return (f"time_text_embed.{EMBEDDERS[part]}.linear_{1 if rest == 'in_layer' else 2}",)
@@ -115,7 +115,7 @@ def diffusers_state_dict(model: FluxTransformer) -> dict[str, Tensor]:
 
 
 def diffusers_of_size(spec: FluxSpec) -> FluxTransformer2DModel:
-    """diffusers' transformer of these sizes, with weights of its own."""
+    """diffusers' transformer with these sizes and its default weights."""
     model = FluxTransformer2DModel(
         in_channels=spec.in_channels,
         out_channels=spec.out_channels,
@@ -132,7 +132,7 @@ def diffusers_of_size(spec: FluxSpec) -> FluxTransformer2DModel:
 
 
 def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
-    """diffusers' transformer with the weights of ours."""
+    """diffusers' transformer with our weights."""
     reference = diffusers_of_size(model.spec)
     reference.load_state_dict(diffusers_state_dict(model))
     return reference
@@ -141,7 +141,7 @@ def diffusers_transformer(model: FluxTransformer) -> FluxTransformer2DModel:
 def diffusers_velocity(
     reference: FluxTransformer2DModel, tokens: Tensor, prompt: Conditioning, sigma: float, h: int, w: int
 ) -> Tensor:
-    """diffusers' answer to tokens of an h x w latent, computed in the dtype of its model."""
+    """diffusers' velocity for tokens of an h x w latent, computed in the dtype of its model."""
     length, batch, dtype = prompt.txt.shape[1], tokens.shape[0], reference.dtype
     ids = position_ids(length, h, w)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def diffusers_velocity(
 def diffusers_pipeline(
     transformer: FluxTransformer2DModel, autoencoder: AutoencoderKL, shifted: bool = True
 ) -> FluxPipeline:
-    """diffusers' pipeline for prompts that are encoded already; `shifted` as [dev]'s, else as [schnell]'s."""
+    """diffusers' pipeline for encoded prompts; `shifted` like [dev]'s, else like [schnell]'s."""
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shifted),
         vae=autoencoder,
@@ -174,7 +174,7 @@ def diffusers_pipeline(
 
 
 def diffusers_autoencoder(model: AutoEncoder) -> AutoencoderKL:
-    """diffusers' autoencoder with the weights of ours."""
+    """diffusers' autoencoder with our weights."""
     spec = model.spec
     levels = len(spec.ch_mult)
     reference = AutoencoderKL(
@@ -227,7 +227,7 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def _vae_tensor(name: str, tensor: Tensor) -> Tensor:
-    """Attention is by 1x1 convolutions here and by linear layers there."""
+    """Attention uses 1x1 convolutions here and linear layers there."""
     return tensor[:, :, 0, 0] if ".attn_1." in name and tensor.ndim == 4 else tensor
 
 

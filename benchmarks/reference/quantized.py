@@ -1,4 +1,4 @@
-"""Weights of every stored form, and what each must be worth, which flux_core has no part in working out."""
+"""Quantized weights of every format with their dequantized values, computed without flux_core."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ HALVES = {
     "Q3_K": (108,),
     "Q2_K": (80, 82),
 }
-"""Where a block has its float16 scales: random bytes there could be no number."""
+"""Byte offsets of a block's float16 scales: random bytes there could be NaN or inf."""
 
 QUANTIZABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""What the package can make out of numbers; the other types it can only read."""
+"""Types that the gguf package can quantize to; the others it can only dequantize."""
 
 
 def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0, largest: float = 0.1) -> np.ndarray:
@@ -52,70 +52,71 @@ def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0, largest: flo
     return data.reshape(rows, blocks * size)
 
 
-def quantize_gguf(numbers: np.ndarray, kind: str) -> np.ndarray:
-    """Bytes of numbers, made by the package."""
-    return quants.quantize(numbers, GGMLQuantizationType[kind]).view(np.uint8)
+def quantize_gguf(values: np.ndarray, kind: str) -> np.ndarray:
+    """Bytes of float32 values, quantized by the gguf package."""
+    return quants.quantize(values, GGMLQuantizationType[kind]).view(np.uint8)
 
 
 def weights(rows: int = 48, width: int = 64, seed: int = 0) -> Tensor:
+    """A random weight [rows, width]."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
 def fp8(weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[ScaledWeight, Tensor]:
-    """Codes with the scale of the largest weight, and the numbers that they stand for."""
+    """fp8 codes with one scale, and the dequantized weight."""
     scale = weight.abs().max() / torch.finfo(dtype).max
     codes = (weight / scale).to(dtype)
     return ScaledWeight(codes, scale), codes.float() * scale
 
 
 def int8(weight: Tensor) -> tuple[ScaledWeight, Tensor]:
-    """Codes -127..127 with a scale for each row."""
+    """Codes -127..127 with a scale for each row, and the dequantized weight."""
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     codes = (weight / scale).round().to(torch.int8)
     return ScaledWeight(codes, scale), codes.float() * scale
 
 
 def gguf(weight: Tensor, kind: str = "Q4_0") -> tuple[GGUFWeight, Tensor]:
-    """The package's bytes and the package's floats."""
+    """The gguf package's bytes and its dequantized weight."""
     data = quantize_gguf(weight.numpy(), kind)
-    numbers = quants.dequantize(data, GGMLQuantizationType[kind])
-    return GGUFWeight(torch.from_numpy(data), kind), torch.from_numpy(numbers)
+    values = quants.dequantize(data, GGMLQuantizationType[kind])
+    return GGUFWeight(torch.from_numpy(data), kind), torch.from_numpy(values)
 
 
 def nf4(weight: Tensor, block: int = 64) -> tuple[FourBitWeight, Tensor]:
-    """The nearest level of each number over its block's largest, and the numbers that these stand for."""
+    """The nearest level of each element over its block's absmax, and the dequantized weight."""
     code = torch.tensor(NF4)
     flat = weight.reshape(-1)
     padded = torch.cat([flat, torch.zeros(-len(flat) % block)]).view(-1, block)
     absmax = padded.abs().amax(dim=1)
-    numbers = ((padded / absmax[:, None])[..., None] - code).abs().argmin(-1)
-    values = (code[numbers] * absmax[:, None]).view(-1)[: len(flat)].view(weight.shape)
-    pairs = numbers.view(-1)[: len(flat)].view(-1, 2).to(torch.uint8)
+    indices = ((padded / absmax[:, None])[..., None] - code).abs().argmin(-1)
+    values = (code[indices] * absmax[:, None]).view(-1)[: len(flat)].view(weight.shape)
+    pairs = indices.view(-1)[: len(flat)].view(-1, 2).to(torch.uint8)
     packed = (pairs[:, 0] << 4 | pairs[:, 1])[:, None]
     return FourBitWeight(packed, absmax, code, tuple(weight.shape), block), values
 
 
 def nested_nf4(weight: Tensor) -> tuple[FourBitWeight, Tensor]:
-    """NF4 whose scales are bytes themselves: eight to a unit here, 256 in files."""
+    """NF4 with quantized block scales: groups of eight here, of 256 in files."""
     plain, _ = nf4(weight)
     offset = plain.absmax.mean()
     levels = torch.linspace(-1, 1, 256)
     count = len(plain.absmax)
     grouped = torch.cat([plain.absmax - offset, torch.zeros(-count % 8)]).view(-1, 8)
     units = grouped.abs().amax(dim=1)
-    numbers = ((grouped / units[:, None])[..., None] - levels).abs().argmin(-1)
-    scales = (levels[numbers] * units[:, None] + offset).view(-1)[:count]
+    codes = ((grouped / units[:, None])[..., None] - levels).abs().argmin(-1)
+    scales = (levels[codes] * units[:, None] + offset).view(-1)[:count]
     halves = torch.cat([plain.packed >> 4, plain.packed & 15], dim=1).view(-1)
     spread = scales.repeat_interleave(64)[: len(halves)]
     values = (plain.levels[halves.long()] * spread).view(weight.shape)
-    bytes_ = numbers.view(-1)[:count].to(torch.uint8)
+    scale_codes = codes.view(-1)[:count].to(torch.uint8)
     shape = tuple(weight.shape)
-    nested = NestedScales(bytes_, levels, units, 8, offset)
+    nested = NestedScales(scale_codes, levels, units, 8, offset)
     return FourBitWeight(plain.packed, nested, plain.levels, shape, 64), values
 
 
 def every_format() -> dict[str, tuple[QuantizedWeight, Tensor]]:
-    """A weight [48, 64] in each form, with its numbers in float32."""
+    """Format -> a quantized weight [48, 64], and the dequantized weight in float32."""
     weight = weights()
     bf16, half = weight.bfloat16(), weight.half()
     e5m2 = weight.to(torch.float8_e5m2)

@@ -1,4 +1,4 @@
-"""A model in every quantised format that files have, with the numbers that each file stands for."""
+"""A model written in every quantized file format, with the dequantized weights of each file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from .models import flux_transformer
 from .quantized import QUANTIZABLE, fp8, int8, nested_nf4, nf4, random_blocks
 
 State = dict[str, Tensor]
+Quantize = Callable[[Tensor], tuple[State, Tensor]]
+"""A weight -> (tensors of the file by the end of their name, the dequantized weight)."""
 WIDE = {"hidden_size": 256, "depth": 1, "depth_single": 1, "context_in": 256, "vec_in": 256}
-"""Sizes at which every large weight has rows of 256, as the K types need."""
+"""Sizes at which every large weight has rows that are multiples of 256, as the K types need."""
 
 
 def wide_transformer() -> FluxTransformer:
@@ -28,55 +30,55 @@ def wide_transformer() -> FluxTransformer:
 
 
 def large(name: str, tensor: Tensor) -> bool:
-    """What quantisers take: matrices, and not the first layer, as in the files that are published."""
+    """Whether published files quantize this tensor: matrices, except the first layer."""
     return tensor.ndim == 2 and not name.startswith("img_in.")
 
 
-def pieces(state: State, make: Callable[[Tensor], tuple[State, Tensor]]) -> tuple[State, State]:
-    """Tensors of a file, and the numbers they stand for; `make` gives a large weight's tensors by ending."""
-    tensors, numbers = {}, {}
+def quantize_state(state: State, quantize: Quantize) -> tuple[State, State]:
+    """(tensors of a file, dequantized state)."""
+    tensors, dequantized = {}, {}
     for name, tensor in state.items():
         if large(name, tensor):
-            made, numbers[name] = make(tensor)
+            parts, dequantized[name] = quantize(tensor)
             stem = name.removesuffix("weight")
-            tensors.update({stem + ending: part.contiguous() for ending, part in made.items()})
+            tensors.update({stem + ending: part.contiguous() for ending, part in parts.items()})
         else:
-            tensors[name] = numbers[name] = tensor
-    return tensors, numbers
+            tensors[name] = dequantized[name] = tensor
+    return tensors, dequantized
 
 
-def plain_fp8(dtype: torch.dtype) -> Callable[[Tensor], tuple[State, Tensor]]:
+def plain_fp8(dtype: torch.dtype) -> Quantize:
     return lambda weight: ({"weight": weight.to(dtype)}, weight.to(dtype).float())
 
 
-def scaled_fp8(scale_name: str) -> Callable[[Tensor], tuple[State, Tensor]]:
-    def make(weight: Tensor) -> tuple[State, Tensor]:
-        stored, numbers = fp8(weight)
-        return {"weight": stored.codes, scale_name: stored.scale, "scale_input": torch.tensor(1.0)}, numbers
+def scaled_fp8(scale_name: str) -> Quantize:
+    def quantize(weight: Tensor) -> tuple[State, Tensor]:
+        stored, values = fp8(weight)
+        return {"weight": stored.codes, scale_name: stored.scale, "scale_input": torch.tensor(1.0)}, values
 
-    return make
+    return quantize
 
 
 def comfy_layer(weight: Tensor) -> tuple[State, Tensor]:
-    """A layer described by its own tensor, its codes in bytes, and an activation scale that is not used."""
-    stored, numbers = fp8(weight)
+    """A layer described by a tensor of its own, codes as bytes, and an activation scale that is not used."""
+    stored, values = fp8(weight)
     about = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
     codes = stored.codes.view(torch.uint8)
     parts = {"weight": codes, "weight_scale": stored.scale.reshape(1), "comfy_quant": about}
-    return {**parts, "input_scale": torch.tensor(2.0)}, numbers
+    return {**parts, "input_scale": torch.tensor(2.0)}, values
 
 
 def scb(weight: Tensor) -> tuple[State, Tensor]:
-    """bitsandbytes' int8: each row's largest number, of which a code is 1/127."""
-    largest = weight.abs().amax(dim=1)
-    codes = (weight * (127 / largest)[:, None]).round().to(torch.int8)
-    parts = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    return parts, codes.float() * (largest / 127)[:, None]
+    """bitsandbytes' int8: each row's absmax, a code is 1/127 of it."""
+    absmax = weight.abs().amax(dim=1)
+    codes = (weight * (127 / absmax)[:, None]).round().to(torch.int8)
+    parts = {"weight": codes, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return parts, codes.float() * (absmax / 127)[:, None]
 
 
-def four_bit(nested: bool) -> Callable[[Tensor], tuple[State, Tensor]]:
-    def make(weight: Tensor) -> tuple[State, Tensor]:
-        stored, numbers = (nested_nf4 if nested else nf4)(weight)
+def four_bit(nested: bool) -> Quantize:
+    def quantize(weight: Tensor) -> tuple[State, Tensor]:
+        stored, values = (nested_nf4 if nested else nf4)(weight)
         about = {
             "quant_type": "nf4",
             "blocksize": stored.block,
@@ -92,14 +94,14 @@ def four_bit(nested: bool) -> Callable[[Tensor], tuple[State, Tensor]]:
         else:
             parts["weight.absmax"] = scales
         state = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-        return {**parts, "weight.quant_state.bitsandbytes__nf4": state}, numbers
+        return {**parts, "weight.quant_state.bitsandbytes__nf4": state}, values
 
-    return make
+    return quantize
 
 
 def int8_rows(weight: Tensor) -> tuple[State, Tensor]:
-    stored, numbers = int8(weight)
-    return {"weight": stored.codes, "weight_scale": stored.scale}, numbers
+    stored, values = int8(weight)
+    return {"weight": stored.codes, "weight_scale": stored.scale}, values
 
 
 def _layers(state: State, form: str) -> dict[str, str]:
@@ -108,14 +110,14 @@ def _layers(state: State, form: str) -> dict[str, str]:
 
 
 def write_quantized_safetensors(state: State, path: Path, form: str) -> State:
-    """Writes the state dict in a format of FORMS, and gives the numbers it stands for."""
-    make, marker, metadata = FORMS[form]
-    tensors, numbers = pieces(state, make)
+    """Write the state dict in a format of FORMS; return the dequantized weights."""
+    quantize, marker, metadata = FORMS[form]
+    tensors, dequantized = quantize_state(state, quantize)
     save_file({**tensors, **marker}, path, _layers(state, metadata) if metadata else None)
-    return numbers
+    return dequantized
 
 
-FORMS: dict[str, tuple[Callable[[Tensor], tuple[State, Tensor]], State, str]] = {
+FORMS: dict[str, tuple[Quantize, State, str]] = {
     "fp8 e4m3fn": (plain_fp8(torch.float8_e4m3fn), {}, ""),
     "fp8 e5m2": (plain_fp8(torch.float8_e5m2), {}, ""),
     "scale_weight": (scaled_fp8("scale_weight"), {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, ""),
@@ -126,33 +128,34 @@ FORMS: dict[str, tuple[Callable[[Tensor], tuple[State, Tensor]], State, str]] = 
     "NF4": (four_bit(False), {}, ""),
     "nested NF4": (four_bit(True), {}, ""),
 }
-"""How a large weight is written, what else the file holds, the format that its metadata tells."""
+"""Name -> (how a large weight is quantized, additional tensors, the format named in the metadata)."""
 
 
 def blocks_like(weight: Tensor, kind: str, seed: int) -> np.ndarray:
-    """Random blocks of a type that stand for numbers as large as a weight's."""
+    """Random blocks whose dequantized values have the weight's standard deviation."""
     rows, blocks, largest = weight.shape[0], weight.shape[1] // BLOCK_TYPES[kind].size, 1e-4
-    numbers = quants.dequantize(random_blocks(kind, rows, blocks, seed, largest), GGMLQuantizationType[kind])
-    return random_blocks(kind, rows, blocks, seed, largest * float(weight.std()) / float(numbers.std()))
+    values = quants.dequantize(random_blocks(kind, rows, blocks, seed, largest), GGMLQuantizationType[kind])
+    return random_blocks(kind, rows, blocks, seed, largest * float(weight.std()) / float(values.std()))
 
 
-def write_gguf(state: State, path: Path, kind: str, architecture: str = "flux", **values: object) -> State:
-    """Writes a GGUF file whose large weights are of a type, and gives the numbers it stands for.
+def write_gguf(state: State, path: Path, kind: str, architecture: str = "flux", **metadata: object) -> State:
+    """Write a GGUF file whose large weights are of type `kind`; return the dequantized weights.
 
-    Types that the package cannot make get random blocks.
+    Types that the gguf package cannot quantize to get random blocks.
     """
-    writer, numbers = GGUFWriter(path, architecture), dict(state)
+    writer, dequantized = GGUFWriter(path, architecture), dict(state)
     for i, (name, tensor) in enumerate(state.items()):
-        data, number = tensor.float().numpy(), GGMLQuantizationType.F32
+        data, data_type = tensor.float().numpy(), GGMLQuantizationType.F32
         if large(name, tensor) and tensor.shape[1] % BLOCK_TYPES[kind].size == 0:
-            number = GGMLQuantizationType[kind]
-            data = quants.quantize(data, number) if kind in QUANTIZABLE else blocks_like(tensor, kind, i)
-            numbers[name] = torch.from_numpy(np.array(quants.dequantize(data.view(np.uint8), number)))
-        writer.add_tensor(name, data, raw_dtype=number)
-    for key, value in values.items():
+            data_type = GGMLQuantizationType[kind]
+            data = quants.quantize(data, data_type) if kind in QUANTIZABLE else blocks_like(tensor, kind, i)
+            values = quants.dequantize(data.view(np.uint8), data_type)
+            dequantized[name] = torch.from_numpy(np.array(values))
+        writer.add_tensor(name, data, raw_dtype=data_type)
+    for key, value in metadata.items():
         writer.add_string(f"general.{key}", str(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return numbers
+    return dequantized

@@ -1,7 +1,7 @@
-"""A whole FLUX.1 in small: four models wired as the real ones, random weights, and a picture of either side.
+"""A small FLUX.1: four models wired like the real ones, random weights; images by ours and by diffusers.
 
-The transformer has heads of 128 dims as FLUX.1's, T5 reads 512 or 256 tokens, CLIP 77; rows of large weights
-are whole blocks of 256 numbers, as GGUF's K types need.
+The transformer has heads of 128 dims like FLUX.1's, T5 reads 512 or 256 tokens, CLIP 77; rows of large
+weights are multiples of 256, as GGUF's K types need.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "Fill": {"in_channels": 384},
     "Canny": {"in_channels": 128},
 }
-"""What sets the transformers of FLUX.1 apart."""
+"""How the transformers of FLUX.1 differ."""
 
 WIDTH = 256
 CLIP_WORDS = ("<|startoftext|>", *WORDS[3:], "<|endoftext|>")
@@ -44,7 +44,7 @@ PROMPT, SEED, SIDE, STEPS, GUIDANCE = "a red fox on a blue square", 7, 64, 4, 3.
 
 @dataclass(frozen=True)
 class Small:
-    """The four models of a pipeline, ours and transformers' own, all float32."""
+    """The four models of a pipeline: our transformer and autoencoder, transformers' encoders; float32."""
 
     transformer: FluxTransformer
     autoencoder: AutoEncoder
@@ -52,7 +52,7 @@ class Small:
     clip: CLIPTextModel
 
     def states(self) -> dict[str, State]:
-        """Their tensors by model, under the names that FLUX.1's files have."""
+        """Their tensors by model, with the names of FLUX.1's files."""
         clip = {f"text_model.{name}": tensor for name, tensor in self.clip.state_dict().items()}
         return {
             "transformer": self.transformer.state_dict(),
@@ -61,21 +61,21 @@ class Small:
             "clip": clip,
         }
 
-    def with_weights(self, numbers: Mapping[str, State]) -> Small:
-        """The same models with other numbers, by model, in float32; a model without keeps its own."""
+    def with_weights(self, weights: Mapping[str, State]) -> Small:
+        """The same models with other weights, by model, in float32; models not listed keep their own."""
         models: dict[str, nn.Module] = {}
         for part in self.states():
             models[part] = getattr(self, part)
-            if part in numbers:
+            if part in weights:
                 models[part] = copy.deepcopy(models[part])
-                state = {n.removeprefix("text_model."): t.float() for n, t in numbers[part].items()}
+                state = {n.removeprefix("text_model."): t.float() for n, t in weights[part].items()}
                 if part == "t5":
                     state["encoder.embed_tokens.weight"] = state["shared.weight"]
                 models[part].load_state_dict(state)
         return type(self)(**models)
 
     def references(self) -> References:
-        """diffusers' and transformers' models with the same numbers."""
+        """diffusers' and transformers' models with the same weights."""
         return References(
             diffusers_transformer(self.transformer),
             diffusers_autoencoder(self.autoencoder),
@@ -100,7 +100,7 @@ class References:
 
 
 def small(variant: str = "dev") -> Small:
-    """A pipeline of a variant, always with the same numbers."""
+    """A pipeline of a variant, always with the same weights."""
     t5 = t5_model(2, d_model=WIDTH, d_kv=64, num_heads=4, d_ff=2 * WIDTH, num_layers=2)
     clip = clip_model(
         3,
@@ -117,7 +117,7 @@ def small(variant: str = "dev") -> Small:
 
 
 def save_tokenizers(folder: Path) -> list[Path]:
-    """Two folders with a tokenizer.json each, CLIP's and T5's, as a host keeps them."""
+    """Two folders with a tokenizer.json each, CLIP's and T5's."""
     clip = tokenizer("<|startoftext|> $A <|endoftext|>", CLIP_WORDS)
     folders = []
     for name, words in (("clip", clip), ("t5", tokenizer("$A </s>"))):
@@ -127,8 +127,8 @@ def save_tokenizers(folder: Path) -> list[Path]:
     return folders
 
 
-def our_picture(models: Models) -> Tensor:
-    """A picture [1, 3, SIDE, SIDE] in 0..1 of our pipeline."""
+def our_image(models: Models) -> Tensor:
+    """An image [1, 3, SIDE, SIDE] in 0..1 by our pipeline."""
     shift = "by size" if models.transformer.spec.guidance_embed else "none"
     image = text_to_image(
         models, PROMPT, width=SIDE, height=SIDE, steps=STEPS, seed=SEED, guidance=GUIDANCE, shift=shift
@@ -137,8 +137,8 @@ def our_picture(models: Models) -> Tensor:
 
 
 @torch.no_grad()
-def diffusers_picture(references: References, t5_ids: Tensor, clip_ids: Tensor) -> Tensor:
-    """The same of diffusers and transformers, computed in their dtype, from the same tokens and noise."""
+def diffusers_image(references: References, t5_ids: Tensor, clip_ids: Tensor) -> Tensor:
+    """The same by diffusers and transformers, computed in their dtype, from the same tokens and noise."""
     transformer, dtype = references.transformer, references.transformer.dtype
     pipeline = diffusers_pipeline(transformer, references.autoencoder, transformer.config.guidance_embeds)
     return pipeline(

@@ -1,4 +1,4 @@
-"""Small text encoders of transformers with random weights, as files and as modules."""
+"""Small text encoders of transformers with random weights, as modules and as files."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ LLAMA = (
 
 
 def tokenizer(template: str, words: Sequence[str] = WORDS) -> Tokenizer:
-    """One token a word, with the marks of the template."""
+    """A tokenizer with one token per word and the template's special tokens."""
     result = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     result.pre_tokenizer = pre_tokenizers.Whitespace()
-    marks = [(mark, words.index(mark)) for mark in template.split() if mark != "$A"]
-    result.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
+    special = [(mark, words.index(mark)) for mark in template.split() if mark != "$A"]
+    result.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
     return result
 
 
 def t5_model(seed: int = 2, **sizes: int) -> T5EncoderModel:
-    """A T5 v1.1 encoder: gated GELU, more than one block, heads that do not divide the width unless told."""
+    """A T5 v1.1 encoder: gated GELU, several blocks, by default a width that is not heads * head dim."""
     small = {"d_model": T5_WIDTH, "d_kv": 8, "num_heads": 2, "d_ff": 40, "num_layers": 3}
     config = T5Config(vocab_size=len(WORDS), feed_forward_proj="gated-gelu", **{**small, **sizes})
     model = T5EncoderModel(config).eval().requires_grad_(False)
@@ -52,7 +52,7 @@ def t5_model(seed: int = 2, **sizes: int) -> T5EncoderModel:
 
 
 def clip_model(seed: int = 3, **sizes: int) -> CLIPTextModel:
-    """CLIP's text model; its end mark is the word 1 unless `eos_token_id` is given."""
+    """CLIP's text model; its end token is word 1 unless `eos_token_id` is given."""
     small = {
         "vocab_size": len(WORDS),
         "hidden_size": CLIP_WIDTH,
@@ -70,14 +70,14 @@ def clip_model(seed: int = 3, **sizes: int) -> CLIPTextModel:
 
 
 def t5_state(model: T5EncoderModel) -> dict[str, Tensor]:
-    """The tensors that a file has: the embedding once."""
+    """The tensors of a published file: the embedding is stored once."""
     state = dict(model.state_dict())
     del state["encoder.embed_tokens.weight"]
     return state
 
 
 def llama_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A T5 encoder's state dict under llama.cpp's names, in the same order."""
+    """A T5 encoder's state dict with llama.cpp's names, in the same order."""
     renamed = {}
     for name, tensor in state.items():
         for theirs, ours in LLAMA:
@@ -87,7 +87,7 @@ def llama_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_text_encoders(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
-    """Paths of a CLIP and a T5 file as they are published, with their tokenizers beside them."""
+    """Paths of a CLIP and a T5 file as published, with their tokenizers beside them."""
     clip_path, t5_path = folder / "clip.safetensors", folder / "t5.safetensors"
     clip = {f"text_model.{name}": tensor.to(dtype) for name, tensor in clip_model().state_dict().items()}
     clip["text_projection.weight"] = torch.zeros(4, 4, dtype=dtype)

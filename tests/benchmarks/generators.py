@@ -1,4 +1,4 @@
-"""Two painters without a network: one paints what it is asked for, the other never."""
+"""Two image generators without a network: one follows every prompt, the other none."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from rectiflux.miniature.draw import draw
 from rectiflux.miniature.scene import COLORS, SHAPES, Item, Scene
 
 
-def whole(told: Scene, rng: random.Random) -> Scene:
-    """The scene with everything set that was left open."""
-    colours = [name for name in COLORS if name != told.without]
+def complete(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with a value for every attribute that it leaves unspecified."""
+    colors = [name for name in COLORS if name != scene.without]
     items = [
-        Item(item.shape or "star", item.color or rng.choice(colours), item.size or "medium")
-        for item in told.items
+        Item(item.shape or "star", item.color or rng.choice(colors), item.size or "medium")
+        for item in scene.items
     ]
-    if told.kind == "count":
+    if scene.kind == "count":
         items = items[:1] * len(items)
     return replace(
-        told,
+        scene,
         items=tuple(items),
-        relation=(told.relation or "left") if told.kind == "pair" else None,
-        place=(told.place or "center") if told.kind == "single" else None,
-        background=told.background or "gray",
+        relation=(scene.relation or "left") if scene.kind == "pair" else None,
+        place=(scene.place or "center") if scene.kind == "single" else None,
+        background=scene.background or "gray",
     )
 
 
-def paint_truly(asked: Sequence[Prompt]) -> list[np.ndarray]:
+def generate_right(prompts: Sequence[Prompt]) -> list[np.ndarray]:
     rng = random.Random(0)
-    return [draw(whole(prompt.scene, rng), rng) for prompt in asked]
+    return [draw(complete(prompt.scene, rng), rng) for prompt in prompts]
 
 
-def paint_falsely(asked: Sequence[Prompt]) -> list[np.ndarray]:
-    """As many objects, each in the world's next shape: never the ones that were asked for."""
-    rng, pictures = random.Random(0), []
-    for prompt in asked:
-        scene = whole(prompt.scene, rng)
-        after = dict(zip(SHAPES, (*SHAPES[1:], SHAPES[0]), strict=True))
-        items = tuple(replace(item, shape=after[str(item.shape)]) for item in scene.items)
-        pictures.append(draw(replace(scene, items=items), rng))
-    return pictures
+def generate_wrong(prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """As many objects as asked for, each in the next of SHAPES."""
+    rng, images = random.Random(0), []
+    following = dict(zip(SHAPES, (*SHAPES[1:], SHAPES[0]), strict=True))
+    for prompt in prompts:
+        scene = complete(prompt.scene, rng)
+        items = tuple(replace(item, shape=following[str(item.shape)]) for item in scene.items)
+        images.append(draw(replace(scene, items=items), rng))
+    return images

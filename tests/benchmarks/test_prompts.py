@@ -1,4 +1,4 @@
-"""The prompts of the adherence benchmark: its own categories, and files of other prompts."""
+"""The prompts of `bench adherence`: the built-in categories, and files of other prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_prompts_differ() -> None:
         assert len(set(texts)) == len(texts)
 
 
-def test_only_unseen_prompts_show_what_is_held_out() -> None:
+def test_only_unseen_prompts_have_held_out_combinations() -> None:
     for prompt in categories():
         assert prompt.scene.is_held_out() == (prompt.category == "unseen"), prompt
     unseen = [prompt.scene for prompt in categories() if prompt.category == "unseen"]
@@ -46,7 +46,7 @@ def test_only_unseen_prompts_show_what_is_held_out() -> None:
     ],
 )
 def test_the_six_are_genevals(category: str, text: str, kind: str) -> None:
-    """Its templates (Ghosh et al. 2023, table 1), with our shapes for its objects."""
+    """GenEval's templates (Ghosh et al. 2023, table 1), with our shapes as objects."""
     prompts = [prompt for prompt in categories() if prompt.category == category]
     assert any(re.fullmatch(text, prompt.text) for prompt in prompts)
     assert {prompt.scene.kind for prompt in prompts} == {kind}
@@ -81,57 +81,45 @@ def test_the_readmes_lines_are_read(tmp_path: Path) -> None:
     assert (first.category, second.category) == ("prompts", "counting")
 
 
-def test_what_a_line_leaves_out_is_open() -> None:
+def test_absent_values_are_unspecified() -> None:
     found = parse_prompt('{"prompt": "3 stars", "objects": [{"shape": "star", "count": 3}], "shadow": true}')
     assert found == Prompt("3 stars", Scene((Item("star"),) * 3), "prompts")
     assert parse_prompt('{"prompt": "x", "objects": [{}], "place": null}').scene == Scene((Item(),))
 
 
-LINE = '{"prompt": "a star", "objects": [{"shape": "star"}]}'
-
-
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "key", "value"),
     [
-        ("a star", "this is no JSON (Expecting value at character 1)"),
-        ("[1]", "a line must be a JSON object with prompt, objects, relation, place, background, without, "),
-        ('{"objects": [{}]}', "prompt must be words, got None"),
-        ('{"prompt": " ", "objects": [{}]}', "prompt must be words, got ' '"),
-        ('{"prompt": "x"}', "objects must be a list of at least one object, got None"),
-        ('{"prompt": "x", "objects": []}', "objects must be a list of at least one object, got []"),
-        ('{"prompt": "x", "objects": [1]}', "an object must be a JSON object with shape, colour, count, "),
-        (
-            '{"prompt": "x", "objects": [{}], "colour": "red"}',
-            "a line has prompt, objects, relation, place, ",
-        ),
-        ('{"prompt": "x", "objects": [{"color": "red"}]}', "size, but no 'color'"),
-        (
-            '{"prompt": "x", "objects": [{"shape": "blob"}]}',
-            "shape must be one of circle, square, triangle, ",
-        ),
-        ('{"prompt": "x", "objects": [{"colour": ["red"]}]}', "colour must be one of red, orange, "),
-        ('{"prompt": "x", "objects": [{"count": 0}]}', "count must be a whole number from 1 to 5, got 0"),
-        (
-            '{"prompt": "x", "objects": [{"count": true}]}',
-            "count must be a whole number from 1 to 5, got True",
-        ),
-        ('{"prompt": "x", "objects": [{"count": 3}, {"count": 3}]}', "may be 5 objects in all, got 6"),
-        ('{"prompt": "x", "objects": [{}], "relation": "above"}', "a relation needs two objects, got 1"),
-        ('{"prompt": "x", "objects": [{}], "shadow": "no"}', "shadow must be true or false, got 'no'"),
-        ('{"prompt": "x", "objects": [{}], "category": 3}', "category must be a name, got 3"),
-        ('{"prompt": "x", "objects": [{}], "place": "here"}', "place must be one of center, left, right, "),
+        ("a star", "JSON", "character 1"),
+        ("[1]", "line", "[1]"),
+        ('{"objects": [{}]}', "prompt", "None"),
+        ('{"prompt": " ", "objects": [{}]}', "prompt", "' '"),
+        ('{"prompt": "x"}', "objects", "None"),
+        ('{"prompt": "x", "objects": []}', "objects", "[]"),
+        ('{"prompt": "x", "objects": [1]}', "object", "1"),
+        ('{"prompt": "x", "objects": [{}], "colour": "red"}', "line", "'colour'"),
+        ('{"prompt": "x", "objects": [{"color": "red"}]}', "object", "'color'"),
+        ('{"prompt": "x", "objects": [{"shape": "blob"}]}', "shape", "'blob'"),
+        ('{"prompt": "x", "objects": [{"colour": ["red"]}]}', "colour", "['red']"),
+        ('{"prompt": "x", "objects": [{"count": 0}]}', "count", "0"),
+        ('{"prompt": "x", "objects": [{"count": true}]}', "count", "True"),
+        ('{"prompt": "x", "objects": [{"count": 3}, {"count": 3}]}', "objects", "6"),
+        ('{"prompt": "x", "objects": [{}], "relation": "above"}', "relation", "1"),
+        ('{"prompt": "x", "objects": [{}], "shadow": "no"}', "shadow", "'no'"),
+        ('{"prompt": "x", "objects": [{}], "category": 3}', "category", "3"),
+        ('{"prompt": "x", "objects": [{}], "place": "here"}', "place", "'here'"),
     ],
 )
-def test_a_bad_line_is_told_with_its_number(tmp_path: Path, line: str, message: str) -> None:
+def test_an_invalid_line_is_named_with_key_and_value(tmp_path: Path, line: str, key: str, value: str) -> None:
     path = tmp_path / "mine.jsonl"
-    path.write_text(f"{LINE}\n\n{line}\n", encoding="utf-8")
+    path.write_text(f'{{"prompt": "a star", "objects": [{{"shape": "star"}}]}}\n\n{line}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="^mine.jsonl, line 3: ") as error:
         read_prompts(path)
-    assert message in str(error.value)
+    assert key in str(error.value) and value in str(error.value)
 
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("\n\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="mine.jsonl has no prompts; write one JSON object a line"):
+    with pytest.raises(ValueError, match="mine.jsonl has no prompts"):
         read_prompts(path)

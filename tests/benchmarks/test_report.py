@@ -1,4 +1,4 @@
-"""The file that --json writes: whole or not at all, and only what JSON knows."""
+"""The file of --json: written as a whole or not at all, and valid JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from rectiflux.benchmarks.report import add_json, writable, write_report
+from rectiflux.benchmarks.report import add_json, positive, writable, write_report
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -18,38 +18,38 @@ def parsed(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def test_every_figure_with_what_it_was_measured_on(tmp_path: Path) -> None:
+def test_values_with_options_and_machine(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     figures = {"orders": {1: 0.5, "bad": math.nan, "far": -math.inf}, "rows": [(1, 2.5)], "at": Path("a/b")}
     write_report(parsed("--json", str(file)), "flow", figures)
     report = json.loads(file.read_text())
     assert report["benchmark"] == "flow" and report["options"] == {"steps": 3}
-    assert report["figures"] == {
-        "orders": {"1": 0.5, "bad": None, "far": None},
-        "rows": [[1, 2.5]],
-        "at": str(Path("a/b")),
-    }
+    orders = {"1": 0.5, "bad": None, "far": None}
+    assert report["figures"] == {"orders": orders, "rows": [[1, 2.5]], "at": str(Path("a/b"))}
     assert {"processor", "threads", "torch", "python", "system", "cuda"} == report["machine"].keys()
-    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    assert list(tmp_path.iterdir()) == [file]
 
 
-def test_nothing_is_written_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_without_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_report(parsed(), "flow", {})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     file.write_text("old")
     with pytest.raises(TypeError):
         write_report(parsed("--json", str(file)), "flow", {"what": object()})
-    assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_invalid_values_are_refused(tmp_path: Path) -> None:
     for name in (str(tmp_path), str(tmp_path / "none" / "x.json")):
-        with pytest.raises(argparse.ArgumentTypeError) as caught:
+        with pytest.raises(argparse.ArgumentTypeError, match="folder that exists"):
             writable(name)
-        assert str(caught.value) == f"{name} must be a file in a folder that exists"
     assert writable("figures.json") == Path("figures.json")
+    for text in ("0", "-1", "1.5", "many"):
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            positive(text)
+    assert positive("12") == 12

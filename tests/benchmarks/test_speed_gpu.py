@@ -1,9 +1,10 @@
-"""The case for GPUs, every line of it on the CPU with a tiny model: what it counts, tells, skips; no time."""
+"""The GPU case of `bench speed` on the CPU with a tiny model: ratios, notes, skipped cases; no time."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,40 +13,29 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from rectiflux.benchmarks import floors, speed_gpu
-from rectiflux.benchmarks.floors import Flop, matmul_rate, step_bytes, step_flop
 from rectiflux.benchmarks.interleaved import Clock, Ratio
 from rectiflux.benchmarks.speed_gpu import Group, Plan, full_size
-from rectiflux.benchmarks.speed_inputs import Inputs, random_model
-from rectiflux.benchmarks.speed_settings import Settings, Skipped, Told
-from rectiflux.flux_core.backends.quantize import quantize_to_fp8
+from rectiflux.benchmarks.speed_settings import TIME_IS_UP, Note, Settings, Skipped
 from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.model.transformer import FluxTransformer
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 TINY = FluxSpec(64, 1, 1, 1, context_in=16, vec_in=8, guidance_embed=True)
-DISTILLED = FluxSpec(64, 1, 1, 1, context_in=16, vec_in=8)
 
 
 def tiny(**changes: Any) -> Plan:
-    plan = Plan((("dev", TINY, 3),), (32,), (1,), ("bf16",), text=4, whole=1e9, backend="eager")
+    plan = Plan((("dev", TINY, 3),), (32,), (1,), ("bf16",), text_tokens=4, long_loop=1e9, backend="eager")
     return replace(plan, **changes)
 
 
-def settings_of(folder: Path, end: float = float("inf")) -> Settings:
-    return Settings(True, 0.0, Clock(), folder, end)
-
-
-@pytest.fixture(autouse=True)
-def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(floors.SIDES, "cpu", (32,))
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setattr(floors, "best_of", lambda run, clock: float(run() is not None))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    return Settings(True, 0.0, Clock(), tmp_path)
 
 
 @pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a compiler."""
-
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(model: FluxTransformer) -> FluxTransformer:
         raise ValueError("compiling needs g++ on the PATH,\nfound none")
 
@@ -53,145 +43,75 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers' compiled twin left eager, which is quicker."""
+def eager_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' compiled twin left eager, which is faster here."""
     monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", lambda self, **options: None)
 
 
-@pytest.mark.parametrize(
-    ("side", "linear", "attention"), [(1024, 59.49e12, 14.87e12), (512, 19.83e12, 1.65e12)]
-)
-def test_the_arithmetic_of_a_step(side: int, linear: float, attention: float) -> None:
-    """Of FLUX.1 with 512 text tokens: 74.4 and 21.5 TFLOP in all."""
-    flop = step_flop(FLUX_DEV, 512, (side // 16) ** 2)
-    assert flop.linear == pytest.approx(linear, rel=1e-3) and flop.attention == pytest.approx(
-        attention, rel=1e-2
-    )
-    assert round(flop.total / 1e12, 1) == {1024: 74.4, 512: 21.5}[side]
-    assert step_flop(FLUX_DEV, 512, (side // 16) ** 2, batch=4).total == 4 * flop.total
+def test_everything_of_a_model(settings: Settings, no_compiler: None) -> None:
+    distilled = replace(TINY, guidance_embed=False)
+    outcomes = list(full_size(settings, tiny(models=(("dev", TINY, 3), ("schnell", distilled, 2)))))
+    ratios = {one.case: one for one in outcomes if isinstance(one, Ratio)}
+    expected = ("memory-{}-bf16-1-32", "{}-bf16-1-32-eager", "{}-bf16-1-32-compiled")
+    assert list(ratios) == [case.format(model) for model in ("dev", "schnell") for case in expected]
+    assert ratios["memory-dev-bf16-1-32"].unit == "MB"
+    assert ratios["dev-bf16-1-32-eager"].note == "ours eager, 3 steps"
+    notes = "\n".join(one.text for one in outcomes if isinstance(one, Note))
+    assert "dev-bf16-1: ours is eager, compiling needs g++ on the PATH, found none" in notes
+    assert "matmul in bf16" in notes and "attention through torch" in notes
+    differences = re.findall(r"largest difference (\S+) of", notes)
+    assert len(differences) == 2 and max(map(float, differences)) < 0.05, "both sides compute the same"
 
 
-def test_the_arithmetic_by_torchs_own_count() -> None:
-    """torch counts the products of our step: all but text projection and modulations."""
-    inputs = Inputs(model := random_model(TINY, torch.float32, torch.device("cpu")), 64, 5, batch=2)
-    run = inputs.our_step(model)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    assert counter.get_total_flops() == step_flop(TINY, 5, 16, batch=2).total
+def test_a_long_loop_is_shortened(settings: Settings, no_compiler: None, eager_twin: None) -> None:
+    """Of 6 steps 2 are measured."""
+    plan = tiny(models=(("dev", TINY, 6),), few=2, long_loop=0.0)
+    notes = [one.note for one in full_size(settings, plan) if isinstance(one, Ratio)]
+    assert notes[1:] == ["ours eager, 6 steps from 2"] * 2
 
 
-def test_bytes_and_seconds_by_hand() -> None:
-    """Width 64, MLP 256, a block of each kind, 4 text and 6 image tokens, 2 bytes a number."""
-    assert step_bytes(TINY, 4, 6, 2) == {
-        "norms and modulation": 2 * 64 * 2 * (2 * 10 + 10 + 6),
-        "q/k norm and rotary": 4 * 64 * 2 * 2 * 10,
-        "GELU": 2 * 256 * 2 * 2 * 10,
-        "gated residuals": 3 * 64 * 2 * (2 * 10 + 10),
-    }
-    assert Flop(6.0, 4.0).seconds(2.0, 1.0) == 7.0
-
-
-def test_rates_are_the_best_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([4.0, 2.0, 8.0, 64.0])
-    monkeypatch.setattr(floors, "can_pack", lambda device, dtype: True)
-    monkeypatch.setattr(floors, "best_of", lambda run, clock: next(seconds))
-    assert matmul_rate(torch.float32, Clock(), (8, 16)) == max(1024 / 4, 1024 / 2, 8192 / 8, 8192 / 64)
-    monkeypatch.setattr(floors, "best_of", lambda run, clock: 0.5)
-    assert floors.bandwidth(4096, Clock()) == 2 * 4096 / 0.5
-
-
-def test_everything_of_a_model(tmp_path: Path, eager: None) -> None:
-    outcomes = list(
-        full_size(settings_of(tmp_path), tiny(models=(("dev", TINY, 3), ("schnell", DISTILLED, 2))))
-    )
-    ratios = [one for one in outcomes if isinstance(one, Ratio)]
-    expected = [
-        name
-        for model in ("dev", "schnell")
-        for name in (f"memory-{model}-bf16-1-32", f"{model}-bf16-1-32-eager", f"{model}-bf16-1-32-compiled")
-    ]
-    assert [ratio.case for ratio in ratios] == expected
-    assert ratios[0].unit == "MB" and ratios[1].note == "ours eager, 3 steps"
-    told = "\n".join(one.line for one in outcomes if isinstance(one, Told))
-    assert "dev-bf16-1: ours is eager, compiling needs g++ on the PATH, found none" in told
-    assert "matrix product in bf16" in told and "dev-bf16-1-32: attention through torch" in told
-    for far in re.findall(r"largest difference (\S+) of", told):
-        assert float(far) < 0.05, "both sides compute the same"
-    assert len(re.findall(r"% of the matrix product's rate; theirs", told)) == 4
-
-
-def test_a_long_loop_is_cut_short(
-    tmp_path: Path, eager: None, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+def test_fp8_is_quantized_and_compiled(
+    settings: Settings, eager_twin: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 6 steps 2 are measured; both times are then three times what was measured, the ratio what it was."""
-    given: list[tuple[object, object]] = []
+    compiled: list[set[torch.dtype]] = []
 
-    def compared(case: str, ours: object, theirs: object, clock: Clock, budget: float, note: str) -> Ratio:
-        given.append((ours, theirs))
-        return Ratio(case, 2.0, 2.0, 2.0, 2, 1.0, 2.0, note)
-
-    monkeypatch.setattr(speed_gpu, "compare", compared)
-    plan = tiny(models=(("dev", TINY, 6),), few=2, whole=0.0)
-    ratios = [one for one in full_size(settings_of(tmp_path), plan) if isinstance(one, Ratio)]
-    assert ratios[1] == Ratio("dev-bf16-1-32-eager", 2.0, 2.0, 2.0, 2, 3.0, 6.0, "ours eager, 6 steps from 2")
-    assert len(given) == 2
-
-
-def test_fp8_is_quantised_and_compiling_makes_a_copy(
-    tmp_path: Path, uncompiled: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-
-    def quantised(model: FluxTransformer) -> int:
-        calls.append("fp8")
-        return quantize_to_fp8(model)
-
-    def compiled(model: FluxTransformer) -> FluxTransformer:
-        calls.append("compile")
+    def keep(model: FluxTransformer) -> FluxTransformer:
+        compiled.append({tensor.dtype for tensor in (*model.parameters(), *model.buffers())})
         return model
 
-    monkeypatch.setattr(speed_gpu, "quantize_to_fp8", quantised)
-    monkeypatch.setattr(speed_gpu, "compile_blocks", compiled)
-    monkeypatch.setattr(speed_gpu, "attention_backend_name", lambda model: "magic")
-    outcomes = list(full_size(settings_of(tmp_path), tiny(forms=("bf16", "fp8"))))
-    assert calls == ["compile", "fp8", "compile"]
-    told = [one.line for one in outcomes if isinstance(one, Told)]
-    assert "dev-fp8-1: ours is compiled" in told and "dev-bf16-1-32: attention through magic" in told
+    monkeypatch.setattr(speed_gpu, "compile_blocks", keep)
+    monkeypatch.setattr(speed_gpu, "matmul_rate", lambda dtype, clock, sides: 1.0)
+    outcomes = list(full_size(settings, tiny(dtypes=("bf16", "fp8"))))
+    assert [torch.float8_e4m3fn in dtypes for dtypes in compiled] == [False, True]
+    assert Note("dev-fp8-1: ours is compiled") in outcomes
     assert "ours compiled, 3 steps" in {one.note for one in outcomes if isinstance(one, Ratio)}
 
 
-def test_what_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None) -> None:
-    assert list(full_size(settings_of(tmp_path))) == [Skipped("gpu", "for --device cuda")]
-    late = list(full_size(settings_of(tmp_path, end=time.perf_counter()), tiny()))
-    assert late[-1] == Skipped("dev-bf16-1", "the time is over")
+def fail(error: Exception) -> Callable[..., Any]:
+    def failing(*arguments: object) -> None:
+        raise error
 
-    def none(dtype: torch.dtype, clock: Clock) -> float:
-        raise RuntimeError("no fp8\n on this card")
-
-    monkeypatch.setattr(speed_gpu, "matmul_rate", none)
-    outcomes = list(full_size(settings_of(tmp_path), tiny()))
-    assert outcomes == [
-        Skipped("gpu-bf16", "no product: no fp8 on this card"),
-        Skipped("gpu-fp8", "no product: no fp8 on this card"),
-        Skipped("dev-bf16-1", "bf16 cannot be multiplied here"),
-    ]
+    return failing
 
 
-def test_a_model_that_does_not_fit_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: None
-) -> None:
-    def full(*given: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_what_is_skipped(settings: Settings, no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(full_size(settings)) == [Skipped("gpu", "for --device cuda")]
+    late = list(full_size(replace(settings, end=time.perf_counter()), tiny()))
+    assert late[-1] == Skipped("dev-bf16-1", TIME_IS_UP)
+    with monkeypatch.context() as patched:
+        patched.setattr(speed_gpu, "random_model", fail(torch.OutOfMemoryError("CUDA out of memory")))
+        assert list(full_size(settings, tiny()))[-1] == Skipped("dev-bf16-1", "CUDA out of memory")
+    monkeypatch.setattr(speed_gpu, "matmul_rate", fail(RuntimeError("no fp8\n on this card")))
+    outcomes = list(full_size(settings, tiny()))
+    assert [one.case for one in outcomes if isinstance(one, Skipped)] == ["gpu-bf16", "gpu-fp8", "dev-bf16-1"]
+    assert "no fp8 on this card" in outcomes[1].reason  # type: ignore[union-attr]
 
-    monkeypatch.setattr(speed_gpu, "random_model", full)
-    assert list(full_size(settings_of(tmp_path), tiny()))[-1] == Skipped("dev-bf16-1", "CUDA out of memory")
-    group = Group("dev", FLUX_DEV, 28, 1, "bf16", {}, Plan(), settings_of(tmp_path))
-    assert group.bytes_needed == 4 * 11_901_408_320 + 10**10
 
-
-def test_the_order_is_by_importance() -> None:
-    order = [(batch, form, name) for batch, form, (name, _, _) in Plan().groups()]
+def test_the_plan_is_flux_in_full_size() -> None:
+    """The most important first; memory for both sides' weights in bf16 and 10 GB beside."""
+    order = [(batch, dtype, name) for batch, dtype, (name, _, _) in Plan().groups()]
     assert order[:4] == [(1, "bf16", "dev"), (1, "bf16", "schnell"), (1, "fp8", "dev"), (1, "fp8", "schnell")]
-    assert [batch for batch, _, _ in order] == [1] * 4 + [4] * 4
-    assert Plan().sides == (1024, 512) and [steps for _, _, steps in Plan().models] == [28, 4]
-    assert Plan().models[1][1] == FLUX_SCHNELL
+    assert Plan().sides == (1024, 512) and Plan().batches == (1, 4)
+    assert [(spec, steps) for _, spec, steps in Plan().models] == [(FLUX_DEV, 28), (FLUX_SCHNELL, 4)]
+    group = Group("dev", FLUX_DEV, 28, 1, "bf16", {}, Plan(), Settings(True, 0.0, Clock(), Path()))
+    assert group.bytes_needed == 4 * 11_901_408_320 + 10**10

@@ -1,4 +1,4 @@
-"""The case png: both sides paint the same picture, from the miniature and from random models; no time."""
+"""The case `png`: both sides generate the same image, with the miniature and with random models; no time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from PIL import Image
 from rectiflux.benchmarks import speed_png
 from rectiflux.benchmarks.interleaved import Clock, Ratio
 from rectiflux.benchmarks.speed_png import Sizes, png
-from rectiflux.benchmarks.speed_settings import Outcome, Settings, Skipped, Told
+from rectiflux.benchmarks.speed_settings import Note, Outcome, Settings, Skipped
 from rectiflux.flux_core.model.autoencoder import AutoEncoderSpec
 from rectiflux.flux_core.model.spec import FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.model.transformer import FluxTransformer
 
-MODELS = Path(rectiflux.__file__).parent / "models"
 TINY = Sizes(
     FluxSpec(64, 1, 1, 1, context_in=64, vec_in=64),
     AutoEncoderSpec(ch=32),
@@ -30,36 +29,36 @@ TINY = Sizes(
 )
 
 
-def settings_of(folder: Path) -> Settings:
-    return Settings(True, 0.0, Clock(), folder)
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(True, 0.0, Clock(), Path(rectiflux.__file__).parent / "models")
 
 
-def difference(outcomes: list[Outcome]) -> int:
-    (told,) = (one.line for one in outcomes if isinstance(one, Told))
-    found = re.fullmatch(r"png: largest difference (\d+) of 255", told)
+def ratio_and_difference(outcomes: list[Outcome]) -> tuple[Ratio, int]:
+    """The ratio, and the largest difference of the images in levels of 255."""
+    (ratio,) = (one for one in outcomes if isinstance(one, Ratio))
+    (note,) = (one.text for one in outcomes if isinstance(one, Note))
+    found = re.search(r"largest difference (\d+) of 255", note)
     assert found is not None
-    return int(found[1])
+    return ratio, int(found[1])
 
 
-def test_the_miniature_paints_as_diffusers_does() -> None:
-    outcomes = list(png(settings_of(MODELS)))
-    (ratio,) = (one for one in outcomes if isinstance(one, Ratio))
-    assert ratio.case == "png-128" and ratio.note == "mini-schnell, 4 steps" and ratio.turns == 2
-    assert difference(outcomes) <= 1
+def test_the_miniature_equals_diffusers(settings: Settings) -> None:
+    ratio, difference = ratio_and_difference(list(png(settings)))
+    assert ratio.case == "png-128" and difference <= 1
 
 
-def test_random_models_of_given_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16, where both sides round elsewhere; a machine that cannot compile says so."""
+def test_random_models_equal_diffusers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, hence not to the level; without a compiler ours is eager."""
 
-    def refuse(model: FluxTransformer) -> tuple[FluxTransformer, str]:
-        return model, "compiling needs g++"
+    def refuse(model: FluxTransformer) -> FluxTransformer:
+        raise ValueError("compiling needs g++")
 
-    monkeypatch.setattr(speed_png, "compiled_or_not", refuse)
-    outcomes = list(png(settings_of(MODELS), TINY))
-    (ratio,) = (one for one in outcomes if isinstance(one, Ratio))
-    assert ratio.case == "png-32"
-    assert ratio.note == "[schnell] in bf16, ours eager, compiling needs g++, 4 steps"
-    assert difference(outcomes) < 40
+    monkeypatch.setattr("rectiflux.benchmarks.speed_gpu.compile_blocks", refuse)
+    torch.manual_seed(0)
+    ratio, difference = ratio_and_difference(list(png(settings, TINY)))
+    assert ratio.case == "png-32" and "ours eager, compiling needs g++" in ratio.note
+    assert difference < 40
 
 
 def test_full_size_is_flux_schnell_with_its_text_encoders() -> None:
@@ -70,23 +69,21 @@ def test_full_size_is_flux_schnell_with_its_text_encoders() -> None:
     assert (full.t5[1], full.clip[1]) == (FLUX_SCHNELL.context_in, FLUX_SCHNELL.vec_in)
 
 
-def test_what_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (skipped,) = png(settings_of(tmp_path))
-    assert isinstance(skipped, Skipped) and "there is no" in skipped.why
+def test_what_is_skipped(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (skipped,) = png(Settings(True, 0.0, Clock(), tmp_path))
+    assert isinstance(skipped, Skipped) and "rectiflux-mini-schnell" in skipped.reason
 
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 24 GB")
 
     monkeypatch.setattr(speed_png, "random_model", full)
-    (skipped,) = png(settings_of(MODELS), TINY)
-    assert skipped == Skipped("png", "CUDA out of memory. Tried to allocate 24 GB")
+    assert list(png(settings, TINY)) == [Skipped("png", "CUDA out of memory. Tried to allocate 24 GB")]
 
 
-def test_a_png_is_the_picture() -> None:
-    image = torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    picture = speed_png.to_bytes(image)
-    assert (
-        picture.shape == (4, 6, 3) and np.abs(picture / 255 - image[0].permute(1, 2, 0).numpy()).max() < 0.002
-    )
-    with Image.open(io.BytesIO(speed_png.written(picture))) as read:
-        assert read.format == "PNG" and np.array_equal(np.asarray(read), picture)
+def test_a_png_is_the_image() -> None:
+    values = torch.rand(1, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    image = speed_png.to_bytes(values)
+    assert image.shape == (4, 6, 3)
+    assert np.abs(image / 255 - values[0].permute(1, 2, 0).numpy()).max() < 0.002
+    with Image.open(io.BytesIO(speed_png.png_bytes(image))) as read:
+        assert read.format == "PNG" and np.array_equal(np.asarray(read), image)
