@@ -1,20 +1,20 @@
-"""The theory that FLUX stands on, as a small library: over closed forms, and over any network (x, t).
+"""Rectified flows and diffusions as a small library, for closed forms and for any network (x, t).
 
   path.py                  x_t = alpha x_0 + sigma noise, one interface; the rectified path
   variance_preserving.py   the diffusions' paths: linear beta, cosine alpha_bar, DDPM's discrete chain
-  prediction.py            velocity, score, noise, data: each from each other
-  mixture.py               a Gaussian mixture: all of these in closed form
-  diffusion.py             DDPM's chain there and back; the reverse SDE and its family
-  bridge.py                one network on another path: a diffusion as a rectified flow
-  time_distribution.py     where in time training looks
+  prediction.py            velocity, score, noise, data: conversions between all four
+  mixture.py               a Gaussian mixture: exact densities and predictions
+  diffusion.py             DDPM's forward and ancestral steps; the reverse SDE and its family
+  bridge.py                a network on another path: a diffusion sampled as a rectified flow
+  time_distribution.py     distributions of training times
   objective.py             score matching, flow matching, rectified flow
-  coupling.py              which noise goes to which data: independent, optimal transport, reflow
-  straightness.py          how straight a flow is, and how far it carries
+  coupling.py              pairs of noise and data: independent, optimal transport, reflow
+  straightness.py          straightness and transport cost of a flow
   distance.py              energy distance between two samples
-  likelihood.py            log p of a sample by the divergence along the ODE
+  likelihood.py            log p of a sample from the divergence along the ODE
 
 Time is FLUX's throughout: 0 is data, 1 is noise, and on the rectified path it is sigma. ODEs are solved by
-flux_core.sampling.solver. What `__all__` names is public.
+flux_core.sampling.solver. The public names are those of `__all__`.
 """
 
 from .bridge import as_rectified, transfer

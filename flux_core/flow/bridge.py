@@ -1,7 +1,7 @@
-"""From one path to another with the same network: a diffusion model is a flow seen at another scale and time.
+"""One network on another path: a diffusion model is a flow at another scale and time.
 
 Two paths are equally noisy where sigma/(alpha + sigma), the level, is the same; there x/(alpha + sigma) has
-one law on both, and so have data and noise given it. To the rectified path:
+the same law on both, and so have data and noise given x. To the rectified path:
 
   x_rectified = x / (alpha + sigma)        t_rectified = sigma / (alpha + sigma)
 
@@ -20,12 +20,12 @@ from .prediction import Network, as_velocity, convert
 
 
 def transfer(network: Network, of: str, source: Path, target: Path, to: str) -> Network:
-    """A network for prediction `to` on path `target`, made of one for prediction `of` on path `source`.
+    """A network that predicts `to` on path `target`, from one that predicts `of` on path `source`.
 
-    Noisier than the source ever gets (alpha(1) > 0 on a linear-beta path), the data that it predicts at its
-    own t = 1 is kept, an error of the order of that alpha. The network raises ValueError as `convert` does:
-    at t = 0 unless `to` is data, and at t = 1 from noise or score of a source with alpha(1) = 0, which say
-    nothing of the data there: begin a little below 1.
+    At levels above the source's last (alpha(1) > 0 on a linear-beta path), its prediction of the data at its
+    own t = 1 is used, an error of the order of that alpha. The network raises ValueError as `convert` does:
+    at t = 0 unless `to` is data, and at t = 1 from noise or score of a source with alpha(1) = 0, which do not
+    determine the data there: start a little below 1.
     """
 
     def moved(x: Tensor, t: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ def transfer(network: Network, of: str, source: Path, target: Path, to: str) -> 
 
 
 def as_rectified(path: Path, network: Network, of: str) -> Velocity:
-    """The network's prediction on `path` as a velocity of the rectified path: FLUX's own sampler's input.
+    """The network's prediction on `path` as a velocity of the rectified path, for FLUX's own samplers.
 
-    x and sigma are the rectified path's; x / (alpha + sigma) brings a start over from `path`. Raises what
-    `transfer` raises.
+    x and sigma are the rectified path's; x / (alpha + sigma) converts a starting point from `path`. Raises
+    what `transfer` raises.
     """
     rectified = RectifiedPath()
     return as_velocity(rectified, transfer(network, of, path, rectified, "velocity"))

@@ -1,12 +1,12 @@
-"""Diffusion: DDPM's chain there and back, and the SDEs that share a path's marginals.
+"""Diffusion: DDPM's chain in both directions, and the SDEs that share a path's marginals.
 
   forward      dx = f x dt + g dw                          data to noise, as the path itself
   reverse      dx = [f x - g^2 score] dt + g dw            noise to data, dt < 0: the whole g^2
-  flow (ODE)   dx = [f x - g^2/2 score] dt                 the half belongs to the ODE alone
+  flow (ODE)   dx = [f x - g^2/2 score] dt                 the half is in the ODE only
   family       dx = [v - h^2/2 score] dt + h dw, dt < 0    the same marginals for every h(t) >= 0
 
 v is the velocity of the flow; h = 0 gives the ODE and h = g the reverse SDE, since v = f x - g^2/2 score.
-Write-ups that put the half into the reverse SDE, or leave it out of the ODE, sample another distribution.
+With the half in the reverse SDE, or without it in the ODE, both sample another distribution.
 Anderson 1982; Song et al. 2021 (arXiv:2011.13456), eq. 6 and 13; Albergo et al. 2023 (arXiv:2303.08797).
 """
 
@@ -23,14 +23,14 @@ from .prediction import Network, batch_time, convert
 from .variance_preserving import ChainPath
 
 VARIANCES = ("posterior", "beta")
-"""Of an ancestral step: beta_i (1 - alpha_bar_{i-1})/(1 - alpha_bar_i), right if x_0 were one point, or
-beta_i, right if it were unit noise; the truth lies between. Ho et al. 2020, section 3.2."""
+"""Variances of an ancestral step: beta_i (1 - alpha_bar_{i-1})/(1 - alpha_bar_i), exact if x_0 is one point,
+or beta_i, exact if it is unit noise; data lie between. Ho et al. 2020, section 3.2."""
 
 
 def forward_step(chain: ChainPath, x: Tensor, step: int, noise: Tensor) -> Tensor:
     """x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) noise, i = step in 1..T. Ho et al. 2020, eq. 2.
 
-    i such steps in a row have the law of `chain.draw(x0, noise, i / T)`, eq. 4. Raises ValueError for a step
+    i consecutive steps have the law of `chain.draw(x0, noise, i / T)`, eq. 4. Raises ValueError for a step
     outside 1..T.
     """
     beta = _beta(chain, step)
@@ -92,13 +92,13 @@ def sample_sde(
     noise_rate: Callable[[Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """x [B, ...] carried from times[0] down to times[-1] by the family's SDE, by Euler and Maruyama.
+    """x [B, ...] integrated from times[0] down to times[-1] along the family's SDE, by Euler-Maruyama.
 
-    Strong order 1/2, weak order 1 (Kloeden and Platen 1992, section 10.2); one evaluation a step, none at
-    the last time. `of` is what the network predicts; `noise_rate` is h(t), by default the path's own g, which
-    makes it the reverse SDE. The rectified path's own g is infinite at t = 1: give another, as sqrt(2 t).
-    Raises ValueError for fewer than two times, times that don't descend, and what `convert` and `diffusion`
-    raise.
+    Strong order 1/2, weak order 1 (Kloeden and Platen 1992, section 10.2); one evaluation a step, none at the
+    last time. `of` is what the network predicts; `noise_rate` is h(t), by default the path's own g, which
+    makes it the reverse SDE. The rectified path's own g is infinite at t = 1: pass another, such as sqrt(2 t).
+    Raises ValueError for fewer than two times, times that don't descend, and what `convert` and
+    `diffusion` raise.
     """
     grid = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
     if len(grid) < 2 or any(after >= t for t, after in zip(grid[:-1], grid[1:], strict=True)):

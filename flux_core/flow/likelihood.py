@@ -5,9 +5,9 @@ Along dx/dt = v(x, t), d log p_t(x_t)/dt = -div v, so with noise at t = 1
   log p_0(x_0) = log p_1(x_1) + integral from 0 to 1 of div v(x_t, t) dt
 
 (Chen et al. 2018, arXiv:1806.07366, theorem 1; the sign is plus because time runs towards the noise). The
-divergence is exact, by as many backward passes as a sample has elements, or Hutchinson's estimate from random
-probes, unbiased (Grathwohl et al. 2019, arXiv:1810.01367, section 3.1). Everything is in nats;
-`bits_per_element` turns them into bits.
+divergence is exact, by one backward pass per element of a sample, or Hutchinson's unbiased estimate from
+random probes (Grathwohl et al. 2019, arXiv:1810.01367, section 3.1). Likelihoods are in nats;
+`bits_per_element` converts them to bits.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def draw_probes(
 def hutchinson_divergence(velocity: Velocity, x: Tensor, t: float, probes: Tensor) -> tuple[Tensor, Tensor]:
     """(v, an unbiased estimate of div v [B]): the mean of e . (dv/dx) e over probes e [P, B, ...].
 
-    One backward pass a probe. Raises ValueError for probes that aren't of the shape of x.
+    One backward pass per probe. Raises ValueError for probes that aren't of the shape of x.
     """
     if probes.shape[1:] != x.shape or not len(probes):
         raise ValueError(f"probes must be [P, *x.shape], got {list(probes.shape)} for x {list(x.shape)}")
@@ -82,10 +82,10 @@ def log_likelihood(
 ) -> Tensor:
     """log p of x [B, ...] at sigmas[0] under the flow, in nats: [B], of the dtype of x, without gradients.
 
-    `sigmas` ascend, from the data's time (0, or a little more where the velocity is infinite) to 1;
+    `sigmas` ascend, from the data's time (0, or slightly more where the velocity is infinite) to 1;
     `log_prior` is the log density [B] there, by default that of unit Gaussian noise. The divergence is exact,
-    or with probes [P, B, ...] (draw_probes) Hutchinson's estimate, the same probes all along, so that the
-    right side of the ODE is a function. The rest of the error is the solver's. Raises ValueError for sigmas
+    or with probes [P, B, ...] (draw_probes) Hutchinson's estimate, the same probes at all times, so that the
+    ODE's right-hand side is deterministic. The remaining error is the solver's. Raises ValueError for sigmas
     that don't ascend, an x without elements and probes of another shape.
     """
     grid = [float(sigma) for sigma in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
@@ -94,8 +94,8 @@ def log_likelihood(
     if x.ndim < 2 or not x.numel():
         raise ValueError(f"a likelihood is of samples [B, ...] with elements, got shape {list(x.shape)}")
 
-    def widened(state: Tensor, sigma: float) -> Tensor:
-        """x and, as one more element, the integral of the divergence so far: one ODE for both."""
+    def augmented(state: Tensor, sigma: float) -> Tensor:
+        """x with the integral of the divergence so far as one more element: one ODE for both."""
         at = state[:, :-1].reshape(x.shape)
         if probes is None:
             v, div = exact_divergence(velocity, at, sigma)
@@ -103,7 +103,7 @@ def log_likelihood(
             v, div = hutchinson_divergence(velocity, at, sigma, probes)
         return torch.cat([v.flatten(1), div[:, None]], 1)
 
-    state = integrate(solver, widened, torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1).detach(), grid)
+    state = integrate(solver, augmented, torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1).detach(), grid)
     end = state[:, :-1].reshape(x.shape)
     return (log_prior or log_unit_gaussian)(end) + state[:, -1]
 

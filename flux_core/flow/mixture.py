@@ -1,14 +1,14 @@
-"""A mixture of Gaussians, for which all that the theory speaks of has a closed form: the measure of the rest.
+"""A mixture of Gaussians, for which every quantity of this package has a closed form: a reference for tests.
 
-Along any path x_t = alpha x_0 + sigma noise a mixture stays one: component k has mean alpha mu_k and
+Along any path x_t = alpha x_0 + sigma noise a mixture stays a mixture: component k has mean alpha mu_k and
 covariance C_k = alpha^2 Sigma_k + sigma^2 I, and with the responsibilities r_k(x) of the components for x_t
 
   score     -sum_k r_k C_k^-1 (x - alpha mu_k)
   data       sum_k r_k [mu_k + alpha Sigma_k C_k^-1 (x - alpha mu_k)]
   noise      sum_k r_k  sigma C_k^-1 (x - alpha mu_k)
 
-(conditioning of Gaussians; Bishop 2006, section 2.3). The four predictions are computed each by its own
-formula, not from each other, so that they can judge prediction.py.
+(conditioning of Gaussians; Bishop 2006, section 2.3). Each of the four predictions has its own formula
+here, so that they are an independent test of prediction.py.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GaussianMixture:
     def _axes(self) -> tuple[Tensor, Tensor]:
         """Variances [M, D] along the principal axes, and the axes as columns [M, D, D].
 
-        sigma^2 I adds to the variances and leaves the axes, so one decomposition serves every t.
+        sigma^2 I adds to the variances and keeps the axes, so one decomposition is enough for every t.
         """
         variances, axes = torch.linalg.eigh(self.covariances)
         return variances, axes
@@ -112,7 +112,7 @@ class GaussianMixture:
         return self.predict(RectifiedPath(), "score", x, 0.0)
 
     def predict(self, path: Path, of: str, x: Tensor, t: Time) -> Tensor:
-        """The exact prediction `of` (one of KINDS) at x [B, D] and t, one number or [B]: [B, D].
+        """The exact prediction `of` (one of KINDS) at x [B, D] and t, a scalar or [B]: [B, D].
 
         Raises ValueError for another kind, a wrong t, and a velocity where the path has no finite rates.
         """
@@ -137,7 +137,7 @@ class GaussianMixture:
         return alpha_rate.to(x.dtype) * data + sigma_rate.to(x.dtype) * noise
 
     def network(self, path: Path, of: str = "velocity") -> Network:
-        """The network (x, t) -> prediction that training towards `of` on this path tends to."""
+        """The network (x, t) -> prediction that minimizes the loss of `of` on this path."""
         return lambda x, t: self.predict(path, of, x, t)
 
     def _log_joint(self, along: Tensor, variances: Tensor) -> Tensor:

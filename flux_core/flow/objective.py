@@ -1,10 +1,10 @@
-"""What a network is trained on: three losses that are one regression, each on its own target.
+"""Training objectives: score matching, noise matching and flow matching, one regression on three targets.
 
-Every loss is [B], the mean over a sample's elements; `.mean()` of it trains. The minimiser of each is the
+Every loss is [B], the mean over a sample's elements; `.mean()` of it trains. The minimizer of each is the
 conditional mean of its target given x_t, which is the marginal score or velocity (Vincent 2011; Lipman et al.
-2023, arXiv:2210.02747, theorem 2), although the target is that of one pair. So no loss here tends to 0: flow
-matching on the rectified path tends to E Var(noise - x_0 | x_t), more for crossing pairs, and a falling loss
-says little about samples once it is near that floor.
+2023, arXiv:2210.02747, theorem 2), although the target is that of one pair. So the smallest loss
+is not 0: on the rectified path it is E Var(noise - x_0 | x_t), larger for crossing pairs, and a falling loss
+says little about sample quality near that floor.
 """
 
 from __future__ import annotations

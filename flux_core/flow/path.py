@@ -1,13 +1,13 @@
 """Paths from data to noise, x_t = alpha(t) x_0 + sigma(t) noise, behind one interface.
 
 Time runs as in FLUX: t = 0 is data, t = 1 is noise (facebookresearch/flow_matching and Lipman et al. 2023
-count the other way). On the rectified path t is FLUX's sigma itself. Every time is one number or one per
-sample, [B], and then goes with x [B, ...] of any trailing shape.
+count the other way). On the rectified path t is FLUX's sigma itself. A time is a scalar or one value per
+sample, [B], for x [B, ...] of any trailing shape.
 
 A Gaussian path is also the marginal law of the linear SDE dx = f(t) x dt + g(t) dw (Song et al. 2021,
-arXiv:2011.13456, appendix B) with f = alpha'/alpha and g^2 = (sigma^2)' - 2 f sigma^2, which is how a
-diffusion and a flow are the same thing. The diffusions' paths are in variance_preserving.py, what networks
-predict along a path in prediction.py.
+arXiv:2011.13456, appendix B) with f = alpha'/alpha and g^2 = (sigma^2)' - 2 f sigma^2, so that
+diffusions and flows are the same family. The diffusions' paths are in variance_preserving.py, the predictions
+of networks along a path in prediction.py.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 Time = float | Tensor
-"""A time in [0, 1]: one number for the whole batch, or a tensor [B], one per sample."""
+"""A time in [0, 1]: a scalar for the whole batch, or a tensor [B], one per sample."""
 
 
 def time_for(t: Time, x: Tensor) -> Tensor:
     """t as a tensor that broadcasts against x: 0-dimensional float64, or [B, 1, ..., 1] in its own dtype.
 
-    Raises ValueError for a time outside 0..1 and for a tensor that is neither one number nor [B].
+    Raises ValueError for a time outside 0..1 and for a tensor that is neither a scalar nor [B].
     """
     if not isinstance(t, Tensor):
         t = torch.tensor(float(t), dtype=torch.float64)
     if t.ndim > 1 or (t.ndim == 1 and (x.ndim == 0 or len(t) != len(x))):
         raise ValueError(
-            f"t must be one number or [B], one per sample, got shape {list(t.shape)} for x {list(x.shape)}"
+            f"t must be a scalar or [B], one per sample, got shape {list(t.shape)} for x {list(x.shape)}"
         )
     inside = (t >= 0) & (t <= 1)
     if not bool(inside.all()):
@@ -40,7 +40,7 @@ def time_for(t: Time, x: Tensor) -> Tensor:
 
 
 class Path(ABC):
-    """How data becomes noise: alpha falls from 1 towards 0, sigma rises from 0 towards 1, both in [0, 1].
+    """A path from data to noise: alpha falls from 1 towards 0, sigma rises from 0 towards 1, both in [0, 1].
 
     The four schedule methods take a tensor of times in [0, 1] and return one of its shape and dtype.
     """
@@ -113,7 +113,7 @@ class RectifiedPath(Path):
     """x_t = (1 - t) x_0 + t noise, FLUX's path; its velocity is noise - x_0 at every t.
 
     Liu et al. 2023 (arXiv:2209.03003), eq. 1, with time reversed. Its own SDE has f = -1/(1 - t) and
-    g^2 = 2t/(1 - t), both infinite at t = 1: sample it by its ODE, or by an SDE with a g of your own
+    g^2 = 2t/(1 - t), both infinite at t = 1: sample it by its ODE, or by an SDE with another g
     (diffusion.py). The lines are straight for each pair; the marginal flow is not, unless the pairs'
     lines don't cross (straightness.py).
     """

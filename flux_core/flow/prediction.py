@@ -1,4 +1,4 @@
-"""What a network may predict along a path, and how each prediction follows from each other one.
+"""Predictions of a network along a path, and their conversion into each other.
 
 At x_t = alpha x_0 + sigma noise a network can be trained for any of four means given x_t:
 
@@ -7,13 +7,13 @@ At x_t = alpha x_0 + sigma noise a network can be trained for any of four means 
   velocity  alpha' data + sigma' noise
   score     grad log p_t(x_t) = -noise / sigma
 
-They are linear in each other, so one gives the other three. On the rectified path:
+They are linear in each other, so each determines the other three. On the rectified path:
 
   data = x - t v        noise = x + (1 - t) v        score = -(x + (1 - t) v) / t
 
-Popular write-ups have the score of DDPM as -noise/sqrt(1 - alpha_t); it is -noise/sqrt(1 - alpha_bar_t), with
-the running product, that is with the sigma of x_t. Song et al. 2021 (arXiv:2011.13456), section 3; Lipman et
-al. 2024 (arXiv:2412.06264).
+The score of DDPM is -noise/sqrt(1 - alpha_bar_t), with the cumulative product alpha_bar_t, not -noise/sqrt(1
+- alpha_t): its denominator is the sigma of x_t. Song et al. 2021 (arXiv:2011.13456), section 3; Lipman et al.
+2024 (arXiv:2412.06264).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ..model.spec import Velocity
 from .path import Path, Time, time_for
 
 KINDS = ("velocity", "score", "noise", "data")
-"""What can be predicted."""
+"""The kinds of prediction."""
 
 Network = Callable[[Tensor, Tensor], Tensor]
-"""(x [B, ...], t [B] in [0, 1]) -> a prediction of the shape of x; nothing else is known of a network."""
+"""(x [B, ...], t [B] in [0, 1]) -> a prediction of the shape of x; all that is known of a network."""
 
 
 def convert(path: Path, value: Tensor, of: str, to: str, x: Tensor, t: Time) -> Tensor:
-    """The prediction `to` that says the same as the prediction `of` with this value at (x, t), shaped as x.
+    """The prediction `to` that is equivalent to the prediction `of` with this value at (x, t), shaped as x.
 
-    `of` and `to` are of KINDS. Raises ValueError for another kind, a wrong t, and at the end of a path where
-    the one doesn't determine the other: where sigma is 0 data tells nothing of the noise and the score is
-    infinite, where alpha is 0 noise and score tell nothing of the data. A velocity determines data and noise
+    `of` and `to` are of KINDS. Raises ValueError for another kind, a wrong t, and at an end of the path where
+    one doesn't determine the other: where sigma is 0 data does not determine noise and the score is infinite,
+    where alpha is 0 noise and score do not determine data. A velocity determines data and noise
     everywhere on the rectified path, both ends included.
     """
     for kind in (of, to):
@@ -59,10 +59,10 @@ def convert(path: Path, value: Tensor, of: str, to: str, x: Tensor, t: Time) -> 
 
 
 def as_velocity(path: Path, network: Network, of: str = "velocity") -> Velocity:
-    """The network's prediction as dx/dt on `path`: what integrate() of the solver takes.
+    """The network's prediction as dx/dt on `path`: the input of solver.integrate.
 
-    Along a diffusion's path this is the probability-flow ODE, dx = [f x - g^2/2 score] dt; the half belongs
-    to the ODE alone, the reverse SDE has the whole g^2. Song et al. 2021, eq. 13. The velocity raises what
+    Along a diffusion's path this is the probability-flow ODE, dx = [f x - g^2/2 score] dt; the half is
+    in the ODE only, the reverse SDE has the whole g^2. Song et al. 2021, eq. 13. The velocity raises what
     `convert` raises.
     """
 
@@ -73,7 +73,7 @@ def as_velocity(path: Path, network: Network, of: str = "velocity") -> Velocity:
 
 
 def batch_time(t: float, x: Tensor) -> Tensor:
-    """t as a network wants it: [B], in the dtype and on the device of x [B, ...]."""
+    """t as a network expects it: [B], in the dtype and on the device of x [B, ...]."""
     return x.new_full((len(x),), t)
 
 
@@ -84,7 +84,7 @@ def _data(path: Path, value: Tensor, of: str, to: str, x: Tensor, t: Tensor) -> 
         return value
     if of == "velocity":
         rate = path.rates(t)[1]
-        return (rate.to(x.dtype) * x - sigma.to(x.dtype) * value) / _turn(path, t).to(x.dtype)
+        return (rate.to(x.dtype) * x - sigma.to(x.dtype) * value) / _determinant(path, t).to(x.dtype)
     noise = value if of == "noise" else -sigma.to(x.dtype) * value
     return (x - sigma.to(x.dtype) * noise) / _nonzero(alpha, "alpha", of, to, t).to(x.dtype)
 
@@ -98,11 +98,11 @@ def _noise(path: Path, value: Tensor, of: str, to: str, x: Tensor, t: Tensor) ->
         return -sigma.to(x.dtype) * value
     if of == "velocity":
         rate = path.rates(t)[0]
-        return (alpha.to(x.dtype) * value - rate.to(x.dtype) * x) / _turn(path, t).to(x.dtype)
+        return (alpha.to(x.dtype) * value - rate.to(x.dtype) * x) / _determinant(path, t).to(x.dtype)
     return (x - alpha.to(x.dtype) * value) / _nonzero(sigma, "sigma", of, to, t).to(x.dtype)
 
 
-def _turn(path: Path, t: Tensor) -> Tensor:
+def _determinant(path: Path, t: Tensor) -> Tensor:
     """alpha sigma' - sigma alpha' > 0, the determinant of (data, noise) -> (x, velocity); 1 if rectified."""
     alpha_rate, sigma_rate = path.rates(t)
     return path.alpha(t) * sigma_rate - path.sigma(t) * alpha_rate

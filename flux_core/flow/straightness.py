@@ -1,4 +1,4 @@
-"""How straight a flow's paths are, and how far they carry.
+"""Straightness and transport cost of a flow's paths.
 
 Along the model's own ODE from noise X_1 to data X_0, in time as FLUX counts it (0 data, 1 noise):
 
@@ -7,8 +7,8 @@ Along the model's own ODE from noise X_1 to data X_0, in time as FLUX counts it 
 
 Liu et al. 2022 (arXiv:2209.03003, section 3). Both are sums over the elements of a sample
 and means over samples; divide by the number of elements to compare samples of different sizes. S is a sum
-over steps, each with the velocity where it begins: it depends on how many there are, and one step is always
-straight. So the number of steps is part of the figure: compare only figures of the same number.
+over steps, each with the velocity at its start, and depends on how many there are (one step is always
+straight): compare only values for the same number of steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..sampling.solver import SOLVERS, Solver, Step, integrate
 
 
 class PathRecorder:
-    """Give it to `integrate` as `on_step`; afterwards it knows the path's straightness, at no evaluation."""
+    """An `on_step` callback of `integrate` that measures a path's straightness without evaluations."""
 
     def __init__(self) -> None:
         self.sigmas: list[float] = []
@@ -29,7 +29,7 @@ class PathRecorder:
         self.velocities: list[Tensor] = []
 
     def __call__(self, step: Step) -> None:
-        """Note a step's beginning. Raises ValueError for one that begins at sigma 0, on the way to noise."""
+        """Record a step's start. Raises ValueError for one that begins at sigma 0, on the way to noise."""
         if step.sigma <= 0:
             raise ValueError("straightness is measured from noise to data, got a step that begins at sigma 0")
         self.sigmas.append(step.sigma)
@@ -41,7 +41,7 @@ class PathRecorder:
         """S of each sample [B], float64, for a path that came to `end` [B, ...] at sigma_end.
 
         For a path that begins at sigma s and ends at e the chord X_1 - X_0 is (X_s - X_e) / (s - e), and S is
-        the mean over [e, s], so that the figure means the same for a part of the way. Raises ValueError
+        the mean over [e, s], so that values for parts of a path are comparable. Raises ValueError
         before the first step.
         """
         if not self.sigmas:
@@ -60,7 +60,7 @@ def straightness(
 ) -> float:
     """S of the flow over `steps` equal steps from sigma 1 to 0, estimated on noise [B, ...]; not negative.
 
-    `chunk` rows are carried at a time, without gradients. Raises ValueError for fewer than two steps, over
+    `chunk` rows are integrated at a time, without gradients. Raises ValueError for fewer than two steps, over
     which S is always 0.
     """
     if steps < 2:

@@ -1,8 +1,7 @@
-"""Where in (0, 1) training spends its samples: uniform, logit-normal, mode, and any of them shifted by mu.
+"""Distributions of training times in (0, 1): uniform, logit-normal, mode, and any of them shifted by mu.
 
 Esser et al. 2024 (arXiv:2403.03206), section 3.1; their t is ours, 0 at data. All draws lie strictly inside
-(0, 1): a number nearer to an end than the dtype's epsilon counts as epsilon away from it, since scores and
-logits are infinite at the ends themselves.
+(0, 1), at least the dtype's epsilon away from the ends, where scores and logits are infinite.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class TimeDistribution(Protocol):
 
 @dataclass(frozen=True)
 class UniformTime:
-    """Every time alike."""
+    """The uniform distribution."""
 
     def sample(
         self, count: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
@@ -75,7 +74,7 @@ class LogitNormalTime:
 class ModeTime:
     """t = f(u) = 1 - u - scale (cos^2(pi u/2) - 1 + u), u uniform. Esser et al. 2024, eq. 20.
 
-    A positive scale favours the middle and a negative one the ends, whose density stays above 0, unlike the
+    A positive scale favors the middle and a negative one the ends, whose density stays above 0, unlike the
     logit-normal's; 0 is uniform. Raises ValueError unless -1 <= scale <= 2/(pi - 2) = 1.75, beyond which f
     isn't monotone.
     """

@@ -1,7 +1,7 @@
 """The paths of diffusion models, alpha^2 + sigma^2 = 1: in continuous time, and as DDPM's discrete chain.
 
-Time is that of path.py: 0 is data, 1 is noise. alpha_bar is alpha^2, DDPM's running product of 1 - beta_i;
-write-ups that put its alpha_i (one factor) in place of alpha_bar_i give wrong scores and wrong x_t.
+Time is that of path.py: 0 is data, 1 is noise. alpha_bar is alpha^2, DDPM's cumulative product of
+1 - beta_i (not to be confused with its alpha_i, one factor).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class VariancePreservingPath(Path):
 class LinearBetaPath(VariancePreservingPath):
     """beta(t) = beta_min + t (beta_max - beta_min): DDPM's chain in continuous time.
 
-    Song et al. 2021, appendix C. alpha(1) is exp(-(beta_min + beta_max)/4) = 0.0066, not 0: x_1 still holds
-    that much data. Raises ValueError unless 0 < beta_min <= beta_max.
+    Song et al. 2021, appendix C. alpha(1) is exp(-(beta_min + beta_max)/4) = 0.0066, not 0: x_1 still
+    contains that much data. Raises ValueError unless 0 < beta_min <= beta_max.
     """
 
     beta_min: float = 0.1
@@ -101,8 +101,7 @@ class CosinePath(VariancePreservingPath):
     """alpha_bar(t) = f(t)/f(0) with f(t) = cos^2((t + s)/(1 + s) pi/2). Nichol and Dhariwal 2021, eq. 17.
 
     arXiv:2102.09672. In continuous time, with nothing clipped: alpha(1) is exactly 0 and beta(1) infinite.
-    `offset` is the paper's s. Raises ValueError
-    unless 0 < offset.
+    `offset` is the paper's s. Raises ValueError unless 0 < offset.
     """
 
     offset: float = 0.008
@@ -153,7 +152,7 @@ class ChainPath(VariancePreservingPath):
     Ho et al. 2020 (arXiv:2006.11239), eq. 2. `betas` [T] in (0, 1) is kept in float64. Between the grid
     points it is the diffusion with the piecewise constant rate -T log(1 - beta_i), whose exact transitions
     are the chain's steps (not an approximation); at a grid point rates are those of the step that ends there.
-    Raises ValueError for betas that are not a row of numbers in (0, 1).
+    Raises ValueError for betas that are not a vector of values in (0, 1).
     """
 
     betas: Tensor
@@ -161,7 +160,7 @@ class ChainPath(VariancePreservingPath):
     def __post_init__(self) -> None:
         betas = torch.as_tensor(self.betas, dtype=torch.float64).detach().cpu()
         if betas.ndim != 1 or len(betas) < 1 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas must be a row [T] of numbers between 0 and 1, got {self.betas}")
+            raise ValueError(f"betas must be a vector [T] of values between 0 and 1, got {self.betas}")
         object.__setattr__(self, "betas", betas)
 
     @property
@@ -201,7 +200,7 @@ class ChainPath(VariancePreservingPath):
 def linear_betas(steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
     """Evenly spaced betas [steps], float64. Ho et al. 2020, section 4, whose 1000 steps go from 1e-4 to 0.02.
 
-    With other numbers of steps the first and last must be scaled by 1000/steps to end in as much noise.
+    For another number of steps scale first and last by 1000/steps to end with as much noise.
     Raises ValueError for fewer than one step.
     """
     if steps < 1:

@@ -89,7 +89,10 @@ def evaluation_at(
     txt = model.project_text(text.txt)
     modulations = model.modulate(model.embed_time(sigmas, guidance, text.pooled))
     rope = model.rope(txt.shape[1], *size)
-    return Evaluation(txt, modulations, Shared(rope, model.ops()), hooks)
+    # what is compiled uses the differentiable operations without gradients too: the compiler fuses them
+    with torch.set_grad_enabled(torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        ops = model.ops()
+    return Evaluation(txt, modulations, Shared(rope, ops), hooks)
 
 
 class FlowWithRepaLoss(nn.Module):

@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024).
+"""Muon: momentum whose matrices are orthogonalized before they are applied (Jordan et al. 2024).
 
 Newton-Schulz iteration and its quintic coefficients: Keller Jordan's description of Muon; the step's size is
 matched to AdamW's as in Liu et al. 2025, arXiv:2502.16982, section 2.2. The iteration may run in bfloat16,
-where the processor is quick at it.
+where the processor supports it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """The matrices [..., rows, columns] with all singular values brought to about 1 (0.7 to 1.2)."""
+def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """The matrices [..., rows, columns] with all singular values close to 1 (0.7 to 1.2)."""
     a, b, c = COEFFICIENTS
     x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update; matrices of equal shape are made orthogonal together. Returns the closure's loss."""
+        """One update; matrices of equal shape are orthogonalized together. Returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append((parameter, parameter.grad))
             for pairs in by_shape.values():
                 updates = torch.stack([self._momentum(p, g, group["momentum"]).flatten(1) for p, g in pairs])
-                orthogonal = orthogonalise(updates.to(self.dtype)).to(updates.dtype)
+                orthogonal = orthogonalize(updates.to(self.dtype)).to(updates.dtype)
                 size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
                 for (parameter, _), update in zip(pairs, orthogonal.unbind(), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(

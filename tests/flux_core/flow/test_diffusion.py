@@ -46,20 +46,6 @@ def test_the_forward_chain_has_the_mean_and_variance_of_its_closed_form(chain: C
 
 
 @CHAINS
-def test_the_forward_chain_by_sampling(chain: ChainPath) -> None:
-    """20 000 chains from x_0 = 2, half way and at the end: mean and variance within 4 standard errors."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.full((20_000,), 2.0)
-    for step in range(1, chain.steps + 1):
-        x = forward_step(chain, x, step, torch.randn(len(x), generator=generator))
-        if step in (chain.steps // 2, chain.steps):
-            t = torch.tensor(step / chain.steps)
-            mean, variance = 2 * chain.alpha(t).item(), chain.sigma(t).item() ** 2
-            assert abs(x.mean().item() - mean) < 4 * math.sqrt(variance / len(x))
-            assert abs(x.var().item() - variance) < 4 * variance * math.sqrt(2 / len(x))
-
-
-@CHAINS
 def test_the_ancestral_mean_is_the_posterior_mean(chain: ChainPath) -> None:
     """For Gaussian data E[x_{i-1} | x_i] by conditioning; with the exact noise the step's mean is that."""
     x = torch.tensor([[-1.3], [0.4], [2.0]], dtype=torch.float64)
@@ -102,11 +88,11 @@ def test_the_last_ancestral_step_adds_no_noise() -> None:
         )
 
 
-def test_ancestral_sampling_asks_at_every_grid_point_and_follows_the_generator() -> None:
-    chain, asked = ChainPath(linear_betas(8, 0.01, 0.5)), []
+def test_ancestral_sampling_evaluates_every_grid_point_and_follows_the_generator() -> None:
+    chain, times = ChainPath(linear_betas(8, 0.01, 0.5)), []
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(t.tolist())
+        times.append(t.tolist())
         return x
 
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -114,8 +100,8 @@ def test_ancestral_sampling_asks_at_every_grid_point_and_follows_the_generator()
         sample_ancestral(chain, network, x, generator=torch.Generator().manual_seed(1)) for _ in range(2)
     )
     assert first.shape == x.shape and torch.equal(first, second)
-    assert asked[:8] == [[i / 8] * 2 for i in range(8, 0, -1)]
-    assert len(asked) == 16
+    assert times[:8] == [[i / 8] * 2 for i in range(8, 0, -1)]
+    assert len(times) == 16
 
 
 def euler_maruyama(path: Path, times: Tensor, rate: Callable[[Tensor], Tensor] | None, of: str) -> float:
@@ -180,16 +166,13 @@ def test_the_probability_flow_ode_has_the_order_of_its_solver(name: str) -> None
 def test_wrong_input_is_refused() -> None:
     chain, path, x = ChainPath(linear_betas(10)), LinearBetaPath(), torch.zeros(2, 1)
     for step in (0, 11):
-        with pytest.raises(ValueError, match=f"a step of this chain must lie between 1 and 10, got {step}"):
-            forward_step(chain, x, step, x)
-        with pytest.raises(ValueError, match=f"between 1 and 10, got {step}"):
-            ancestral_step(chain, x, x, step, x)
-    with pytest.raises(ValueError, match="the variance must be one of posterior, beta, got 'learned'"):
+        for call in (lambda i: forward_step(chain, x, i, x), lambda i: ancestral_step(chain, x, x, i, x)):
+            with pytest.raises(ValueError, match=f"between 1 and 10, got {step}"):
+                call(step)
+    with pytest.raises(ValueError, match="learned"):
         sample_ancestral(chain, lambda x, t: x, x, variance="learned")
     for times in ([1.0], [0.5, 0.5], [0.1, 0.9]):
-        with pytest.raises(
-            ValueError, match=r"times must be at least two and descend, from noise \(1\) to data"
-        ):
+        with pytest.raises(ValueError, match="descend"):
             sample_sde(path, lambda x, t: x, x, times, of="noise")
-    with pytest.raises(ValueError, match="RectifiedPath has no finite drift at t = 1"):
+    with pytest.raises(ValueError, match="no finite drift at t = 1"):
         sample_sde(RectifiedPath(), lambda x, t: x, x, [1.0, 0.5])

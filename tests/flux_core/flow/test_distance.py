@@ -73,12 +73,8 @@ def test_the_floor_of_normal_points_in_closed_form() -> None:
     assert floor == pytest.approx(math.sqrt(math.pi) * (1 / 4000 + 1 / 1000), rel=0.02)
 
 
-def test_messages() -> None:
-    with pytest.raises(ValueError) as caught:
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[5, 2\] and \[5, 3\]"):
         energy_distance(torch.zeros(5, 2), torch.zeros(5, 3))
-    assert str(caught.value) == (
-        "distances are between rows of two tables [n, d] and [m, d], got [5, 2] and [5, 3]"
-    )
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="two points, got 1"):
         energy_floor(torch.zeros(1, 2), 10)
-    assert str(caught.value) == "the floor of a sample needs at least two points, got 1"

@@ -110,18 +110,6 @@ def test_hutchinsons_likelihood_is_unbiased(kind: str) -> None:
     assert abs(got.mean() - MIXTURE.log_prob(x)) < 4 * got.std() / math.sqrt(1000)
 
 
-def test_more_probes_have_less_variance() -> None:
-    """Variance falls as 1/probes: by 16 from 1 to 16, within 15 % for 4000 draws."""
-    many = torch.tensor([[0.4, -0.3]], dtype=torch.float64).repeat(4000, 1)
-    one, sixteen = (
-        hutchinson_divergence(
-            RECTIFIED, many, 0.3, draw_probes(many, count, "gaussian", torch.Generator().manual_seed(count))
-        )[1].var()
-        for count in (1, 16)
-    )
-    assert (one / sixteen).item() == pytest.approx(16, rel=0.15)
-
-
 def test_probes_have_unit_variance() -> None:
     x = torch.zeros(500, 4)
     rademacher = draw_probes(x, 10, "rademacher", torch.Generator().manual_seed(0))
@@ -133,7 +121,7 @@ def test_probes_have_unit_variance() -> None:
 
 
 def test_a_flow_that_moves_without_squeezing_keeps_the_density() -> None:
-    """v constant, so div v = 0: log p(x) = log N(x + v). Pictures too, in float32, without gradients left."""
+    """v constant, so div v = 0: log p(x) = log N(x + v). Images too, in float32, without gradients left."""
     x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     shift = torch.full((), 0.5, requires_grad=True)
     got = log_likelihood(lambda x, sigma: shift.expand(x.shape), x, [0.0, 0.5, 1.0])
@@ -154,16 +142,14 @@ def test_nats_and_bits() -> None:
 def test_wrong_input_is_refused() -> None:
     x = torch.zeros(2, 3)
     for sigmas in ([1.0, 0.0], [0.0, 0.5, 0.5]):
-        with pytest.raises(
-            ValueError, match=r"a likelihood's sigmas ascend from data \(0\) to noise \(1\), got"
-        ):
+        with pytest.raises(ValueError, match="ascend"):
             log_likelihood(lambda x, sigma: x, x, sigmas)
     for wrong in (torch.zeros(2), torch.zeros(0, 3)):
-        with pytest.raises(ValueError, match=r"of samples \[B, ...\] with elements, got shape"):
+        with pytest.raises(ValueError, match=rf"got shape \{list(wrong.shape)}"):
             log_likelihood(lambda x, sigma: x, wrong, [0.0, 1.0])
-    with pytest.raises(ValueError, match="the divergence needs at least 1 probe, got 0"):
+    with pytest.raises(ValueError, match="1 probe, got 0"):
         draw_probes(x, 0)
-    with pytest.raises(ValueError, match="probes must be one of rademacher, gaussian, got 'uniform'"):
+    with pytest.raises(ValueError, match="uniform"):
         draw_probes(x, 1, "uniform")
-    with pytest.raises(ValueError, match=r"probes must be \[P, \*x.shape\], got \[2, 3\] for x \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"got \[2, 3\] for x \[2, 3\]"):
         log_likelihood(lambda x, sigma: x, x, [0.0, 1.0], probes=x)

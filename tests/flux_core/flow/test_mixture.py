@@ -6,24 +6,17 @@ import math
 
 import pytest
 import torch
-from rectiflux.flux_core.flow import CosinePath, GaussianMixture, LinearBetaPath, Path, RectifiedPath
+from rectiflux.flux_core.flow import GaussianMixture, Path, RectifiedPath
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-PATHS = pytest.mark.parametrize(
-    "path", [RectifiedPath(), LinearBetaPath(), CosinePath()], ids=lambda p: type(p).__name__
-)
+from .closed_form import ALL, MIXTURE
 
 
 def tensor(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-MIXTURE = GaussianMixture(
-    tensor([0.3, 0.5, 0.2]),
-    tensor([[-1.5, 0.0], [1.0, 1.0], [0.5, -1.5]]),
-    tensor([[[0.09, 0.05], [0.05, 0.16]], [[0.1, 0.0], [0.0, 0.1]], [[0.2, -0.1], [-0.1, 0.1]]]),
-)
 POINTS = 2 * torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -47,7 +40,7 @@ def test_the_score_is_the_gradient_of_the_log_density() -> None:
     torch.testing.assert_close(MIXTURE.score(POINTS), score, rtol=1e-12, atol=1e-11)
 
 
-@PATHS
+@ALL
 def test_the_marginal_is_the_law_of_the_drawn_points(path: Path) -> None:
     """At t: means alpha mu, covariances alpha^2 Sigma + sigma^2 I; at 0 the mixture itself."""
     t = tensor(0.4)
@@ -65,7 +58,7 @@ def test_the_marginal_is_the_law_of_the_drawn_points(path: Path) -> None:
     torch.testing.assert_close(at_zero, MIXTURE.log_prob(POINTS), rtol=1e-12, atol=1e-12)
 
 
-@PATHS
+@ALL
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
 def test_predictions_are_bayes_integrals(path: Path, t: float) -> None:
     """E[f(x_0) | x_t] in one dimension by the trapezoid rule over x_0, which converges geometrically here."""
@@ -87,7 +80,7 @@ def test_predictions_are_bayes_integrals(path: Path, t: float) -> None:
         torch.testing.assert_close(mixture.predict(path, of, x, t)[:, 0], value, rtol=1e-10, atol=1e-10)
 
 
-@PATHS
+@ALL
 def test_every_sample_may_have_its_own_time(path: Path) -> None:
     times = torch.linspace(0.1, 0.9, 50, dtype=torch.float64)
     for of in ("velocity", "score", "noise", "data"):
@@ -118,7 +111,7 @@ def in_space(apart: float) -> GaussianMixture:
     return GaussianMixture(tensor([0.3, 0.7]), means, torch.stack([OWN, OWN.flip(0, 1)]))
 
 
-@PATHS
+@ALL
 def test_score_and_data_in_three_dimensions(path: Path) -> None:
     """The score by autograd of torch.distributions' density of x_t, the data by Tweedie's formula."""
     mixture, t = in_space(2.0), tensor(0.4)
@@ -150,16 +143,15 @@ def test_the_ring_is_a_ring() -> None:
 
 def test_wrong_mixtures_are_refused() -> None:
     mean, eye = torch.zeros(1, 2), torch.eye(2)[None]
-    with pytest.raises(ValueError, match=r"needs weights \[M\], .* got \[2\], \[1, 2\], \[1, 2, 2\]"):
-        GaussianMixture(torch.ones(2) / 2, mean, eye)
-    with pytest.raises(ValueError, match=r"got \[1\], \[2\], \[1, 2, 2\]"):
-        GaussianMixture(torch.ones(1), mean[0], eye)
-    with pytest.raises(ValueError, match=r"weights must be at least 0 and sum to 1, got \[0.5\]"):
-        GaussianMixture(torch.ones(1) / 2, mean, eye)
+    for weights, means, match in (
+        (torch.ones(2) / 2, mean, r"\[2\], \[1, 2\], \[1, 2, 2\]"),
+        (torch.ones(1), mean[0], r"\[1\], \[2\], \[1, 2, 2\]"),
+        (torch.ones(1) / 2, mean, r"\[0.5\]"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            GaussianMixture(weights, means, eye)
     for covariance in ([[1.0, 0.5], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]):
-        with pytest.raises(
-            ValueError, match="covariances must be symmetric and positive definite; give each"
-        ):
+        with pytest.raises(ValueError, match="positive definite"):
             GaussianMixture(torch.ones(1), mean, torch.tensor([covariance]))
-    with pytest.raises(ValueError, match="one of velocity, score, noise, data, got 'epsilon'"):
+    with pytest.raises(ValueError, match="epsilon"):
         MIXTURE.predict(RectifiedPath(), "epsilon", POINTS, 0.5)

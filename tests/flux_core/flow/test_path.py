@@ -161,37 +161,32 @@ def test_the_dtype_of_x_is_kept(path: Path, dtype: torch.dtype) -> None:
 
 def test_wrong_times_are_refused() -> None:
     path, x = RectifiedPath(), torch.zeros(3, 2)
-    with pytest.raises(
-        ValueError, match=r"one number or \[B\], one per sample, got shape \[2\] for x \[3, 2\]"
-    ):
-        path.draw(x, x, torch.zeros(2))
-    with pytest.raises(ValueError, match=r"got shape \[3, 1\] for x \[3, 2\]"):
-        path.velocity(x, x, torch.zeros(3, 1))
-    for t in (-0.1, 1.5, math.nan):
-        with pytest.raises(ValueError, match=rf"t must lie between 0 \(data\) and 1 \(noise\), got {t}"):
+    for t in (torch.zeros(2), torch.zeros(3, 1)):
+        with pytest.raises(ValueError, match=rf"got shape \{list(t.shape)} for x \[3, 2\]"):
+            path.velocity(x, x, t)
+    for t in (-0.1, 1.5, math.nan, torch.tensor([0.5, 2.0, 0.5])):
+        with pytest.raises(ValueError, match=f"got {t if isinstance(t, float) else 2.0}"):
             path.draw(x, x, t)
-    with pytest.raises(ValueError, match="got 2.0"):
-        path.draw(x, x, torch.tensor([0.5, 2.0, 0.5]))
 
 
 def test_infinite_rates_are_refused() -> None:
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="LinearBetaPath has no finite velocity at t = 0; keep t inside"):
+    with pytest.raises(ValueError, match="LinearBetaPath has no finite velocity at t = 0"):
         LinearBetaPath().velocity(x, x, torch.tensor([0.5, 0.0]))
-    with pytest.raises(ValueError, match="RectifiedPath has no finite drift at t = 1, where alpha is 0"):
+    with pytest.raises(ValueError, match="RectifiedPath has no finite drift at t = 1"):
         RectifiedPath().diffusion(torch.ones(()))
-    with pytest.raises(ValueError, match="CosinePath has no finite beta at t = 1; keep t below 1"):
+    with pytest.raises(ValueError, match="CosinePath has no finite beta at t = 1"):
         CosinePath().drift(torch.ones((), dtype=torch.float64))
 
 
 def test_wrong_schedules_are_refused() -> None:
-    with pytest.raises(ValueError, match="beta must rise from above 0, got beta_min 0.0 and beta_max 20.0"):
+    with pytest.raises(ValueError, match="beta_min 0.0 and beta_max 20.0"):
         LinearBetaPath(0.0)
-    with pytest.raises(ValueError, match="offset of a cosine path must be above 0, got 0; 0.008 is usual"):
+    with pytest.raises(ValueError, match="got 0"):
         CosinePath(0)
     for betas in (torch.tensor([0.1, 1.0]), torch.tensor([[0.1]]), torch.tensor([])):
-        with pytest.raises(ValueError, match=r"betas must be a row \[T\] of numbers between 0 and 1, got"):
+        with pytest.raises(ValueError, match="betas"):
             ChainPath(betas)
     for make in (linear_betas, cosine_betas):
-        with pytest.raises(ValueError, match="a chain needs at least 1 step, got 0; 1000 is usual"):
+        with pytest.raises(ValueError, match="got 0"):
             make(0)

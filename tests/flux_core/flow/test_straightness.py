@@ -68,18 +68,12 @@ def test_chunks_change_nothing() -> None:
     assert straightness(lambda x, t: x * t, NOISE, 5, chunk=77) == pytest.approx(whole, rel=1e-14)
 
 
-def test_messages() -> None:
-    with pytest.raises(ValueError) as caught:
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="two steps"):
         straightness(lambda x, t: x, NOISE, 1)
-    assert str(caught.value) == "straightness needs at least two steps (one is always straight), got 1"
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="sigma 0"):
         integrate(SOLVERS["euler"], lambda x, t: x, NOISE, [0.0, 1.0], PathRecorder())
-    assert str(caught.value) == (
-        "straightness is measured from noise to data, got a step that begins at sigma 0"
-    )
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="on_step"):
         PathRecorder().straightness(NOISE)
-    assert str(caught.value) == "there is no path yet: give the recorder to integrate as on_step first"
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"\[2, 3\] and \[2, 4\]"):
         transport_cost(torch.zeros(2, 3), torch.zeros(2, 4))
-    assert str(caught.value) == "transport cost is that of pairs of one shape, got [2, 3] and [2, 4]"

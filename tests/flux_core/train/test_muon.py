@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rectiflux.flux_core.train.muon import Muon, orthogonalise
+from rectiflux.flux_core.train.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 48), (48, 16)])
@@ -14,7 +14,7 @@ def test_singular_values_come_near_one(shape: tuple[int, ...], dtype: torch.dtyp
     generator = torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     matrices = u @ torch.diag_embed(torch.linspace(0.1, 1, u.shape[-1])) @ vh
-    found = torch.linalg.svdvals(orthogonalise(matrices.to(dtype)).float())
+    found = torch.linalg.svdvals(orthogonalize(matrices.to(dtype)).float())
     assert 0.65 < found.min() and found.max() < 1.25
 
 
@@ -23,7 +23,7 @@ def test_the_directions_stay() -> None:
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(20, 12, generator=generator, dtype=torch.float64)
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    core = u.T @ orthogonalise(matrix, iterations=5) @ vh.T
+    core = u.T @ orthogonalize(matrix, iterations=5) @ vh.T
     assert (core - torch.diag(core.diagonal())).abs().max() < 1e-6
 
 
