@@ -96,7 +96,7 @@ def sample_sde(
 
     Strong order 1/2, weak order 1 (Kloeden and Platen 1992, section 10.2); one evaluation a step, none at the
     last time. `of` is what the network predicts; `noise_rate` is h(t), by default the path's own g, which
-    makes it the reverse SDE. The rectified path's own g is infinite at t = 1: pass another, such as sqrt(2 t).
+    makes it the reverse SDE. The rectified path's own g is infinite at t = 1: pass another, as sqrt(2 t).
     Raises ValueError for fewer than two times, times that don't descend, and what `convert` and
     `diffusion` raise.
     """
