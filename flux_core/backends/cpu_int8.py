@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class Int8Weight(QuantizedWeight):
         super().__init__(unpacked=None if packable else codes, scale=scale)
         self._shape = codes.shape
         self.packed = PackedWeight(torch.ops.onednn.qlinear_prepack(codes, None)) if packable else None
-        self.zero_points = torch.zeros(len(codes), dtype=torch.int32) if packable else None
+        self.zero_points = torch.zeros(len(codes), dtype=torch.int32)
 
     @property
     def shape(self) -> torch.Size:
@@ -74,8 +74,6 @@ class Int8Linear(CPULinear, QuantizedLinear):
     dequantized.
     """
 
-    quantized: Int8Weight
-
     def __init__(
         self, quantized: Int8Weight, bias: Tensor | None, dtype: torch.dtype, qkv_dim: int | None = None
     ) -> None:
@@ -100,7 +98,7 @@ class Int8Linear(CPULinear, QuantizedLinear):
 
     def _sums(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """s_w (q_x . q_w) [N, out] in `dtype`."""
-        weight = self.quantized
+        weight = cast(Int8Weight, self.quantized)
         if weight.packed is None:
             return (torch.ops.aten._int_mm(codes, weight.codes.mT) * weight.scale).to(dtype)
         multiply = packed_int8_matmul if torch.compiler.is_compiling() else _int8_matmul

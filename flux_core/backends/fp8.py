@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -44,22 +45,21 @@ MULTIPLE = 16
 class Fp8Linear(QuantizedLinear):
     """A linear layer that multiplies in fp8 where the GPU can, and computes the same values elsewhere.
 
-    For inputs that need a gradient, and on devices without fp8, the weight is dequantized.
+    Its weight is float8_e4m3fn codes [out, in] with scales [out, 1]. For inputs that need a gradient, and on
+    devices without fp8, where it is a `LookupWeight`, it is dequantized.
     """
-
-    quantized: ScaledWeight
-    """float8_e4m3fn codes [out, in] with scales [out, 1]; a `LookupWeight` on devices without fp8."""
 
     def __init__(self, quantized: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         scale = quantized.scale.float().expand(quantized.shape[0], 1).contiguous()
         super().__init__(ScaledWeight(quantized.codes.contiguous(), scale), bias, dtype)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        codes = self.quantized.codes
+        scaled = cast(ScaledWeight, self.quantized)
+        codes, scale = scaled.codes, scaled.scale
         if x.requires_grad or codes.dtype != FP8:
             return super().matmul(x, bias)
         inputs = x.reshape(-1, self.in_features)
-        weight = codes.to(x.device), self.quantized.scale.to(x.device)
+        weight = codes.to(x.device), scale.to(x.device)
         if torch.compiler.is_compiling() and not can_multiply(x.device):
             y = fp8_matmul(inputs, *weight, bias)
         else:

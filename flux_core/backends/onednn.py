@@ -5,6 +5,7 @@ torch's own layers pass weights in rows, and oneDNN reorders them at every call.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ class PackedWeight(OpaqueBase):  # type: ignore[misc, valid-type]  # object in o
     torch.compile cannot trace opaque tensors; an object of a registered opaque type is an input of compiled
     code like any tensor, so that all layers of one size share it.
     """
+
+    __module__ = re.sub(r"\W", "_", __name__)
+    """The prefix of the type's name for torch, an identifier: ComfyUI names its modules by their paths."""
 
     def __init__(self, opaque: Tensor) -> None:
         self.opaque = opaque

@@ -136,7 +136,7 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, QuantizedWeight):
         return value.with_tensors(change)
-    return [part.with_tensors(change) for part in value] if isinstance(value, nn.ModuleList) else value
+    return [_changed(part, change) for part in value] if isinstance(value, nn.ModuleList) else value
 
 
 def _described(value: Any) -> list[Any]:

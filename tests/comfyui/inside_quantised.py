@@ -21,7 +21,7 @@ def twin_of(form: str, weight: Tensor, bias: Tensor) -> nn.Module:
     """The layer of flux_core of these numbers."""
     fp8, int8 = (importlib.import_module(f"pack.flux_core.backends.{name}") for name in ("fp8", "cpu_int8"))
     if form == "int8":
-        return int8.Int8Linear(weight, bias)
+        return int8.Int8Linear(int8.quantize_int8(weight), bias, torch.float32)
     return fp8.Fp8Linear(fp8.to_fp8(weight), bias, torch.float32)
 
 

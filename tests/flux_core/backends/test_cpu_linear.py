@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rectiflux.benchmarks.reference.models import relative_error
-from rectiflux.flux_core.backends import cpu_gelu, cpu_linear
+from rectiflux.flux_core.backends import cpu_gelu, cpu_linear, onednn
 from rectiflux.flux_core.backends.cpu_gelu import gelu, gelu_in_float32
 from rectiflux.flux_core.backends.cpu_int8 import Int8Linear, quantize_int8
 from rectiflux.flux_core.backends.cpu_linear import PackedLinear
@@ -108,6 +110,24 @@ def test_what_can_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_pack(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not can_pack(CPU, torch.float32) and not can_pack(CPU, torch.int8)
+
+
+def test_the_module_may_be_named_by_its_path() -> None:
+    """As ComfyUI names those of custom nodes."""
+    spec = importlib.util.spec_from_file_location("/custom nodes/pack-1.2.onednn", str(onednn.__file__))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def first(x: Tensor, weight: Any) -> Tensor:
+        return x.clone()
+
+    first.__annotations__ = {"x": Tensor, "weight": module.PackedWeight, "return": Tensor}
+    operator = module.packed_operator("rectiflux::named_by_path", lambda x, weight: x.new_empty(x.shape))(
+        first
+    )
+    x = randn(3)
+    assert torch.equal(operator(x, module.PackedWeight(x)), x)
 
 
 @pytest.mark.slow

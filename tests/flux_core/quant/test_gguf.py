@@ -1,4 +1,4 @@
-"""Every GGUF type against the `gguf` package's own dequantisation: the very same floats."""
+"""Every GGUF type against the `gguf` package's own dequantization: exactly the same values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def expected(data: np.ndarray, kind: str) -> torch.Tensor:
     return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[kind]))
 
 
-def test_the_table_is_what_the_issue_asks_and_what_the_package_measures() -> None:
-    asked = "BF16 F16 F32 Q8_0 Q5_1 Q5_0 Q4_1 Q4_0 Q6_K Q5_K Q4_K Q3_K Q2_K IQ4_NL IQ4_XS"
-    assert set(BLOCK_TYPES) == set(asked.split())
+def test_the_table_has_the_packages_block_sizes() -> None:
+    supported = "BF16 F16 F32 Q8_0 Q5_1 Q5_0 Q4_1 Q4_0 Q6_K Q5_K Q4_K Q3_K Q2_K IQ4_NL IQ4_XS"
+    assert set(BLOCK_TYPES) == set(supported.split())
     for kind, block in BLOCK_TYPES.items():
         assert (block.size, block.bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
 
@@ -24,20 +24,20 @@ def test_the_table_is_what_the_issue_asks_and_what_the_package_measures() -> Non
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_random_bytes(kind: str) -> None:
     data = random_blocks(kind, 6, 5)
-    ours = dequantize(torch.from_numpy(data), kind)
-    assert ours.dtype == torch.float32
-    assert ours.shape == (6, 5 * BLOCK_TYPES[kind].size)
-    assert ours.abs().max() > 0
-    assert torch.equal(ours, expected(data, kind))
+    found = dequantize(torch.from_numpy(data), kind)
+    assert found.dtype == torch.float32
+    assert found.shape == (6, 5 * BLOCK_TYPES[kind].size)
+    assert found.abs().max() > 0
+    assert torch.equal(found, expected(data, kind))
 
 
 @pytest.mark.parametrize("kind", QUANTIZABLE)
-def test_quantised_weights(kind: str) -> None:
-    """The package's bytes for normal weights: the same floats, and near the weights themselves."""
+def test_quantized_weights(kind: str) -> None:
+    """The package's bytes for normal weights: the same values, and close to the weights."""
     weights = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
     data = quantize_gguf(weights, kind)
-    ours = dequantize(torch.from_numpy(data), kind)
-    assert torch.equal(ours, expected(data, kind))
+    found = dequantize(torch.from_numpy(data), kind)
+    assert torch.equal(found, expected(data, kind))
     steps = {
         "F32": 1e30,
         "F16": 2**11,
@@ -48,25 +48,25 @@ def test_quantised_weights(kind: str) -> None:
         "Q4_1": 15,
         "Q4_0": 8,
     }
-    assert np.abs(ours.numpy() - weights).max() <= 1.1 * np.abs(weights).max() / steps[kind]
+    assert np.abs(found.numpy() - weights).max() <= 1.1 * np.abs(weights).max() / steps[kind]
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
-def test_every_row_and_block_stands_alone(kind: str) -> None:
-    """Rows can be cut, and bytes may lie anywhere in memory that is not a multiple of four."""
+def test_rows_are_independent(kind: str) -> None:
+    """Rows can be sliced, and bytes may start at any address."""
     data = torch.from_numpy(random_blocks(kind, 4, 3, seed=2))
     whole = dequantize(data, kind)
     shifted = torch.cat([torch.zeros(2, dtype=torch.uint8), data.flatten()])[2:].view(data.shape)
-    if kind != "F32":  # whose numbers torch wants at multiples of four
+    if kind != "F32":  # torch requires aligned float32
         assert torch.equal(dequantize(shifted[1:3], kind), whole[1:3])
     assert torch.equal(dequantize(data[2:], kind), whole[2:])
 
 
-def test_a_block_worked_by_hand() -> None:
-    """Q4_0 with d = 0.5: nibbles 0..15 in the low halves, 15..0 in the high."""
+def test_a_block_by_hand() -> None:
+    """Q4_0 with d = 0.5: 0..15 in the low nibbles, 15..0 in the high ones."""
     data = [*np.array([0.5], np.float16).view(np.uint8), *(i | (15 - i) << 4 for i in range(16))]
-    numbers = dequantize(torch.tensor(data, dtype=torch.uint8), "Q4_0")
-    assert numbers.tolist() == [(i - 8) / 2 for i in [*range(16), *range(15, -1, -1)]]
+    values = dequantize(torch.tensor(data, dtype=torch.uint8), "Q4_0")
+    assert values.tolist() == [(i - 8) / 2 for i in [*range(16), *range(15, -1, -1)]]
 
 
 def test_an_unknown_type_is_a_key_error() -> None:
