@@ -87,7 +87,8 @@ class QuantizedWeight(nn.Module, ABC):
         weight = self if has_fp8(device) else self.without_fp8()
         if weight.device == device:
             return weight
-        return weight.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        asynchronous = device.type != "cpu"  # the CPU could read the copy before it is complete
+        return weight.with_tensors(lambda tensor: tensor.to(device, non_blocking=asynchronous))
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """The weight's rows [start:stop]; dequantized to float32 if the format cannot be split there."""

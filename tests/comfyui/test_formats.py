@@ -16,7 +16,7 @@ from rectiflux.flux_core.weights import read_state_dict
 from safetensors.torch import save_file
 
 from ..nodes import graphs
-from ..nodes.stored_models import all_in_one, pipeline, quantised
+from ..nodes.model_files import all_in_one, pipeline, quantized_transformer
 from ..nodes.tiny import NAMES, SPEC
 from .conftest import DEV
 from .pictures import k_sampler, largest_difference, our_graph, picture, psnr, same_to_rounding
@@ -30,7 +30,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 @pytest.fixture(scope="module")
 def stored(base: Path) -> dict[str, tuple[str, str]]:
     """Names of each form's file and of the dense file of the same numbers."""
-    return {form: quantised(base / "models", form, DEV) for form in FORMS}
+    return {form: quantized_transformer(base / "models", form, DEV) for form in FORMS}
 
 
 def painted_by(files: graphs.Prompt, name: str, **settings: Any) -> graphs.Prompt:

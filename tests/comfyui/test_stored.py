@@ -9,7 +9,7 @@ import pytest
 import torch
 from rectiflux.flux_core.weights import read_state_dict
 
-from ..nodes.stored_models import quantised
+from ..nodes.model_files import quantized_transformer
 from ..nodes.tiny import NAMES, write_models
 from .conftest import inside
 
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(request: pytest.FixtureRequest, models: Path) -> tuple[str, Path, Path, dict[str, Any]]:
     """The form, the dense file of its numbers, a file that ComfyUI saved, and what inside.py found."""
     form = request.param
-    name, dense = quantised(models, form)
+    name, dense = quantized_transformer(models, form)
     folder, output = models / "diffusion_models", models / f"saved-{form}.safetensors"
     found = inside("inside.py", folder / name, models / "loras" / NAMES["loras"], output)
     return form, folder / dense, output, found

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import graphs
-from .stored_models import all_in_one, pipeline, quantised
+from .model_files import all_in_one, pipeline, quantized_transformer
 from .test_nodes import FILES, call, listening
 from .tiny import NAMES, write_models
 
@@ -123,7 +123,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_quantized_model_gives_the_image_of_its_dequantized_weights(
     host: Folders, models: Path, form: str, unpacked: None
 ) -> None:
-    name, dense = quantised(models, form)
+    name, dense = quantized_transformer(models, form)
     assert name in current_host().list_models("diffusion_models")
     model = call("RectifluxModelLoader", model_name=name, weight_dtype="auto")
     assert any(isinstance(layer, QuantizedLinear) for layer in model.network.modules())
@@ -137,7 +137,7 @@ def test_a_quantized_model_gives_the_image_of_its_dequantized_weights(
 def test_a_streamed_model_gives_the_same_image(
     host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch, form: str | None, unpacked: None
 ) -> None:
-    name = NAMES["diffusion_models"] if form is None else quantised(models, form)[0]
+    name = NAMES["diffusion_models"] if form is None else quantized_transformer(models, form)[0]
     expected = image(model=model_node(name))
     choices: list[str] = []
     monkeypatch.setattr(loading, "limit_of", lambda choice, device: choices.append(choice) or 0)
@@ -217,7 +217,7 @@ def test_a_file_of_one_part_is_refused_as_a_checkpoint(host: Folders) -> None:
 
 
 def test_the_line_about_a_file(host: Folders, models: Path) -> None:
-    name, _ = quantised(models, "Q4_K")
+    name, _ = quantized_transformer(models, "Q4_K")
     variant = "FLUX.1 [schnell] in small (hidden size 256, 2 + 2 blocks)"
     _, about = outputs("RectifluxModelLoader", model_name=name, weight_dtype="auto")
     assert about.startswith(f"{variant}, GGUF Q4_K, ") and about.endswith(" million parameters")
@@ -276,7 +276,7 @@ def test_progress_calls_once_per_percent_and_not_for_small_loads() -> None:
 
 def test_a_quantized_model_takes_loras(host: Folders, models: Path) -> None:
     """The image is that of the dequantized model with the same LoRA."""
-    name, dense = quantised(models, "Q8_0")
+    name, dense = quantized_transformer(models, "Q8_0")
     shown = []
     for file in (name, dense):
         prompt = graphs.text_to_image({**FILES, "model": model_node(file)})
@@ -305,7 +305,7 @@ def test_a_model_that_fits_is_packed_and_gives_the_same_image(
 ) -> None:
     """To 1e-5, the rounding of float32; one that does not fit stays mapped from its file."""
     monkeypatch.setattr(cpu_pack, "packed_sizes", lambda dtype: (1 << 16, float("inf")))
-    name = quantised(models, "Q8_0")[1]  # wide enough to be packed then, and dense
+    name = quantized_transformer(models, "Q8_0")[1]  # wide enough to be packed then, and dense
     load = {"model_name": name, "weight_dtype": "fp32"}
     packed = call("RectifluxModelLoader", **load)
     assert sum(isinstance(layer, PackedLinear) for layer in packed.network.modules()) > 5
@@ -317,7 +317,7 @@ def test_a_model_that_fits_is_packed_and_gives_the_same_image(
 
 
 def test_int8_quantizes_the_blocks(host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = quantised(models, "Q8_0")[1]
+    name = quantized_transformer(models, "Q8_0")[1]
     network = call("RectifluxModelLoader", model_name=name, weight_dtype="int8").network
     blocks = [*network.double_blocks, *network.single_blocks]
     count = sum(isinstance(layer, Int8Linear) for block in blocks for layer in block.modules())
@@ -341,7 +341,7 @@ def test_fp8_quantizes_the_blocks_and_modulations(
     host: Folders, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also without a GPU; all but the last block, and neither the first nor the last layer."""
-    name = quantised(models, "Q8_0")[1]
+    name = quantized_transformer(models, "Q8_0")[1]
     load = {"model_name": name, "weight_dtype": "fp8"}
     network = call("RectifluxModelLoader", **load).network
     count = sum(isinstance(layer, Fp8Linear) for layer in network.modules())
@@ -364,7 +364,7 @@ def test_on_a_gpu_fp8_is_quantized_there_or_streamed(
     monkeypatch.setattr(loading, "limit_of", lambda choice, device: limit)
     monkeypatch.setattr(loading, "quantize_to_fp8", lambda model, *how: calls.append(how[:2]))
     monkeypatch.setattr(loading, "stream", lambda model, *how: calls.append(how) or model)
-    path = models / "diffusion_models" / quantised(models, "Q8_0")[1]
+    path = models / "diffusion_models" / quantized_transformer(models, "Q8_0")[1]
     network = EmbeddedHost(cuda).load_model(path, "fp8", "auto").network
     assert calls == [(None if place is None else cuda, None), (cuda, limit)]
     assert network.dtype == torch.bfloat16

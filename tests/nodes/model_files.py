@@ -1,4 +1,4 @@
-"""The tiny models in other forms: quantised, beside a dense file of these numbers; all in one; pipelines."""
+"""The tiny models in other files: quantized, dequantized, all-in-one checkpoints and pipeline folders."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ PREFIXES = {
     "t5": "text_encoders.t5xxl.transformer.",
     "vae": "vae.",
 }
-"""What stands before the names of each part in ComfyUI's all-in-one files."""
+"""Prefixes of each part's tensor names in ComfyUI's all-in-one files."""
 
 
-def quantised(models: Path, form: str, name: str = NAMES["diffusion_models"]) -> tuple[str, str]:
-    """Names of a quantised transformer, and of the float32 file of the numbers that it stands for."""
+def quantized_transformer(models: Path, form: str, name: str = NAMES["diffusion_models"]) -> tuple[str, str]:
+    """File names of a quantized transformer and of its dequantized weights in float32."""
     folder, stem = models / "diffusion_models", f"tiny-{form.replace(' ', '-')}"
     state = read_state_dict(folder / name)
     if form in FORMS:
         file = f"{stem}.safetensors"
-        numbers = write_quantized_safetensors(state, folder / file, form)
+        values = write_quantized_safetensors(state, folder / file, form)
     else:
         file = f"{stem}.gguf"
-        numbers = write_gguf(state, folder / file, form)
+        values = write_gguf(state, folder / file, form)
     dense = f"{stem}-dense.safetensors"
-    save_file({name: tensor.float().contiguous() for name, tensor in numbers.items()}, folder / dense)
+    save_file({name: tensor.float().contiguous() for name, tensor in values.items()}, folder / dense)
     return file, dense
 
 
 def tokenizers(folder: Path) -> dict[str, str]:
-    """The two tokenizers in a pipeline's folders; the metadata that its text encoders need."""
+    """Write the two tokenizers of a pipeline folder; returns the metadata that its text encoders need."""
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     eos = write_tokenizer(folder / "tokenizer" / "tokenizer.json", "<start>", "<|endoftext|>", None)
@@ -53,7 +53,7 @@ def parts(models: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def all_in_one(models: Path) -> str:
-    """The name of a checkpoint with all four, whose tokenizers lie in folders beside its own."""
+    """Write a checkpoint of all four, with tokenizers in folders beside its own; returns its name."""
     folder = models / "checkpoints" / "tiny"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -66,7 +66,7 @@ def all_in_one(models: Path) -> str:
 
 
 def pipeline(models: Path) -> str:
-    """The name of a folder as diffusers has it, the transformer in two shards under diffusers' names."""
+    """Write a pipeline folder as diffusers does, the transformer in two shards; returns its name."""
     folder = models / "checkpoints" / "tiny-pipeline"
     metadata = tokenizers(folder)
     state = parts(models)
