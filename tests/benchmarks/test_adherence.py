@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from rectiflux.benchmarks.generate import Generate, ScoredPrompt, check_images, 
 from rectiflux.benchmarks.prompts import SIX, Prompt, categories, parse_prompt
 from rectiflux.miniature.scene import Scene
 
-from ..nodes.tiny import NAMES, SPEC, write_models, write_transformer
+from ..nodes.tiny import NAMES, write_models
 from .generators import generate_right, generate_wrong
 
 LINE = '{"prompt": "a star", "objects": [{"shape": "star"}]}'
@@ -110,13 +109,6 @@ def test_invalid_input_is_named_in_one_line(
     assert error.startswith("bench adherence: ") and value in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", [("--seeds", "0"), ("--size", "large"), ("--variant", "max")])
-def test_invalid_options(capsys: pytest.CaptureFixture[str], option: tuple[str, str]) -> None:
-    with pytest.raises(SystemExit):
-        main([*option])
-    assert f"argument {option[0]}" in (error := capsys.readouterr().err) and option[1] in error
-
-
 @pytest.fixture
 def tiny(tmp_path: Path) -> list[str]:
     """Options with models of random weights, one prompt and a small image."""
@@ -133,12 +125,3 @@ def tiny(tmp_path: Path) -> list[str]:
 def test_random_models_score_nothing(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(tiny) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "overall 0.00"
-
-
-def test_a_distilled_model_needs_guidance(
-    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_transformer(tmp_path / "distilled.safetensors", replace(SPEC, guidance_embed=True))
-    assert main([*tiny, "--model", str(tmp_path / "distilled.safetensors")]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("bench adherence: ") and "guidance" in error

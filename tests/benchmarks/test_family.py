@@ -84,23 +84,6 @@ def test_the_whole_with_known_variants(tmp_path: Path, capsys: pytest.CaptureFix
         assert {color for _, color in drawn.getcolors(1 << 20) or []} >= set(COLORS.values())
 
 
-def test_every_prompt_but_words_is_generated_once_a_seed(capsys: pytest.CaptureFixture[str]) -> None:
-    received: list[tuple[int, list[str]]] = []
-
-    class Blank(Known):
-        def generate(
-            self, prompts: Sequence[Prompt], steps: int, on_batch: Callable[[int], None]
-        ) -> list[np.ndarray]:
-            received.append((steps, [prompt.text for prompt in prompts]))
-            return [np.full((64, 64, 3), 128, dtype=np.uint8)] * len(prompts)
-
-    family: dict[str, Variant] = {"reflow": Blank(None, VARIANTS["reflow"])}  # type: ignore[arg-type]
-    assert main(["--seeds", "2", "--steps", "2", "--variants", "reflow"], family) == 0
-    texts = [prompt.text for prompt in categories() if prompt.category != "words" for _ in range(2)]
-    assert received == [(2, texts)]
-    assert capsys.readouterr().out.splitlines()[-1] == "family"
-
-
 def test_straightness_prompts_come_from_all_categories() -> None:
     prompts = [prompt for prompt in categories() if prompt.category != "words"]
     chosen = evenly(prompts, 64)
@@ -197,13 +180,3 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["--models", str(tmp_path), "--variants", "schnell"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and str(variant_files(tmp_path, "schnell").transformer) in err
-
-
-@pytest.mark.parametrize(
-    "option",
-    [("--seeds", "0"), ("--steps", "many"), ("--variants", "max"), ("--figure", "nowhere/x.png")],
-)
-def test_invalid_options(capsys: pytest.CaptureFixture[str], option: tuple[str, str]) -> None:
-    with pytest.raises(SystemExit):
-        main([*option])
-    assert f"argument {option[0]}" in (error := capsys.readouterr().err) and option[1] in error

@@ -86,30 +86,6 @@ def test_the_exact_flow_reaches_the_floor() -> None:
     assert evaluation.paths["flow_matching"].shape == (33, 70, 2)
 
 
-def test_a_straight_flow_needs_one_step() -> None:
-    """Every point moves by (-1, -1) from noise to data."""
-    start = noise(50, Generator().manual_seed(0))
-    for steps in (1, 32):
-        torch.testing.assert_close(sample(lambda x, t: torch.ones_like(x), start, steps), start - 1)
-
-
-@pytest.mark.parametrize("name", DATA)
-def test_data_fits_a_panel(name: str) -> None:
-    points = DATA[name](5000, Generator().manual_seed(0))
-    assert points.shape == (5000, 2) and points.dtype == torch.float32
-    assert points.abs().max() < 5.6 and points.mean(0).abs().max() < 0.15
-    again = DATA[name](5000, Generator().manual_seed(0))
-    assert torch.equal(points, again)
-
-
-def test_the_checkerboard_fills_the_black_squares_evenly() -> None:
-    points = DATA["checkerboard"](80_000, Generator().manual_seed(0))
-    column, row = ((points + 4) // 2).long().clamp(0, 3).T
-    assert bool(((column + row) % 2 == 0).all())
-    counts = torch.bincount(4 * column + row, minlength=16)
-    assert counts[counts > 0].tolist() == pytest.approx([10_000] * 8, abs=500)
-
-
 @pytest.mark.parametrize("path", [RectifiedPath(), LinearBetaPath()], ids=["rectified", "diffusion"])
 def test_posterior_means_are_those_of_the_batch(path: FlowPath) -> None:
     """Against Bayes' rule written out; x_t stays where it was."""
@@ -131,10 +107,3 @@ def test_end_times() -> None:
     assert int((t == 1).sum()) == 7000 and bool((t > 0).all())
     grid = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     assert EndTimes(0.7).density(grid).mean().item() == pytest.approx(0.3, abs=1e-4)
-
-
-def test_invalid_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option in ("--json", "--figure"):
-        with pytest.raises(SystemExit):
-            flow.main([option, str(tmp_path / "nowhere" / "x")], TINY)
-        assert f"argument {option}" in capsys.readouterr().err

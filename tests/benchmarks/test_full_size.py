@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import mmap
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,27 +79,3 @@ def test_velocities_that_are_not_finite_are_an_error(tmp_path: Path, monkeypatch
     random_file.FORMATS["bf16"](path, full_size.SMALL, lambda done, total: None)
     with pytest.raises(ValueError, match="not finite at 64 x 64"):
         footprint.measure(path, [64], "none", torch.device("cpu"))
-
-
-@pytest.mark.parametrize("option", [("--sides", "100"), ("--formats", "Q9"), ("--limit", "much")])
-def test_invalid_options(capsys: pytest.CaptureFixture[str], option: tuple[str, str]) -> None:
-    with pytest.raises(SystemExit):
-        full_size.main([*option])
-    assert option[0] in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not footprint.STATUS.exists(), reason="this system has no /proc/self/status")
-def test_the_peak_of_memory_is_kept() -> None:
-    before = footprint.process_memory()
-    with footprint.MemoryPeak() as peak:
-        # new pages for certain: torch may reuse memory that an earlier test freed
-        ballast = mmap.mmap(-1, 1 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for _ in range(1 << 6):
-            ballast.write(bytes(1 << 20))
-        for _ in range(100):  # a busy machine may delay the sampling thread
-            time.sleep(0.1)
-            if peak.highest.anonymous >= before.anonymous + (1 << 25):
-                break
-        ballast.close()
-    assert peak.highest.anonymous >= before.anonymous + (1 << 25)
-    assert before.mapped > 0

@@ -30,12 +30,6 @@ def test_values_with_options_and_machine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_nothing_is_written_without_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_report(parsed(), "flow", {})
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     file.write_text("old")

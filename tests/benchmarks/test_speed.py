@@ -38,10 +38,6 @@ def test_a_ratio_is_a_median_over_interleaved_turns(monkeypatch: pytest.MonkeyPa
     assert ratio.lines().splitlines()[-1] == "ratio case 3.000"
 
 
-def test_at_least_two_turns() -> None:
-    assert compare("case", lambda: None, lambda: None, Clock("cpu"), Effort(0.0)).turns == 2
-
-
 def run_quick(cases: str, folder: Path, *options: str) -> dict:
     """The values that --json writes, with as many threads as the tests use."""
     file, threads = folder / "figures.json", str(torch.get_num_threads())
@@ -112,14 +108,6 @@ def test_no_comparison_begins_after_the_limit(tmp_path: Path) -> None:
     assert results.ratios == [] and results.skipped == [Skipped(n, TIME_IS_UP) for n in ("full", "threads")]
     inside = [one for one in speed_blocks.full_width(settings) if not isinstance(one, Note)]
     assert inside == [Skipped(name, TIME_IS_UP) for name in ("full-bf16-64", "full-int8", "full-fp32-64")]
-
-
-def test_invalid_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for arguments, message in ((["--cases", "full,half"], "'half'"), (["--device", "cuda"], "CUDA")):
-        with pytest.raises(SystemExit):
-            speed.main(arguments)
-        assert message in capsys.readouterr().err
 
 
 def test_bfloat16_is_skipped_where_it_is_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

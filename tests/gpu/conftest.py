@@ -1,6 +1,6 @@
-"""What only a card can show: `python3 run.py test tests/gpu`, beside a torch with CUDA; elsewhere skipped.
+"""Tests for a CUDA device: `python3 run.py test tests/gpu`; skipped where there is none.
 
-RECTIFLUX_TEST_DEVICE=cpu tries the tests themselves on a CPU, as far as they need no card.
+RECTIFLUX_TEST_DEVICE=cpu runs those that need no card on a CPU.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks these tests, and skips them where there is no device for them."""
+    """Mark these tests, and skip them without a device."""
     here = DEVICE.type == "cpu" or torch.cuda.is_available()
     for item in items:
         if HERE not in item.path.parents:
             continue
         item.add_marker("gpu")
-        item.add_marker(pytest.mark.filterwarnings("default"))  # each torch and driver has its own
+        item.add_marker(
+            pytest.mark.filterwarnings("default")
+        )  # they differ between versions of torch and drivers
         if not here:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
@@ -35,7 +37,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def card() -> torch.device:
-    """For what no CPU stands in for."""
+    """The device, for tests that cannot run on a CPU."""
     if DEVICE.type != "cuda":
         pytest.skip("needs a CUDA device")
     return DEVICE
@@ -43,7 +45,7 @@ def card() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
-    """float32 as such: cuDNN would round its inputs to 10 bits (TF32)."""
+    """float32 without TF32, in which cuDNN rounds its inputs to 10 bits."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():

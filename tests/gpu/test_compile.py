@@ -21,13 +21,13 @@ from ..flux_core.backends.test_compile import keep_stored, lora_file, q4_k
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 AGREES = {FP32: 1e-5, BF16: 2e-2, FP16: 3e-3}
-"""Relative difference of a velocity: roundings in another order, and with fewer of them."""
+"""Allowed relative difference of a velocity: compiled code rounds less often and in another order."""
 SIZES = {"hidden_size": 256, "num_heads": 2, "depth_single": 2}
 
 
 @pytest.fixture(autouse=True)
 def complete(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nothing that is to be tried gives up in silence."""
+    """Fail where a warning says that something was not compiled."""
     yield
     records = caplog.get_records("call")
     assert [r.getMessage() for r in records if r.name.startswith("rectiflux")] == []
@@ -61,7 +61,7 @@ class Run:
         self._prepared: Prepared = model.prepare(text(length, length=length), self.SIGMAS, side, side)
 
     def velocities(self, step: Callable[..., Tensor]) -> list[Tensor]:
-        """What a step gives at each sigma, twice over."""
+        """The velocity at each sigma, twice."""
         found = []
         for sigma, tokens in itertools.chain(*2 * [list(zip(self.SIGMAS, self._tokens, strict=True))]):
             found.append(step(tokens, self._prepared, sigma).clone())
@@ -77,7 +77,7 @@ def assert_agree(found: list[Tensor], expected: list[Tensor]) -> None:
 def test_compiled_blocks(
     dtype: torch.dtype, compiled: None, device: torch.device, record_property: Callable[[str, object], None]
 ) -> None:
-    """Once for each kind of block, whatever the size, prompt and sigma; in how many seconds is recorded."""
+    """Once for each class of block, for any size, prompt and sigma; the seconds are recorded."""
     model = flux_transformer(**SIZES).to(device, dtype)
     twin = compile_blocks(model)
     first = Run(model)
@@ -92,13 +92,13 @@ def test_compiled_blocks(
     assert compilations() == 2
 
 
-@pytest.mark.parametrize("form", ["dense", "Q4_K"])
+@pytest.mark.parametrize("weights", ["dense", "Q4_K"])
 def test_compiled_with_a_lora_at_any_strength(
-    form: str, compiled: None, device: torch.device, tmp_path: Path
+    weights: str, compiled: None, device: torch.device, tmp_path: Path
 ) -> None:
     model = flux_transformer(**SIZES)
     lora = read_lora(lora_file(model, tmp_path), model.spec)
-    model = (keep_stored(model, q4_k) if form == "Q4_K" else model).to(device)
+    model = (keep_stored(model, q4_k) if weights == "Q4_K" else model).to(device)
     counts = set()
     for strength in (1.0, 0.5, -0.3):
         styled, _ = with_lora(model, [LoraUse(lora, strength)])
@@ -109,7 +109,7 @@ def test_compiled_with_a_lora_at_any_strength(
 
 
 def test_fp8_compiled(compiled: None, device: torch.device) -> None:
-    """A code may change at a rounding, so the two agree to within the error of fp8 itself."""
+    """Rounding may change a code, so the two agree within the error of fp8."""
     model = flux_transformer(**SIZES).to(device, BF16)
     exact = Run(model).velocities(model)
     quantize_to_fp8(model)

@@ -1,4 +1,4 @@
-"""A model that is larger than its memory limit gives the very numbers of one that is all on the card."""
+"""A model larger than its memory limit computes exactly what one that is all on the card does."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def bytes_of(model: FluxTransformer) -> int:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_numbers(dtype: torch.dtype, share: float, card: torch.device) -> None:
-    """In five steps, in a run after one that was interrupted, and while other memory comes and goes."""
+def test_the_same_velocities(dtype: torch.dtype, share: float, card: torch.device) -> None:
+    """In five steps, after an interrupted run, and while other memory is allocated and freed."""
     model = model_in(dtype)
     expected = velocities(copy.deepcopy(model).to(card))
     streamed = stream(copy.deepcopy(model), card, int(share * bytes_of(model)))
@@ -69,7 +69,7 @@ def test_no_more_than_its_share_is_on_the_card(card: torch.device) -> None:
     assert velocities(streamed)[0].isfinite().all()
 
 
-def test_codes_are_streamed(card: torch.device) -> None:
+def test_fp8_layers_are_streamed(card: torch.device) -> None:
     model = model_in(torch.bfloat16)
     quantize_to_fp8(model)
     expected = velocities(copy.deepcopy(model).to(card))
@@ -98,8 +98,8 @@ def test_a_lora_attached_before_or_after(form: str, before: bool, card: torch.de
         assert torch.equal(ours, theirs) and not torch.equal(ours, bare)
 
 
-def test_two_models_take_turns(card: torch.device) -> None:
-    """Each with buffers of its own, and the first one's given back while its kernels may still run."""
+def test_models_one_after_the_other(card: torch.device) -> None:
+    """Each with its own buffers, which are freed while kernels may still run."""
     models = [model_in(torch.float32, seed) for seed in range(3)]
     expected = [velocities(copy.deepcopy(model).to(card)) for model in models]
     for _ in range(2):
