@@ -1,4 +1,4 @@
-"""The miniature's autoencoder untrained, made once: its encoder is taken from 300 pictures."""
+"""The miniature's autoencoder with an untrained decoder, made once: its encoder is a PCA of 300 images."""
 
 from __future__ import annotations
 

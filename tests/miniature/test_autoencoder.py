@@ -1,4 +1,4 @@
-"""The decoder's training: pictures and tensors, PSNR, resuming, and that it learns to draw."""
+"""The decoder's training: conversions, PSNR, resuming, and that it learns."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rectiflux.miniature import autoencoder
 from rectiflux.miniature.autoencoder import draw_batch, from_uint8, psnr, to_uint8
 
 
-def test_pictures_and_images_turn_into_each_other() -> None:
-    pictures = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, axis=3)
-    images = from_uint8(pictures)
+def test_uint8_survives_a_round_trip() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, axis=3)
+    images = from_uint8(levels)
     assert images.shape == (1, 3, 8, 32) and images.min() == -1 and images.max() == 1
-    assert np.array_equal(to_uint8(images), pictures)
+    assert np.array_equal(to_uint8(images), levels)
     assert to_uint8(torch.tensor([[[[-9.0]], [[0.0]], [[9.0]]]])).tolist() == [[[[0, 128, 255]]]]
 
 
@@ -59,8 +59,8 @@ def test_a_killed_training_resumes_as_if_unbroken(
 
 
 @pytest.mark.slow
-def test_it_learns_to_draw(tmp_path: Path, new_autoencoder: Callable[[], AutoEncoder]) -> None:
-    """Held-out pictures gain 3 dB within 25 steps, and the written encoder stays as it was."""
+def test_it_learns(tmp_path: Path, new_autoencoder: Callable[[], AutoEncoder]) -> None:
+    """Held-out images gain 3 dB within 25 steps, and the encoder does not change."""
     first = train(new_autoencoder(), tmp_path / "a.safetensors", 2)
     before = float(read_metadata(tmp_path / "a.safetensors")["held_out_psnr_db"])
     last = train(new_autoencoder(), tmp_path / "b.safetensors", 25, save_every=25)

@@ -1,4 +1,4 @@
-"""Words: none means two things, captions say what is told, and a typo changes one word."""
+"""Captions: no word has two meanings, every stated attribute is named, and a typo changes one word."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def said(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
 
 
 @pytest.mark.parametrize("words", ROLES)
-def test_no_word_means_two_things(words: dict[str, tuple[str, ...]]) -> None:
+def test_no_word_has_two_meanings(words: dict[str, tuple[str, ...]]) -> None:
     assert max(Counter(word for synonyms in words.values() for word in synonyms).values()) == 1
 
 
-def test_objects_and_their_colours_share_no_word() -> None:
+def test_objects_and_their_colors_share_no_word() -> None:
     things = [{word for words in role.values() for word in words} for role in ROLES[:3]]
     assert not things[0] & things[1] and not things[0] & things[2] and not things[1] & things[2]
 
 
-def test_everything_in_the_world_has_a_word() -> None:
+def test_every_value_has_a_word() -> None:
     assert set(SHAPE_WORDS) == set(SHAPES) and set(COLOR_WORDS) == set(COLORS)
     assert set(BACKGROUND_WORDS) == set(BACKGROUNDS) and set(PLACE_WORDS) == set(PLACES)
     assert set(RELATION_WORDS) == set(RELATIONS) == set(OPPOSITE)
@@ -94,7 +94,7 @@ def test_articles_and_plurals() -> None:
 
 
 def words_for(scene: Scene) -> list[tuple[str, ...]]:
-    """For each thing that a scene tells, the words of which one must be in its caption."""
+    """For each stated attribute, the words of which one must be in the caption."""
     found = []
     for item in set(scene.items):
         found.append(SHAPE_WORDS[str(item.shape)])
@@ -111,7 +111,7 @@ def words_for(scene: Scene) -> list[tuple[str, ...]]:
     return found
 
 
-def test_captions_say_all_that_is_told() -> None:
+def test_captions_name_every_stated_attribute() -> None:
     """All of it but for one caption in eight, whose typo hides a thing or two of one word."""
     hidden = 0
     captions = said(1500)
@@ -122,15 +122,15 @@ def test_captions_say_all_that_is_told() -> None:
     assert 0 < hidden / len(captions) < 0.12
 
 
-def test_captions_name_no_colour_that_is_open() -> None:
-    """Where nothing but shapes is told."""
+def test_captions_name_no_unspecified_color() -> None:
+    """Where only shapes are stated."""
     for scene, text in said(1500, seed=1):
         if scene.background or scene.without or any(item.color for item in scene.items):
             continue
         assert not {word for words in COLOR_WORDS.values() for word in words} & set(text.lower().split())
 
 
-def test_people_write_in_many_ways() -> None:
+def test_captions_vary() -> None:
     texts = [text for _, text in said(2000, seed=2)]
     assert len(set(texts)) > 1800
     for way in ("a photo of ", "i want ", "in the middle", " in red", "grey", " and also ", "3 "):

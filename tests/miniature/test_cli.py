@@ -1,4 +1,4 @@
-"""`run.py train`: every stage in a row, in little, to files that load; and what it says to bad input."""
+"""`run.py train`: all stages in a row on little data, to files that load; and messages for bad input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_unknown_stage_is_refused_with_the_known_ones(capsys: pytest.CaptureF
         ("export", "text"),
     ],
 )
-def test_a_stage_without_the_ones_before_is_a_sentence(
+def test_a_stage_without_earlier_ones_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, earlier: str
 ) -> None:
     assert cli.main([stage, "--dir", str(tmp_path)]) == 1

@@ -1,4 +1,4 @@
-"""The training set: scenes as numbers and back, what tokens cover, and latents of the pictures they name."""
+"""The training set: encoded scenes, token labels, and latents of the scenes beside them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory, new_autoencoder: Callable[
     return path
 
 
-def test_scenes_survive_as_numbers() -> None:
+def test_encoded_scenes_are_decoded() -> None:
     rng = random.Random(0)
     scenes = [random_scene(rng) for _ in range(500)]
     assert {scene.kind for scene in scenes} == {"single", "pair", "count"}
@@ -34,7 +34,7 @@ def test_scenes_survive_as_numbers() -> None:
 
 
 def test_token_labels_of_a_square_amid_four_tokens() -> None:
-    """Half sides of 14 about (32, 16) of a 64 x 32 picture: in tokens 1 and 2 of each row.
+    """Half sides of 14 about (32, 16) of a 64 x 32 image: in tokens 1 and 2 of each row.
 
     Pillow's polygons cover every pixel that their edge touches, here an eighth of a cell more at each side.
     """
@@ -57,9 +57,7 @@ def test_the_nearer_of_two_objects_names_a_token() -> None:
     }
 
 
-def test_latents_are_of_the_scenes_that_they_name(
-    latents: Path, new_autoencoder: Callable[[], AutoEncoder]
-) -> None:
+def test_latents_are_of_their_scenes(latents: Path, new_autoencoder: Callable[[], AutoEncoder]) -> None:
     """The first one drawn and encoded again, from its seed."""
     tensors = read_state_dict(latents)
     assert (
@@ -69,8 +67,8 @@ def test_latents_are_of_the_scenes_that_they_name(
     rng = random.Random(3 * 1_000_003)
     scene = random_scene(rng)
     assert data.decode_scene(tensors["64x32/scenes"][0].tolist()) == scene
-    picture = from_uint8(draw(scene, rng, 64, 32)[None])
-    expected = to_model_space(encode_linear(picture, linear_code(new_autoencoder())))[0]
+    image = from_uint8(draw(scene, rng, 64, 32)[None])
+    expected = to_model_space(encode_linear(image, linear_code(new_autoencoder())))[0]
     assert (tensors["64x32/latents"][0].float() - expected).abs().max() < 5e-3
 
 

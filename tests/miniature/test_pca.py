@@ -1,4 +1,4 @@
-"""The written encoder is FLUX.1's architecture and yet exactly a linear code, the best of nested patches."""
+"""The PCA encoder is exactly a linear code of patches, and nearly the best one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from einops import rearrange
 from rectiflux.flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec, to_model_space
-from rectiflux.miniature.autoencoder import MINI_VAE, draw_batch
+from rectiflux.miniature.autoencoder import draw_batch
 from rectiflux.miniature.pca import encode_linear, linear_code, principal, set_pca_encoder, space_to_depth
 
 
@@ -25,7 +25,7 @@ def images() -> torch.Tensor:
 
 @torch.no_grad()
 def test_the_encoder_is_its_linear_code(model: AutoEncoder, images: torch.Tensor) -> None:
-    """Also on noise, which is far outside the pictures that the code was taken from."""
+    """Also on noise, far from the images that the code was computed from."""
     code = linear_code(model)
     for batch in (images, torch.rand_like(images[:2]) * 2 - 1):
         exact = model.encode(batch)
@@ -34,9 +34,9 @@ def test_the_encoder_is_its_linear_code(model: AutoEncoder, images: torch.Tensor
 
 @torch.no_grad()
 def test_latents_suit_the_transformer(model: AutoEncoder) -> None:
-    """Mean 0 and variance 1 in model space over the world, as FLUX.1's are over photographs.
+    """Mean 0 and variance 1 in model space over the miniature's images, as FLUX.1's over photographs.
 
-    The first number is about the brightness, whose mean over 900 pictures is known to 0.08.
+    The first channel is mostly brightness, whose mean over 900 images is known to 0.08.
     """
     latents = to_model_space(encode_linear(draw_batch(900, random.Random(5)), linear_code(model)))
     assert latents.square().mean().item() == pytest.approx(1.0, abs=0.1)
@@ -45,7 +45,7 @@ def test_latents_suit_the_transformer(model: AutoEncoder) -> None:
 
 @torch.no_grad()
 def test_the_code_keeps_what_principal_components_can(model: AutoEncoder, images: torch.Tensor) -> None:
-    """The error of the best linear reconstruction from 16 numbers, within 15 % of the optimum."""
+    """The error of the best linear reconstruction from 16 values, within 15 % of the optimum."""
     patches = rearrange(images, "b c (h y) (w x) -> b (c y x) h w", y=8, x=8)
     directions, _, mean = principal(patches, 16)
     rows = rearrange(patches, "b c h w -> (b h w) c").double() - mean
@@ -63,7 +63,7 @@ def test_space_to_depth_orders_channel_row_column() -> None:
 
 
 def test_principal_finds_known_directions() -> None:
-    """Two axes of spread 3 and 1 about (5, -2, 0), turned by nothing."""
+    """Two axes of spread 3 and 1 around (5, -2, 0)."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(20_000, 3, generator=generator) * torch.tensor([3.0, 1.0, 0.1])
     x = (rows + torch.tensor([5.0, -2.0, 0.0])).T[None, :, :, None]
@@ -85,7 +85,3 @@ def test_principal_finds_known_directions() -> None:
 def test_sizes_that_cannot_hold_the_code_are_refused(spec: AutoEncoderSpec) -> None:
     with pytest.raises(ValueError, match="the linear encoder needs 4 levels of 1 block"):
         set_pca_encoder(AutoEncoder(spec), torch.zeros(1, 3, 16, 16))
-
-
-def test_the_miniatures_sizes() -> None:
-    assert AutoEncoder(MINI_VAE).factor == 8

@@ -1,4 +1,4 @@
-"""The world: what is held out never occurs, captions tell what departs from a default, objects have room."""
+"""Scenes: held-out combinations never occur, captions state what is not a default, objects do not overlap."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def scenes(count: int, seed: int = 0, kind: str | None = None) -> list[Scene]:
     return [random_scene(rng, kind) for _ in range(count)]
 
 
-def test_one_of_each_shape_and_colour_is_held_out() -> None:
+def test_one_of_each_shape_and_color_is_held_out() -> None:
     assert sorted(shape for shape, _ in HELD_OUT_PAIRS) == sorted(SHAPES)
     assert sorted(color for _, color in HELD_OUT_PAIRS) == sorted(COLORS)
     assert sorted(count for count, _ in HELD_OUT_COUNTS) == [2, 3, 4]
 
 
-def test_what_is_held_out_never_occurs() -> None:
+def test_held_out_combinations_never_occur() -> None:
     for scene in scenes(4000):
         assert not {(item.shape, item.color) for item in scene.items} & HELD_OUT_PAIRS
         if len(set(scene.items)) == 1 and len(scene.items) > 1:
@@ -110,7 +110,7 @@ def test_captions_leave_open_what_may_be_left_open() -> None:
     assert {None} < {scene.without for scene in said}
 
 
-def test_two_of_one_shape_are_told_apart_by_their_colors() -> None:
+def test_two_of_one_shape_are_distinguished_by_their_colors() -> None:
     scene = Scene((Item("star", "red", "medium"), Item("star", "blue", "medium")), "above", None, "sky")
     for seed in range(100):
         assert [item.color for item in with_stated_attributes(scene, random.Random(seed)).items] == [
@@ -128,9 +128,9 @@ def corners(placed: PlacedItem) -> np.ndarray:
 
 @pytest.mark.parametrize(("width", "height"), SIDES)
 @pytest.mark.parametrize("kind", ["single", "pair", "count"])
-def test_objects_stand_inside_the_picture_and_apart(width: int, height: int, kind: str) -> None:
-    """In pixels of 128: inside by 2 and apart by 8. The larger of two may touch the picture's edge: 1.2 radii
-    from the middle of a diamond, 0.518 of the side from the picture's, it may even lose 2.4 of its tip."""
+def test_objects_are_inside_the_image_and_apart(width: int, height: int, kind: str) -> None:
+    """In pixels of 128: inside by 2 and apart by 8. The larger of two may touch the image's edge: 1.2 radii
+    from the middle of a diamond, 0.518 of the side from the image's, it may even lose 2.4 of its tip."""
     rng, side = random.Random(3), min(width, height)
     widest = APART + JITTER + 1.2 * 1.05 * SIZES["large"] - 0.5
     inside, apart = (-128 * widest, 1.0) if kind == "pair" else (2.0, 8.0)
@@ -145,14 +145,14 @@ def test_objects_stand_inside_the_picture_and_apart(width: int, height: int, kin
 
 
 @pytest.mark.parametrize(("width", "height"), SIDES)
-def test_objects_stand_where_they_are_said_to(width: int, height: int) -> None:
+def test_objects_are_at_their_stated_place(width: int, height: int) -> None:
     rng, side = random.Random(4), min(width, height)
     slack = JITTER * side * np.array([1, 1]) + 1e-9
     for place, direction in PLACES.items():
         scene = Scene((Item("star", "red", "small"),), None, place, "sky")
         (placed,) = layout(scene, rng, width, height)
-        centre = np.array([width, height]) * (0.5 + OFFSET * np.array(direction))
-        assert (np.abs((placed.x, placed.y) - centre) <= slack).all()
+        center = np.array([width, height]) * (0.5 + OFFSET * np.array(direction))
+        assert (np.abs((placed.x, placed.y) - center) <= slack).all()
         assert placed.radius == pytest.approx(SIZES["small"] * side, rel=0.05 + 1e-9)
     for relation, direction in RELATIONS.items():
         scene = Scene((Item("star", "red", "small"), Item("star", "blue", "large")), relation, None, "sky")
@@ -171,7 +171,7 @@ def test_objects_stand_where_they_are_said_to(width: int, height: int) -> None:
         Scene((Item("star", "red", "small"),), None, "center"),
     ],
 )
-def test_only_whole_scenes_have_a_layout(scene: Scene) -> None:
+def test_a_layout_needs_every_attribute(scene: Scene) -> None:
     with pytest.raises(ValueError, match="every attribute"):
         layout(scene, random.Random(0), 128, 128)
 

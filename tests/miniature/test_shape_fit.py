@@ -33,7 +33,7 @@ def test_distances_to_a_square_and_a_circle() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_fit_finds_centre_and_radius(shape: str) -> None:
+def test_a_fit_finds_center_and_radius(shape: str) -> None:
     fit = fit_outline(mask(shape, (30.3, 33.6), 17.2, 64, 64))
     assert (fit.shape, fit.x, fit.y) == (shape, pytest.approx(30.3, abs=0.3), pytest.approx(33.6, abs=0.3))
     assert fit.radius == pytest.approx(17.2, rel=0.02)

@@ -1,4 +1,4 @@
-"""The miniature's text encoders: words, what a caption says, and files that load as what was trained."""
+"""The miniature's text encoders: tokens, labels of captions, and files that load as trained."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def tokenizer() -> text.Tokenizer:
     return text.make_tokenizer()
 
 
-def test_the_worlds_words_are_one_token_each(tokenizer: text.Tokenizer) -> None:
+def test_words_of_captions_are_one_token_each(tokenizer: text.Tokenizer) -> None:
     for word in (*SHAPES, *COLORS, *BACKGROUNDS, "background", "a", "on", "with", "above", "left", "two"):
         assert len(tokenizer.encode(word).ids) == 1, word
     assert tokenizer.encode("  A RED Circle ").ids == tokenizer.encode("a red circle").ids
 
 
 @pytest.mark.parametrize("words", ["ein roter Kreis", "красный круг", "赤い円", "🎈", ""])
-def test_any_text_can_be_read_and_told_apart(tokenizer: text.Tokenizer, words: str) -> None:
-    """Unknown words fall into bytes, and nothing is lost."""
+def test_any_text_survives_tokenization(tokenizer: text.Tokenizer, words: str) -> None:
+    """Unknown words become bytes, and nothing is lost."""
     assert tokenizer.decode(tokenizer.encode(words).ids).strip() == words.lower()
 
 
 def test_captions_fit_the_encoders(tokenizer: text.Tokenizer) -> None:
-    """The longest that a scene can be said in plainly, marks included."""
+    """The longest plain caption, special tokens included."""
     items = (Item("triangle", "yellow", "large"), Item("square", "purple", "small"))
     longest = plain_caption(Scene(items, "left", None, "lavender", shadow=False, without="red"))
     assert len(tokenizer.encode(longest).ids) + 2 <= text.TXT_LENGTH < text.CLIP_LENGTH
 
 
-def test_marks_stand_around_the_text(tokenizer: text.Tokenizer) -> None:
+def test_special_tokens_surround_the_text(tokenizer: text.Tokenizer) -> None:
     marked = text.with_special_tokens(tokenizer, "<s> $A </s>")
     ids = marked.encode("red").ids
     start, end = (marked.token_to_id(mark) for mark in (text.START, text.END))
@@ -70,27 +70,27 @@ def test_labels_name_the_left_or_upper_one_first(scene: Scene, expected: dict[st
         assert set(read.values()) == {None}
 
 
-def test_classes_are_places_in_the_table_and_0_is_silence() -> None:
+def test_classes_are_indices_of_values_and_0_is_unspecified() -> None:
     labels = text.labels_of([Scene((RED,)), Scene((BLUE, RED), "above", None, "navy")])
     assert labels["first shape"].tolist() == [1 + SHAPES.index("circle"), 1 + SHAPES.index("star")]
     assert labels["second color"].tolist() == [0, 1 + list(COLORS).index("red")]
     assert labels["background"].tolist() == [0, 1 + list(BACKGROUNDS).index("navy")]
 
 
-def test_a_reader_that_knows_has_no_loss() -> None:
+def test_a_probe_that_knows_has_no_loss() -> None:
     """Queries that find the second of two tokens, heads that read the answer there: a loss near zero."""
-    reader = text.LabelProbe()
+    probe = text.LabelProbe()
     labels = text.labels_of([Scene((BLUE,), None, "top", "sky")])
     tokens = torch.zeros(1, 2, text.WIDTH)
     tokens[0, 1, 0] = tokens[0, 0, 1] = 1.0
-    reader.queries.data.zero_()
-    reader.queries.data[:, 0] = 1000.0
-    for name, head in reader.heads.items():
+    probe.queries.data.zero_()
+    probe.queries.data[:, 0] = 1000.0
+    for name, head in probe.heads.items():
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
         head.weight.data[labels[name][0], 0] = 30.0
         head.weight.data[:, 1] = -30.0 * torch.arange(len(head.bias))  # what the first token says is wrong
-    loss, right = reader.loss(tokens, labels)
+    loss, right = probe.loss(tokens, labels)
     assert right == 1.0 and loss.item() < 1e-6
 
 
@@ -106,12 +106,12 @@ def test_the_files_load_as_what_was_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_they_learn_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the last 20 of 200 small steps a fifth and more of the captions are read right in all."""
-    told = list[str]()
-    line = SimpleNamespace(update=lambda done, note: told.append(note))
+def test_they_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last 20 of 200 small steps a fifth and more of the captions have all labels correct."""
+    notes = list[str]()
+    line = SimpleNamespace(update=lambda done, note: notes.append(note))
     monkeypatch.setattr(text, "ProgressLine", lambda steps: line)
     text.train_text(tmp_path, 200, batch=16)
-    shares = [[float(share) for share in re.findall(r"\d\.\d\d", note)] for note in told[-20:]]
-    assert len(told) == 200 and all(len(pair) == 2 for pair in shares)
-    assert min(np.mean(shares, axis=0)) > 0.2, told[-20:]
+    shares = [[float(share) for share in re.findall(r"\d\.\d\d", note)] for note in notes[-20:]]
+    assert len(notes) == 200 and all(len(pair) == 2 for pair in shares)
+    assert min(np.mean(shares, axis=0)) > 0.2, notes[-20:]
