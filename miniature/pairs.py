@@ -29,7 +29,7 @@ class PairRecipe:
     """How pairs are made.
 
     `draw_caption` returns a scene and its caption, which is kept with the pair; `teacher_prompt`, if given,
-    turns the scene and its noise [16, h, w] into the prompt that the teacher gets instead. With `bf16` the
+    maps the scene and its noise [16, h, w] to the prompt that the teacher gets instead. With `bf16` the
     teacher's matrix multiplications are in bfloat16, which changes its latents by 1.4 % of their spread.
     """
 

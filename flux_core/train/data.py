@@ -1,4 +1,4 @@
-"""What a training asks of its data."""
+"""The interface between a training and its data."""
 
 from __future__ import annotations
 

@@ -49,14 +49,6 @@ def test_token_labels_of_a_square_amid_four_tokens() -> None:
     assert pixels == pytest.approx(29**2, rel=0.01)
 
 
-def test_the_nearer_of_two_objects_names_a_token() -> None:
-    two = [PlacedItem("circle", "red", 20, 16, 8), PlacedItem("star", "pink", 44, 16, 8)]
-    labels = data.token_labels(two, 64, 32).reshape(2, 4, 18)
-    assert set(labels[:, 1, 0]) == {1 + SHAPES.index("circle")} and set(labels[:, 2, 0]) == {
-        1 + SHAPES.index("star")
-    }
-
-
 def test_latents_are_of_their_scenes(latents: Path, new_autoencoder: Callable[[], AutoEncoder]) -> None:
     """The first one drawn and encoded again, from its seed."""
     tensors = read_state_dict(latents)

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from rectiflux.flux_core.model.autoencoder import AutoEncoder, AutoEncoderSpec, to_model_space
 from rectiflux.miniature.autoencoder import draw_batch
-from rectiflux.miniature.pca import encode_linear, linear_code, principal, set_pca_encoder, space_to_depth
+from rectiflux.miniature.pca import encode_linear, linear_code, principal, set_pca_encoder
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +55,6 @@ def test_the_code_keeps_what_principal_components_can(model: AutoEncoder, images
     left = (rows - known @ torch.linalg.lstsq(known, rows).solution).square().mean()
     assert best <= left * (1 + 1e-9)
     assert left < 1.15 * best + 1e-4
-
-
-def test_space_to_depth_orders_channel_row_column() -> None:
-    x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert space_to_depth(x)[0, :, 0, 0].tolist() == [0, 1, 4, 5]
-
-
-def test_principal_finds_known_directions() -> None:
-    """Two axes of spread 3 and 1 around (5, -2, 0)."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(20_000, 3, generator=generator) * torch.tensor([3.0, 1.0, 0.1])
-    x = (rows + torch.tensor([5.0, -2.0, 0.0])).T[None, :, :, None]
-    directions, spreads, mean = principal(x, 2)
-    assert spreads.tolist() == pytest.approx([3.0, 1.0], rel=0.02)
-    assert mean.tolist() == pytest.approx([5.0, -2.0, 0.0], abs=0.1)
-    assert directions.abs().diagonal().min() > 0.999
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,6 @@ def test_outlines_have_exact_areas_lengths_and_distances(shape: str) -> None:
     assert rim == pytest.approx(perimeter(shape), rel=0.05)
 
 
-def test_distances_to_a_square_and_a_circle() -> None:
-    square = distance_map("square", 50.0, 50.0, 50.0, (100, 100))
-    circle = distance_map("circle", 50.0, 50.0, 50.0, (100, 100))
-    assert square[50, 50] == pytest.approx(0.5 - 42, abs=0.5) and square[50, 4] == pytest.approx(3.5, abs=0.4)
-    assert circle[50, 50] == pytest.approx(0.7 - 47.5, abs=0.5) and circle[50, 90] == pytest.approx(
-        -7, abs=0.4
-    )
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_fit_finds_center_and_radius(shape: str) -> None:
     fit = fit_outline(mask(shape, (30.3, 33.6), 17.2, 64, 64))

@@ -39,13 +39,6 @@ def test_captions_fit_the_encoders(tokenizer: text.Tokenizer) -> None:
     assert len(tokenizer.encode(longest).ids) + 2 <= text.TXT_LENGTH < text.CLIP_LENGTH
 
 
-def test_special_tokens_surround_the_text(tokenizer: text.Tokenizer) -> None:
-    marked = text.with_special_tokens(tokenizer, "<s> $A </s>")
-    ids = marked.encode("red").ids
-    start, end = (marked.token_to_id(mark) for mark in (text.START, text.END))
-    assert (ids[0], ids[-1], len(ids)) == (start, end, 3)
-
-
 RED, BLUE = Item("circle", "red"), Item("star", "blue", "small")
 
 
@@ -68,13 +61,6 @@ def test_labels_name_the_left_or_upper_one_first(scene: Scene, expected: dict[st
     assert {name: read[name] for name in expected} == expected
     if not expected:
         assert set(read.values()) == {None}
-
-
-def test_classes_are_indices_of_values_and_0_is_unspecified() -> None:
-    labels = text.labels_of([Scene((RED,)), Scene((BLUE, RED), "above", None, "navy")])
-    assert labels["first shape"].tolist() == [1 + SHAPES.index("circle"), 1 + SHAPES.index("star")]
-    assert labels["second color"].tolist() == [0, 1 + list(COLORS).index("red")]
-    assert labels["background"].tolist() == [0, 1 + list(BACKGROUNDS).index("navy")]
 
 
 def test_a_probe_that_knows_has_no_loss() -> None:

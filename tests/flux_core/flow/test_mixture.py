@@ -34,12 +34,6 @@ def test_density_mean_and_covariance_are_those_of_torch_distributions() -> None:
     torch.testing.assert_close(MIXTURE.covariance().diagonal(), reference(MIXTURE).variance)
 
 
-def test_the_score_is_the_gradient_of_the_log_density() -> None:
-    x = POINTS.clone().requires_grad_()
-    (score,) = torch.autograd.grad(reference(MIXTURE).log_prob(x).sum(), x)
-    torch.testing.assert_close(MIXTURE.score(POINTS), score, rtol=1e-12, atol=1e-11)
-
-
 @ALL
 def test_the_marginal_is_the_law_of_the_drawn_points(path: Path) -> None:
     """At t: means alpha mu, covariances alpha^2 Sigma + sigma^2 I; at 0 the mixture itself."""
@@ -78,28 +72,6 @@ def test_predictions_are_bayes_integrals(path: Path, t: float) -> None:
     }
     for of, value in expected.items():
         torch.testing.assert_close(mixture.predict(path, of, x, t)[:, 0], value, rtol=1e-10, atol=1e-10)
-
-
-@ALL
-def test_every_sample_may_have_its_own_time(path: Path) -> None:
-    times = torch.linspace(0.1, 0.9, 50, dtype=torch.float64)
-    for of in ("velocity", "score", "noise", "data"):
-        together = MIXTURE.network(path, of)(POINTS, times)
-        alone = torch.cat(
-            [MIXTURE.predict(path, of, x[None], float(t)) for x, t in zip(POINTS, times, strict=True)]
-        )
-        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
-
-
-def test_samples_have_the_moments_and_follow_the_generator() -> None:
-    """Mean and covariance of 20 000 draws within four standard errors, estimated from the draws."""
-    x = MIXTURE.sample(20_000, torch.Generator().manual_seed(3))
-    assert torch.equal(x, MIXTURE.sample(20_000, torch.Generator().manual_seed(3)))
-    assert torch.all((x.mean(0) - MIXTURE.mean()).abs() < 4 * x.std(0) / math.sqrt(len(x)))
-    apart = x - MIXTURE.mean()
-    products = apart[:, :, None] * apart[:, None, :]
-    error = products.mean(0) - MIXTURE.covariance()
-    assert torch.all(error.abs() < 4 * products.std(0) / math.sqrt(len(x)))
 
 
 OWN = tensor([[1.0, 0.5, -0.3], [0.5, 0.8, 0.2], [-0.3, 0.2, 0.4]])

@@ -121,31 +121,6 @@ def test_the_rectified_loss_ends_at_half_pi_times_the_std() -> None:
     assert average(rectified, DATA.network(path), path, DATA) == pytest.approx(math.pi / 2 * roots, rel=1e-10)
 
 
-def test_training_finds_the_exact_velocity() -> None:
-    """Least squares for an affine network at one t: the normal equations' solution is the closed form."""
-    t, path = 0.3, RectifiedPath()
-    weight = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=100,
-        tolerance_grad=1e-14,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = expected(flow_matching, lambda x, t: x @ weight + bias, path, DATA, t)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    exact = DATA.predict(path, "velocity", x, t)
-    torch.testing.assert_close((x @ weight + bias).detach(), exact, rtol=0, atol=1e-7)
-
-
 def test_score_matching_is_ddpms_loss_in_other_letters() -> None:
     """A network for the noise, and the same one divided by -sigma as a score: the same loss, each sample."""
     path = CosinePath()

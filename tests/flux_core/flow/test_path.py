@@ -52,30 +52,12 @@ def test_rates_are_the_derivatives(path: Path) -> None:
 
 
 @ALL
-def test_the_velocity_is_the_derivative_of_the_point(path: Path) -> None:
-    x0, noise = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    t = TIMES.clone().requires_grad_()
-    x = path.draw(x0, noise, t)
-    columns = [torch.autograd.grad(x[:, i].sum(), t, retain_graph=True)[0] for i in range(3)]
-    torch.testing.assert_close(
-        path.velocity(x0, noise, TIMES), torch.stack(columns, 1), rtol=1e-12, atol=1e-12
-    )
-
-
-@ALL
 def test_drift_and_diffusion_are_those_of_the_marginals(path: Path) -> None:
     """An SDE with drift f x and diffusion g has mean' = f mean and variance' = 2 f variance + g^2."""
     alpha, sigma, g = path.alpha(TIMES), path.sigma(TIMES), path.diffusion(TIMES)
     torch.testing.assert_close(path.drift(TIMES) * alpha, path.alpha_rate(TIMES), rtol=1e-12, atol=1e-12)
     variance_rate = 2 * path.drift(TIMES) * sigma**2 + g**2
     torch.testing.assert_close(variance_rate, 2 * sigma * path.sigma_rate(TIMES), rtol=1e-11, atol=1e-11)
-
-
-def test_the_rectified_path_as_an_sde() -> None:
-    """f = -1/(1 - t), g^2 = 2t/(1 - t), by hand from alpha = 1 - t and sigma = t."""
-    t = torch.tensor([0.25, 0.5], dtype=torch.float64)
-    torch.testing.assert_close(RectifiedPath().drift(t), torch.tensor([-4 / 3, -2.0]).double())
-    torch.testing.assert_close(RectifiedPath().diffusion(t), torch.tensor([2 / 3, 2.0]).double().sqrt())
 
 
 @DIFFUSIONS

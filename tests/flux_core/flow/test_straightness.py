@@ -63,11 +63,6 @@ def test_the_transport_cost_is_the_mean_square_of_the_way() -> None:
     assert transport_cost(x0, noise) == (9 + 16 + 0 + 1) / 2
 
 
-def test_chunks_change_nothing() -> None:
-    whole = straightness(lambda x, t: x * t, NOISE, 5)
-    assert straightness(lambda x, t: x * t, NOISE, 5, chunk=77) == pytest.approx(whole, rel=1e-14)
-
-
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match="two steps"):
         straightness(lambda x, t: x, NOISE, 1)

@@ -1,4 +1,4 @@
-"""What all trainings share: the rate, who trains what, resuming after a kill, stopping at a loss of NaN."""
+"""The training loop: learning rate, optimizers, resuming after a kill, stopping at a loss of NaN."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from rectiflux.flux_core import FluxTransformer, load_transformer, read_state_dict
-from rectiflux.flux_core.model.spec import Conditioning
 from rectiflux.flux_core.train import loop
 from rectiflux.flux_core.train.checkpoint import TrainingState, WeightAverage
 from rectiflux.flux_core.weights import read_metadata
@@ -39,13 +38,6 @@ def test_the_rate_warms_up_stays_and_descends() -> None:
     rates = [loop.rate(step, 100, recipe) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9:76] == [1.0] * 67
     assert rates[76:101] == pytest.approx([(100 - step) / 25 for step in range(76, 101)])
-
-
-def test_text_repeats_as_a_whole() -> None:
-    text = Conditioning(torch.arange(12.0).view(2, 2, 3), torch.arange(4.0).view(2, 2), 2.0)
-    again = loop.repeat_text(text, 3)
-    assert again.txt.shape == (6, 2, 3) and again.guidance == 2.0
-    assert torch.equal(again.txt[4:], text.txt) and torch.equal(again.pooled[2:4], text.pooled)
 
 
 class Task:
@@ -93,7 +85,7 @@ def test_a_loss_of_nan_keeps_the_last_good_weights(tmp_path: Path) -> None:
     assert all(torch.equal(kept[name], value) for name, value in good.items())
 
 
-def test_what_it_writes_is_a_model_beside_a_picture_of_what_it_paints(tmp_path: Path) -> None:
+def test_it_writes_a_model_and_its_preview(tmp_path: Path) -> None:
     shown: list[set[str]] = []
 
     def preview(weights: dict[str, torch.Tensor]) -> np.ndarray:
@@ -108,7 +100,7 @@ def test_what_it_writes_is_a_model_beside_a_picture_of_what_it_paints(tmp_path: 
         assert image.getpixel((0, 0)) == (7, 7, 7)
 
 
-def test_the_file_says_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_say_how_the_file_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds add up over the runs of a training; each clock here starts anew and counts readings."""
     out, made = tmp_path / "a.safetensors", []
     for steps in (3, 6):
@@ -120,9 +112,3 @@ def test_the_file_says_how_it_was_made(tmp_path: Path, monkeypatch: pytest.Monke
     first, both = (int(m["seconds"]) for m in made)
     assert 0 < first < both == 2 * first
     assert made[0]["hardware"] == f"CPU, {torch.get_num_threads()} threads"
-
-
-def test_the_progress_line_says_losses_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Task().run(tmp_path / "a.safetensors", 2)
-    line = capsys.readouterr().err
-    assert "2/2" in line and "min left" in line and "loss " in line and "samples/s" in line

@@ -39,18 +39,6 @@ def test_a_step_has_the_size_of_adamws(shape: tuple[int, ...]) -> None:
         assert parameter.square().mean().sqrt().item() == pytest.approx(0.002, rel=0.25)
 
 
-def test_it_finds_the_bottom() -> None:
-    torch.manual_seed(0)
-    target, parameter = torch.randn(10, 6), torch.nn.Parameter(torch.zeros(10, 6))
-    optimizer = Muon([parameter], lr=0.1)
-    for step in range(300):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
-        optimizer.zero_grad()
-        ((parameter - target) ** 2).sum().backward()
-        optimizer.step()
-    assert (parameter - target).abs().max() < 0.02
-
-
 def test_weights_decay() -> None:
     """By lr times weight_decay, apart from the step, which a zero gradient does not make."""
     parameter = torch.nn.Parameter(torch.ones(4, 4))
