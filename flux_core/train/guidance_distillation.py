@@ -24,6 +24,7 @@ from .loop import (
     TrainingRun,
     autocast,
     compiled,
+    concat_text,
     descend,
     device,
     make_optimizers,
@@ -54,8 +55,8 @@ def guided_teacher(
 
     Both passes go through the teacher as one batch.
     """
-    both = Conditioning(torch.cat([text.txt, empty.txt]), torch.cat([text.pooled, empty.pooled]))
-    velocities = predict_velocity(teacher, noisy.repeat(2, 1, 1, 1), sigmas.repeat(2), both)
+    both = noisy.repeat(2, 1, 1, 1), sigmas.repeat(2), concat_text(text, empty)
+    velocities = predict_velocity(teacher, *both)
     prompted, unprompted = velocities.chunk(2)
     return unprompted + g[:, None, None, None] * (prompted - unprompted)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,7 +112,16 @@ def descend(loss: Tensor, module: nn.Module, optimizers: Sequence[torch.optim.Op
 
 def repeat_text(text: Conditioning, times: int) -> Conditioning:
     """The conditioning with its batch repeated."""
-    return Conditioning(text.txt.repeat(times, 1, 1), text.pooled.repeat(times, 1), text.guidance)
+    pooled = None if text.pooled is None else text.pooled.repeat(times, 1)
+    return replace(text, txt=text.txt.repeat(times, 1, 1), pooled=pooled)
+
+
+def concat_text(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Two conditionings as one batch, with the guidance of the first."""
+    pooled = None
+    if first.pooled is not None and second.pooled is not None:
+        pooled = torch.cat([first.pooled, second.pooled])
+    return replace(first, txt=torch.cat([first.txt, second.txt]), pooled=pooled)
 
 
 def rate(step: int, steps: int, recipe: Recipe) -> float:
