@@ -58,6 +58,7 @@ def full_width(settings: Settings) -> Iterator[Outcome]:
     if not settings.quick and not supports_bfloat16(settings.device):
         del dtypes["bf16"]
         yield Skipped("full-bf16", NO_BFLOAT16)
+    int8_against = "bf16" if supports_bfloat16(settings.device) else "fp32"
     for name, dtype in dtypes.items():
         model = random_model(spec, dtype, settings.device)
         twin = diffusers_twin(model)
@@ -72,7 +73,7 @@ def full_width(settings: Settings) -> Iterator[Outcome]:
             yield Note(f"{case}: largest difference {difference(run(), theirs()):.1e} of the largest value")
             yield compare(case, run, theirs, settings.clock, Effort(settings.budget, warm=True))
             yield from against_comfy(case, model, inputs, settings)
-        if name == next(iter(dtypes)):
+        if name == int8_against:
             yield from _int8(model, twin, sides, text_tokens, settings)
         del model, twin
 

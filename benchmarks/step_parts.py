@@ -13,8 +13,8 @@ from .palette import FAINT, INK, PAPER, Color, font
 OVERHEAD = "Python and launches"
 OTHER = "other"
 OPERATIONS = {
-    "linear layers": r"mm|addmm|addmv|bmm|linear|t|matmul|_int_mm|_scaled_mm|.*linear.*",
-    "attention": r".*(scaled_dot_product|attention|flash|sage).*|_softmax|softmax",
+    "linear layers": r"mm|addmm|addmv|bmm|linear|t|matmul|_int_mm|_scaled_mm|(?!_reorder_).*linear.*",
+    "attention": r".*(scaled_dot_product|attention|flash|sage).*|_?softmax|_reorder_linear_weight",
     "norms and modulation": r"(native_)?layer_norm",
     "q/k norm and rotary": (
         r"linalg_vector_norm|hypot|reciprocal_?|mul_?|div_?|complex|stack|sub|neg|rms_norm|_fused_rms_norm|pow|mean"
@@ -46,17 +46,24 @@ def _name(operation: str) -> str:
     return operation.rpartition("::")[2].partition(".")[0]
 
 
-def with_gelu(operations: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The operations in order with their seconds; the four of a GELU without tanh (cpu_linear.gelu: addcmul,
-    mul_, sigmoid_, mul) are renamed to aten::gelu.
+def by_context(operations: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The operations in order with their seconds, renamed where only their neighbors show the part.
+
+    The four operations of a GELU without tanh (cpu_gelu.py: addcmul, mul_, sigmoid_, mul) become aten::gelu,
+    and the matmuls around a softmax (cpu_attention.py) scaled_dot_product_attention.
     """
     renamed = list(operations)
-    computing = [i for i, (name, _) in enumerate(renamed) if part_of(name) != OVERHEAD]
+    computing = [i for i, (name, _) in enumerate(renamed) if part_of(name) not in (OVERHEAD, "copies")]
     names = [_name(renamed[i][0]).removesuffix("_") for i in computing]
-    for first in range(len(computing) - 3):
-        if names[first : first + 4] == ["addcmul", "mul", "sigmoid", "mul"]:
-            for i in computing[first : first + 4]:
+    for position, name in enumerate(names):
+        if names[position : position + 4] == ["addcmul", "mul", "sigmoid", "mul"]:
+            for i in computing[position : position + 4]:
                 renamed[i] = ("aten::gelu", renamed[i][1])
+        elif name == "_linear_pointwise" and {"softmax", "_softmax"} & {
+            *names[max(0, position - 1) : position + 2]
+        }:
+            i = computing[position]
+            renamed[i] = ("aten::scaled_dot_product_attention", renamed[i][1])
     return renamed
 
 

@@ -51,7 +51,7 @@ from .interleaved import CLOCKS, Clock, Run
 from .report import add_json, parser_of, writable, write_report
 from .speed_inputs import FULL, MINIATURE, QUICK, Inputs, random_model
 from .speed_settings import Settings, Skipped, add_options, prepare_clock
-from .step_parts import OTHER, OVERHEAD, PARTS, Part, StepTime, draw_bars, part_of, with_gelu
+from .step_parts import OTHER, OVERHEAD, PARTS, Part, StepTime, by_context, draw_bars, part_of
 
 NEEDS = "test"  # the part of run.py's environment that has diffusers, which the random models' file imports
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +144,7 @@ def fastest(run: Run, settings: Settings) -> tuple[float, dict[str, float]]:
     while len(whole) < 3 or time.perf_counter() < end:
         whole.append(settings.clock.seconds(run))
         took = Counter[str]()
-        for name, seconds in with_gelu(list(operations_of(run, settings.clock))):
+        for name, seconds in by_context(list(operations_of(run, settings.clock))):
             took[name] += seconds
         operations.append(dict(took))
     return min(whole), min(operations, key=lambda took: sum(took.values()))

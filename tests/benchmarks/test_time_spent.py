@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,11 @@ from rectiflux.benchmarks.step_parts import (
     OVERHEAD,
     PARTS,
     Part,
+    by_context,
     part_of,
-    with_gelu,
 )
 from rectiflux.benchmarks.time_spent import divide
+from rectiflux.flux_core.backends import cpu_attention
 from rectiflux.flux_core.model.spec import FLUX_DEV, FluxSpec
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,16 +61,28 @@ def test_every_operation_of_a_step_belongs_to_a_part(kind: str, dtype: torch.dty
     model = random_model(TINY, dtype, torch.device("cpu"))
     with torch.no_grad():
         step = Inputs(model, 32, 4).our_step(model)
-        took = with_gelu(list(time_spent.operations_of(step, Clock(kind))))
+        took = by_context(list(time_spent.operations_of(step, Clock(kind))))
     assert {part_of(name) for name, _ in took} | {OVERHEAD} == set(PARTS) - {"other"}
     assert all(seconds >= 0 for _, seconds in took)
     assert sum("scaled_dot_product_flash" in name for name, _ in took) == 2, "one per block"
 
 
+def test_attention_by_onednn_is_attention() -> None:
+    """As cpu_attention.py computes it where torch's own is slow: packed matmuls around a softmax."""
+    q, k, v = torch.randn(3, 1, 2, 80, 64).unbind()
+    with torch.no_grad():
+        run = partial(cpu_attention.attend, q, k, v)
+        took = by_context(list(time_spent.operations_of(run, Clock("cpu"))))
+    parts = Counter(part_of(name) for name, _ in took)
+    assert parts["attention"] == 10 and parts["linear layers"] == 0, (
+        "of 2 heads: 2 packings, 2 matmuls, a softmax"
+    )
+
+
 def test_a_gelu_in_four_operations_is_one() -> None:
     """With an allocation in between; other multiplications and sigmoids keep their names."""
     names = "addcmul.out empty mul_ sigmoid_ mul.out mul sigmoid mul addcmul mul_".split()
-    found = with_gelu([(f"aten::{name}", float(i)) for i, name in enumerate(names)])
+    found = by_context([(f"aten::{name}", float(i)) for i, name in enumerate(names)])
     assert [name for name, _ in found[:5]] == ["aten::gelu", "aten::empty", *["aten::gelu"] * 3]
     assert [name for name, _ in found[5:]] == [f"aten::{name}" for name in names[5:]]
     assert [seconds for _, seconds in found] == list(map(float, range(len(names))))
