@@ -1,8 +1,8 @@
-"""LoRAs in ComfyUI: our reading of a file, as patches of ComfyUI's own on clones of its MODEL and CLIP.
+"""LoRAs in ComfyUI: flux_core's adapters as ComfyUI's own, as patches on clones of its MODEL and CLIP.
 
-ComfyUI merges them, so that they stack with what other loaders patch, on stock models and on ours, and an
-adapter does what it does after ComfyUI's own loader. What is relied on, as of ComfyUI 0.33: comfy/lora.py
-load_lora, ModelPatcher.add_patches, and the names of FLUX.1's weights in ComfyUI.
+ComfyUI merges them, so that they stack with the patches of other loaders, on stock models and on ours, with
+the same result as after ComfyUI's own loader. This relies, as of ComfyUI 0.33, on ModelPatcher.add_patches,
+on the order of `weights` in comfy/weight_adapter, and on the names of FLUX.1's weights in ComfyUI.
 """
 
 from __future__ import annotations
@@ -11,22 +11,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..flux_core.lora import LoraFile, Report, canonical_tensors, parse_blocks, read_lora, why_not
-from ..flux_core.lora.names import CLIP, T5, TRANSFORMER, transformer_modules
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..flux_core.lora import (
+    OFT,
+    DoRA,
+    Entry,
+    FullDifference,
+    LoHa,
+    LoKr,
+    LoRA,
+    LoraFile,
+    Report,
+    incompatibility,
+    parse_blocks,
+    read_lora,
+)
+from ..flux_core.lora.adapter import Adapter
+from ..flux_core.lora.conventions import CLIP, T5, TRANSFORMER
+from ..flux_core.lora.names import transformer_modules
 from ..flux_core.lora.report import FileReport, Misfit
 from ..flux_core.model.spec import FluxSpec
 from .host_comfy_network import ComfyNetwork
 
-FRONTS = {
+PREFIXES = {
     TRANSFORMER: "diffusion_model.",
     CLIP: "clip_l.transformer.text_model.",
     T5: "t5xxl.transformer.",
 }
-"""What stands before our names in a model's state dict."""
+"""Prefixes of our names in ComfyUI's state dicts."""
 
 IMG_IN = "diffusion_model.img_in.weight"
 
-Patches = dict[Any, Any]
+Patches = list[tuple[Any, Any]]
+"""(key, patch), as ModelPatcher.add_patches takes them in a dict."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -46,8 +66,8 @@ def add_lora(
     )
     if clip is not None:
         shapes = _shapes(clip.cond_stage_model)
-        clip, told = _patched(clip, shapes, lora, {CLIP, T5}, lambda _: strength_clip)
-        report = report.joined(told)
+        clip, on_clip = _patched(clip, shapes, lora, {CLIP, T5}, lambda _: strength_clip)
+        report = report.joined(on_clip)
     return model, clip, report.checked().text()
 
 
@@ -80,7 +100,7 @@ def _shapes(model: Any) -> Shapes:
 def _inputs(model: Any, spec: FluxSpec) -> int:
     """Inputs of `img_in` with the MODEL's patches: a control LoRA among them has widened it.
 
-    The weight itself cannot be asked: it has the patches of the MODEL that ran last.
+    The shape of the weight itself is that of the MODEL that ran last.
     """
     widths = [spec.in_channels]
     for _, patch, *_ in model.patches.get(IMG_IN, []):
@@ -96,16 +116,16 @@ def _patched(
     parts: set[str],
     strength_of: Callable[[str], float],
 ) -> tuple[Any, Report]:
-    """A clone of a MODEL or CLIP with the patches of the parts that it has, and what became of the keys."""
+    """A clone of a MODEL or CLIP with the patches of its parts, and a report on the keys."""
     misfits: list[Misfit] = []
-    by_strength: dict[float, list[Patches]] = {}
+    by_strength: dict[float, list[dict[Any, Any]]] = {}
     for entry in lora.entries:
         if entry.part not in parts:
             continue
-        stem = FRONTS[entry.part] + entry.module
+        stem = PREFIXES[entry.part] + entry.module
         main = f"{stem}.scale" if f"{stem}.scale" in shapes else f"{stem}.weight"
         weight = shapes.get(main)
-        why = why_not(entry, weight, shapes.get(f"{stem}.bias"))
+        why = incompatibility(entry, weight, shapes.get(f"{stem}.bias")) or _unsupported(entry.adapter)
         if why is not None or weight is None:
             misfits.append(Misfit(entry.part, entry.keys, why or ""))
         elif (strength := strength_of(entry.module)) != 0.0:
@@ -121,21 +141,58 @@ def _patched(
     return clone, Report((FileReport(lora, frozenset(parts), tuple(misfits)).checked(),))
 
 
-def _patches(entry: Any, main: str, bias: str, width: int) -> list[tuple[Any, Any]]:
-    """(key in ComfyUI, patch) of all that an entry changes; a key of some rows says which."""
-    import comfy.lora
+def _patches(entry: Entry, main: str, bias: str, width: int) -> Patches:
+    """All that an entry changes, by key in ComfyUI; a key of some rows is (name, (0, first row, rows))."""
 
     def key(name: str) -> Any:
         return name if entry.rows is None else (name, (0, *entry.rows))
 
-    found: list[tuple[Any, Any]] = []
-    if "set_weight" in entry.roles:
-        found.append((main, ("set", (entry.roles["set_weight"],))))
-    if tensors := canonical_tensors(entry, width):
-        named = {f"lora.{role}": tensor for role, tensor in tensors.items()}
-        found += comfy.lora.load_lora(named, {"lora": key(main)}).items()
-    elif "diff" in entry.roles:
-        found.append((main, ("diff", (entry.roles["diff"],))))
+    found = []
+    if entry.replacement is not None:
+        found.append((main, ("set", (entry.replacement,))))
+    if entry.adapter is not None:
+        found.append((key(main), comfy_adapter(entry.adapter, width)))
     if entry.bias is not None:
         found.append((key(bias), ("diff", (entry.bias,))))
     return found
+
+
+def comfy_adapter(adapter: Adapter, width: int) -> Any:
+    """The adapter as ComfyUI's own object, for a layer with `width` inputs; tensors are shared.
+
+    A LoRA of fewer inputs (`img_in` without a control image) is padded, one of more asks for a wider weight.
+    """
+    from comfy import weight_adapter as comfy
+
+    lengths = None
+    if isinstance(adapter, DoRA):
+        adapter, lengths = adapter.inner, adapter.magnitude
+    if isinstance(adapter, LoRA):
+        down, reads = adapter.down, adapter.shape[1]
+        wider = [*adapter.shape] if reads > width else None
+        down = F.pad(down, (0, width - reads)) if reads < width else down
+        return comfy.LoRAAdapter(set(), (adapter.up, down, adapter.alpha, None, lengths, wider))
+    if isinstance(adapter, LoHa):
+        first, second = (adapter.up1, adapter.down1), (adapter.up2, adapter.down2)
+        return comfy.LoHaAdapter(set(), (*first, adapter.alpha, *second, None, None, lengths))
+    if isinstance(adapter, LoKr):
+        w1, *w1_ab = _whole_or_factors(adapter.w1_a, adapter.w1_b)
+        w2, *w2_ab = _whole_or_factors(adapter.w2_a, adapter.w2_b)
+        return comfy.LoKrAdapter(set(), (w1, w2, adapter.alpha, *w1_ab, *w2_ab, None, lengths))
+    if isinstance(adapter, OFT):
+        kind = comfy.BOFTAdapter if adapter.butterfly else comfy.OFTAdapter
+        return kind(set(), (adapter.blocks, adapter.rescale, adapter.constraint, None))
+    if isinstance(adapter, FullDifference) and lengths is None:
+        return ("diff", (adapter.difference,))
+    raise TypeError(f"ComfyUI cannot apply {adapter.kind}")
+
+
+def _whole_or_factors(a: Tensor, b: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (a, None, None) if b is None else (None, a, b)
+
+
+def _unsupported(adapter: Adapter | None) -> str | None:
+    """Why ComfyUI cannot apply an adapter, as a clause, or None where it can."""
+    if isinstance(adapter, DoRA) and isinstance(adapter.inner, FullDifference):
+        return f"ComfyUI cannot apply {adapter.kind}"
+    return None

@@ -22,8 +22,7 @@ from torch.utils import _pytree as pytree
 from ..flux_core.backends.compile import CompiledBlocks
 from ..flux_core.backends.cpu_int8 import Int8Linear
 from ..flux_core.backends.fp8 import Fp8Linear
-from ..flux_core.lora.arithmetic import LowRankStack
-from ..flux_core.lora.terms import Terms
+from ..flux_core.lora import LoRAStack
 from ..flux_core.model.layers import Shared
 from ..flux_core.quant.formats import DenseWeight, QuantizedWeight
 from ..flux_core.quant.linear import QuantizedLinear
@@ -86,7 +85,7 @@ class PatchedLinear(QuantizedLinear):
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(quantized, bias, dtype)
         self.key, self.patches = "", []
-        self.beside: LowRankStack | None = None
+        self.beside: LoRAStack | None = None
         self.weight_function: list[Any] = []
         self.bias_function: list[Any] = []
 
@@ -102,7 +101,7 @@ class PatchedLinear(QuantizedLinear):
         y = F.linear(x, self.merged(x), bias) if self.patches else self.matmul(x, bias)
         if self.beside is None:
             return y
-        if self.beside.kept("down", 0).device != x.device:
+        if self.beside.down.device != x.device:
             self.beside.to(x.device)
         return self.beside(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])).view(y.shape)
 
@@ -154,7 +153,7 @@ class PatchedInt8Linear(PatchedLinear, Int8Linear):
         return patched
 
 
-def low_rank(patches: list[Any], layer: PatchedLinear) -> LowRankStack | None:
+def low_rank(patches: list[Any], layer: PatchedLinear) -> LoRAStack | None:
     """The matmuls of plain LoRAs, on the layer's device; None if there are none, or other patches too."""
     import comfy.weight_adapter
 
@@ -168,8 +167,8 @@ def low_rank(patches: list[Any], layer: PatchedLinear) -> LowRankStack | None:
             return None
         scale = strength * (1.0 if alpha is None else float(alpha) / down.shape[0])
         rows = (0, layer.out_features) if offset is None else (offset[1], offset[2])
-        placed.append((rows, Terms(((down.flatten(1).float(), scale * up.flatten(1).float()),))))
-    return LowRankStack(placed, layer.in_features, layer.dtype).to(layer.device) if placed else None
+        placed.append((rows, down.flatten(1).float(), scale * up.flatten(1).float()))
+    return LoRAStack(placed, layer.in_features, layer.dtype).to(layer.device) if placed else None
 
 
 def _at(value: Any, device: torch.device) -> Any:

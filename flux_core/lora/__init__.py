@@ -1,43 +1,50 @@
-"""LoRAs: any convention in, a model with them attached out, and a word on every key that came to nothing.
+"""LoRA files in any convention in, a model with adapters out, and a report on every key that was not used.
 
-  keys.py        a key -> the layer as the file names it, and what the tensor is
-  names.py       that name -> a module of FLUX.1, and which of its rows
-  roles.py       one layer's tensors -> its adapter
-  file.py        a file -> LoraFile
-  foreign.py     what a file is that is not for FLUX.1
-  adapters.py    the kinds of adapters: the change that each makes (rotation.py: OFT and BOFT)
-  terms.py       the few kinds of arithmetic that it takes; arithmetic.py gathers them for a layer
-  linear.py      a linear layer with adapters, whatever form its weight is stored in
-  blocks.py      strengths of single blocks, as text
-  fit.py         whether a change fits a module
-  attach.py      a model and LoRAs -> a copy that shares the model's numbers
-  report.py      what became of the keys
-  canonical.py   an adapter's tensors for a host that merges by itself
+  conventions.py  prefixes and endings of keys: a new convention goes here
+  names.py        a layer's name in a file -> a module of FLUX.1, and which of its rows
+  adapter.py      what all adapters have in common; the kinds: additive.py (LoRA, LoHa, LoKr, full
+                  differences), dora.py, rotation.py (OFT, BOFT)
+  entry.py        one layer's tensors -> its adapter; whether it fits a module
+  file.py         a file -> LoraFile; foreign.py: which other model a file is for
+  linear.py       a linear layer with adapters, whatever format its weight has
+  attach.py       a model and LoRAs -> a copy that shares the model's parameters
+  blocks.py       strengths of single blocks, as text
+  report.py       which keys were used
 
     lora = read_lora("style.safetensors", model.spec)
     styled, report = with_lora(model, [LoraUse(lora, 0.8)])
 
-`model` is as it was, and stays so; `styled` is forgotten when it is no longer needed.
+`model` stays as it was; discard `styled` when it is no longer needed.
 """
 
+from .additive import FullDifference, LoHa, LoKr, LoRA
 from .attach import LoraUse, with_lora, with_text_lora
 from .blocks import parse_blocks
-from .canonical import canonical_tensors
+from .dora import DoRA
+from .entry import Entry, incompatibility
 from .file import LoraFile, read_lora
-from .fit import why_not
-from .linear import AdaptedLinear, dense_weight
+from .linear import AdaptedLinear, LoRAStack, Part, dense_weight
 from .report import Report
+from .rotation import OFT
 
 __all__ = [
+    "OFT",
     "AdaptedLinear",
+    "DoRA",
+    "Entry",
+    "FullDifference",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LoRAStack",
     "LoraFile",
     "LoraUse",
+    "Part",
     "Report",
-    "canonical_tensors",
     "dense_weight",
+    "incompatibility",
     "parse_blocks",
     "read_lora",
-    "why_not",
     "with_lora",
     "with_text_lora",
 ]

@@ -1,14 +1,14 @@
-"""LoRAs attached to a model without touching it: a copy of the module tree that shares every number.
+"""LoRAs attached to a copy of a model that shares the model's parameters.
 
 In the copy the layers that a LoRA changes are AdaptedLinear, and the norms that it changes have parameters of
-their own. The base model stays bit for bit as it was: to remove a LoRA is to forget the copy, and another
-strength is another copy, in which only the adapters' own few numbers are made anew.
+their own. The base model stays bit for bit as it is: to remove a LoRA, discard the copy; another strength is
+another copy, in which only the adapters' tensors are new.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from ..model.text_encoders import TextEncoders
 from ..model.transformer import FluxTransformer
+from .additive import FullDifference
 from .blocks import parse_blocks
-from .file import Entry, LoraFile
-from .fit import why_not
+from .conventions import CLIP, T5, TRANSFORMER
+from .entry import Entry, incompatibility
+from .file import LoraFile
 from .linear import AdaptedLinear, Part, is_linear
-from .names import CLIP, T5, TRANSFORMER, transformer_modules
+from .names import transformer_modules
 from .report import FileReport, Misfit, Report
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -29,9 +31,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class LoraUse:
-    """A LoRA and how strongly: `strength` on the transformer, `text_strength` on the encoders.
+    """A LoRA and its strengths: `strength` on the transformer, `text_strength` on the text encoders.
 
-    `blocks` are strengths for single blocks, as text (blocks.py). At strength 0 nothing is changed; what a
+    `blocks` are strengths of single blocks, as text (blocks.py). At strength 0 nothing is changed; what a
     file replaces (a control LoRA's norms) is replaced whole at every other strength, as in ComfyUI and
     diffusers.
     """
@@ -44,43 +46,50 @@ class LoraUse:
 
 @dataclass
 class _Plan:
-    """What is to be done to one module of the copy."""
+    """The changes of one module."""
 
     parts: list[Part] = field(default_factory=list)
     weight: Tensor | None = None
-    changes: dict[str, Tensor] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    """New values of a norm's parameters."""
 
 
 def with_lora(model: FluxTransformer, loras: Sequence[LoraUse]) -> tuple[FluxTransformer, Report]:
-    """A copy of the transformer with the LoRAs attached, and what became of their keys.
+    """A copy of the transformer with the LoRAs attached, and a report on their keys.
 
-    It shares the base's parameters, whatever form they are stored in; LoRAs of a model that has some already
-    are stacked on those. A control LoRA widens `img_in`, and the copy's spec says so. Raises ValueError for a
-    file that is made for the transformer and of which nothing fits, and for `blocks` that cannot be read.
+    It shares the base's parameters, quantized or not; LoRAs of a model that already has some are stacked on
+    those. A control LoRA widens `img_in`, and the copy's spec says so. Raises ValueError for a file that is
+    made for the transformer and of which nothing fits, and for `blocks` that cannot be parsed.
     """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    plans: dict[str, _Plan] = {}
-    files = []
-    for use in loras:
-        blocks = parse_blocks(use.blocks, transformer_modules(model.spec))
-        misfits = []
-        for entry in use.file.entries:
-            if entry.part == TRANSFORMER:
-                strength = use.strength * blocks.of(entry.module)
-                misfits += _plan(entry, entry.module, modules, strength, plans)
-        files.append(FileReport(use.file, frozenset({TRANSFORMER}), tuple(misfits)).checked())
-    twin = _carried_out(model, plans)
-    inputs = int(cast(Any, twin.img_in).in_features)
-    twin.spec = replace(model.spec, in_channels=inputs)
-    return twin, Report(tuple(files))
+    names = transformer_modules(model.spec)
+    rules = {use: parse_blocks(use.blocks, names) for use in loras}
+    (twin,), report = _attached(
+        {TRANSFORMER: model}, loras, lambda use, module: use.strength * rules[use].of(module)
+    )
+    twin = cast(FluxTransformer, twin)
+    twin.spec = replace(model.spec, in_channels=int(cast(Any, twin.img_in).in_features))
+    return twin, report
 
 
 def with_text_lora(encoders: TextEncoders, loras: Sequence[LoraUse]) -> tuple[TextEncoders, Report]:
-    """A copy of the text encoders with the LoRAs attached, and what became of their keys.
+    """A copy of the text encoders with the LoRAs attached, and a report on their keys.
 
     As `with_lora`, with `text_strength`. A LoRA without text encoders changes nothing here, and is no error.
     """
-    models: dict[str, nn.Module] = {CLIP: encoders.clip, T5: encoders.t5}
+    twin = copy.copy(encoders)
+    (clip, t5), report = _attached(
+        {CLIP: encoders.clip, T5: encoders.t5}, loras, lambda use, _: use.text_strength
+    )
+    twin.clip, twin.t5 = cast(Any, clip), cast(Any, t5)
+    return twin, report
+
+
+def _attached(
+    models: Mapping[str, nn.Module],
+    loras: Sequence[LoraUse],
+    strength_of: Callable[[LoraUse, str], float],
+) -> tuple[list[nn.Module], Report]:
+    """Copies of the models of these parts with the LoRAs attached; strengths are by LoRA and module."""
     modules = {part: dict(model.named_modules()) for part, model in models.items()}
     plans: dict[str, dict[str, _Plan]] = {part: {} for part in models}
     files = []
@@ -91,72 +100,69 @@ def with_text_lora(encoders: TextEncoders, loras: Sequence[LoraUse]) -> tuple[Te
                 inside = modules[entry.part]
                 nested = f"text_model.{entry.module}"  # transformers 4 wraps CLIP, 5 does not
                 name = nested if nested in inside else entry.module
-                misfits += _plan(entry, name, inside, use.text_strength, plans[entry.part])
+                why = _incompatibility(entry, inside.get(name))
+                if why is not None:
+                    misfits.append(Misfit(entry.part, entry.keys, why))
+                elif (strength := strength_of(use, entry.module)) != 0.0:
+                    _plan(entry, inside[name], strength, plans[entry.part].setdefault(name, _Plan()))
         files.append(FileReport(use.file, frozenset(models), tuple(misfits)).checked())
-    twin = copy.copy(encoders)
-    twin.clip = cast(Any, _carried_out(models[CLIP], plans[CLIP]))
-    twin.t5 = cast(Any, _carried_out(models[T5], plans[T5]))
-    return twin, Report(tuple(files))
+    return [_changed(model, plans[part]) for part, model in models.items()], Report(tuple(files))
 
 
-# What is to be done
+# Planning
 
 
-def _plan(
-    entry: Entry, name: str, modules: dict[str, nn.Module], strength: float, plans: dict[str, _Plan]
-) -> list[Misfit]:
-    """Add an entry to the plans; a list of one Misfit where it does not fit the module of that name."""
-    module = modules.get(name)
-    why = why_not(entry, *(_sizes(module) if module is not None else (None, None)))
-    if module is None or why is not None:
-        return [Misfit(entry.part, entry.keys, why or "")]
-    if strength == 0.0:
-        return []
-    plan = plans.setdefault(name, _Plan())
-    if is_linear(module):
-        plan.weight = entry.roles.get("set_weight", plan.weight)
-        if entry.adapter is not None or entry.bias is not None:
-            plan.parts.append(Part(entry.adapter, entry.rows, entry.bias, strength))
-        return []
-    for role, parameter in (("diff", _main(module)), ("diff_b", "bias"), ("set_weight", _main(module))):
-        if role in entry.roles:
-            own = module.get_parameter(parameter)
-            value = entry.roles[role].float().reshape(own.shape).to(own.device)
-            old = plan.changes.get(parameter, own.float())
-            plan.changes[parameter] = value if role == "set_weight" else old + strength * value
-    return []
-
-
-def _sizes(module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Shapes of a module's weight (a norm's one vector) and of its bias."""
+def _incompatibility(entry: Entry, module: nn.Module | None) -> str | None:
+    if module is None:
+        return incompatibility(entry, None, None)
     if is_linear(module):
         out, width = int(cast(Any, module).out_features), int(cast(Any, module).in_features)
-        return (out, width), (out,)
+        return incompatibility(entry, (out, width), (out,))
     bias = getattr(module, "bias", None)
-    return tuple(module.get_parameter(_main(module)).shape), None if bias is None else tuple(bias.shape)
+    return incompatibility(
+        entry, module.get_parameter(_scale_name(module)).shape, None if bias is None else bias.shape
+    )
 
 
-def _main(module: nn.Module) -> str:
-    """The name of a norm's one vector."""
+def _plan(entry: Entry, module: nn.Module, strength: float, plan: _Plan) -> None:
+    """Add an entry that fits a module to its plan."""
+    if is_linear(module):
+        plan.weight = plan.weight if entry.replacement is None else entry.replacement
+        if entry.adapter is not None or entry.bias is not None:
+            plan.parts.append(Part(entry.adapter, entry.rows, entry.bias, strength))
+        return
+    scale = _scale_name(module)
+    difference = entry.adapter.difference if isinstance(entry.adapter, FullDifference) else None
+    for name, tensor in ((scale, difference), ("bias", entry.bias), (scale, entry.replacement)):
+        if tensor is not None:
+            own = module.get_parameter(name)
+            value = tensor.float().reshape(own.shape).to(own.device)
+            if tensor is not entry.replacement:
+                value = plan.vectors.get(name, own.float()) + strength * value
+            plan.vectors[name] = value
+
+
+def _scale_name(module: nn.Module) -> str:
+    """The name of a norm's scale."""
     return "scale" if hasattr(module, "scale") else "weight"
 
 
-# Doing it
+# Copying
 
 
-def _carried_out(model: Module, plans: dict[str, _Plan]) -> Module:
-    """A copy of the module tree in which the plans are carried out."""
+def _changed(model: Module, plans: Mapping[str, _Plan]) -> Module:
+    """A copy of the module tree with the planned changes."""
     twin = shallow_copy(model)
     default = cast(Any, model).dtype
     for name, plan in plans.items():
         module = twin.get_submodule(name)
         parent_name, _, last = name.rpartition(".")
-        for parameter, value in plan.changes.items():
+        for parameter, value in plan.vectors.items():
             old = module.get_parameter(parameter)
             new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
             module.register_parameter(parameter, new)
         weight = getattr(module, "weight", None)
-        dtype = weight.dtype if isinstance(weight, Tensor) and _computes(weight) else default
+        dtype = weight.dtype if isinstance(weight, Tensor) and _is_compute_dtype(weight.dtype) else default
         if plan.weight is not None:
             module = _with_weight(module, plan.weight, dtype)
         if plan.parts:
@@ -166,9 +172,9 @@ def _carried_out(model: Module, plans: dict[str, _Plan]) -> Module:
     return twin
 
 
-def _computes(tensor: Tensor) -> bool:
-    """Whether torch can multiply in the tensor's dtype; 8-bit floats can only be stored."""
-    return tensor.is_floating_point() and tensor.dtype.itemsize >= 2
+def _is_compute_dtype(dtype: torch.dtype) -> bool:
+    """Whether torch can multiply in a dtype; 8-bit floats can only be stored."""
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _with_weight(layer: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:

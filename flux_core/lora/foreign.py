@@ -1,8 +1,7 @@
-"""What a file seems to be for that is no LoRA of FLUX.1, told by its keys and shapes.
+"""Which other model a LoRA file is for, detected from its keys and shapes.
 
-A relative's LoRA often fits in part: HunyuanVideo, Qwen-Image and the small FLUX.2 are 3072 wide too, and
-some of their layers have FLUX.1's names. Such a file is refused whole, because it would blur every picture
-and nobody would know why.
+A LoRA of a related model often fits in part: HunyuanVideo, Qwen-Image and the small FLUX.2 are 3072 wide too,
+and some of their layers have FLUX.1's names. Such a file is refused whole, because it would blur every image.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ..model.spec import FLUX_DEV, FluxSpec
 from ..weights import ModelKind, kind_of
 
 _BEGIN = r"(?:^|[._])"
-_SIGNS: tuple[tuple[str, str | None], ...] = (
+_PATTERNS: tuple[tuple[str, str | None], ...] = (
     (r"(?:input|output|middle)_blocks?[._]\d|(?:down|up)_blocks[._]\d|mid_block[._]", None),
     (r"lora_te2_text_model|text_encoder_2\.text_model", "a LoRA for SDXL"),
     (r"ip_adapter", "an IP-Adapter"),
@@ -32,7 +31,7 @@ _SIGNS: tuple[tuple[str, str | None], ...] = (
     (r"(?:img|txt)_mlp[._]net[._]|(?:img|txt)_mod[._]1[._]", "a LoRA for Qwen-Image"),
     (rf"{_BEGIN}layers[._]\d+[._](?:attention|feed_forward)[._]", "a LoRA for Lumina 2 or Z-Image"),
 )
-"""The first pattern that a key matches decides; None: one of the UNets, which are told apart below."""
+"""The first pattern that any key matches decides. None: one of the UNets, which _unet distinguishes."""
 
 _CROSS = re.compile(r"attn2[._]to_[kv]\b.*(?:down|lora_A)")
 _UNETS = {2048: "SDXL", 768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2"}
@@ -43,11 +42,11 @@ FLUX_2_DEPTH = 8
 _MMDIT_WIDTHS = {1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3.5", 6144: "FLUX.2"}
 
 
-def seems_for(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
-    """What a file is that is surely none for FLUX.1, as it reads after "is", or None."""
-    if (relative := _by_width(tensors, spec)) is not None:
-        return relative
-    for pattern, name in _SIGNS:
+def foreign_model(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
+    """What a file is that is certainly not for FLUX.1 ("a LoRA for SDXL"), or None."""
+    if (found := _by_width(tensors, spec)) is not None:
+        return found
+    for pattern, name in _PATTERNS:
         search = re.compile(pattern).search
         if any(search(key) for key in tensors):
             return name or _unet(tensors)
@@ -55,7 +54,7 @@ def seems_for(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
 
 
 def _unet(tensors: Mapping[str, Tensor]) -> str:
-    """A LoRA of one of the UNets, by the width of the text that its cross-attention reads."""
+    """The UNet that a LoRA is for, by the width of the text that its cross-attention reads."""
     for key, tensor in tensors.items():
         if _CROSS.search(key) and tensor.ndim >= 2 and tensor.shape[1] in _UNETS:
             return f"a LoRA for {_UNETS[tensor.shape[1]]}"
@@ -63,7 +62,7 @@ def _unet(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _by_count(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
-    """Block numbers that FLUX.1 does not have: its double blocks end at 18, its single ones at 37."""
+    """By indices of blocks that FLUX.1 does not have: its double blocks end at 18, its single ones at 37."""
     highest = {"double": -1, "single": -1, "transformer": -1, "single_transformer": -1}
     for key in tensors:
         if match := _INDEX.search(key):
@@ -80,7 +79,7 @@ def _by_count(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
 
 
 def _by_width(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
-    """The width of a block's attention, which FLUX.1's relatives have others of."""
+    """By the width of a block's attention or MLP."""
     for key, tensor in tensors.items():
         inside = _INDEX.search(key) is not None and tensor.ndim >= 2
         if inside and re.search(r"(?:to_[qkv]|qkv|add_[qkv]_proj)\.(?:lora_down|lora_A)", key):
@@ -91,9 +90,9 @@ def _by_width(tensors: Mapping[str, Tensor], spec: FluxSpec) -> str | None:
     return None
 
 
-def what_it_is(tensors: Mapping[str, Tensor]) -> str:
-    """What a file is of which nothing fits, as it reads after "is"."""
+def describe_contents(tensors: Mapping[str, Tensor]) -> str:
+    """What a file is that has no key of FLUX.1's layers."""
     kind = kind_of(tensors)
     if kind is ModelKind.LORA:
-        return "a LoRA for a model that is not known here"
-    return "no LoRA that is known here" if kind is ModelKind.UNKNOWN else f"{kind.label}, no LoRA"
+        return "a LoRA for an unknown model"
+    return "no known kind of LoRA" if kind is ModelKind.UNKNOWN else f"{kind.label}, no LoRA"

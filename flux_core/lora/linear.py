@@ -1,31 +1,33 @@
-"""A linear layer with adapters: it shares the base's numbers, and adds what the adapters change.
+"""A linear layer with adapters, which shares the base layer's weight.
 
-The base may be any layer with `in_features`, `out_features`, `bias` and a weight that is dense or can be made
-so: its weight is never merged, so a quantised one stays quantised, and the base model stays as it was.
+The base may be any layer with `in_features`, `out_features`, `bias` and a weight that is dense or can be
+dequantized. Adapters are never merged into it, so a quantized weight stays quantized and the base unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Adapter
-from .arithmetic import DenseSum, HadamardSum, InputGains, KroneckerSum, LowRankStack, Turns, widened
+from .adapter import Adapter, OutputChange
+from .additive import LoRA
+from .dora import ColumnGains
 from .names import Rows
 
 _CPU = torch.device("cpu")
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [out, in] of a linear layer in `dtype` (its own unless given), dequantised where need be.
+    """The weight [out, in] of a linear layer in `dtype` (its own unless given), dequantized where necessary.
 
-    A layer that keeps its weight in another form has a method `dense_weight(dtype)`. Raises TypeError for a
-    layer that has neither it nor a weight of numbers in two dims.
+    A layer with a quantized or packed weight has a method `dense_weight(dtype)`. Raises TypeError for a layer
+    that has neither it nor a two-dimensional floating-point weight.
     """
     if hasattr(layer, "dense_weight"):
         return cast(Any, layer).dense_weight(dtype or torch.float32)
@@ -42,7 +44,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one LoRA does to a layer: its adapter (on some rows, or all) and its change of the bias."""
+    """What one LoRA file does to a layer: its adapter, on some rows or all, and its change of the bias."""
 
     adapter: Adapter | None
     rows: Rows | None
@@ -50,12 +52,42 @@ class Part:
     strength: float
 
 
+class LoRAStack(nn.Module):
+    """Plain LoRAs together: one matmul down to the sum of their ranks, one up for each range of rows.
+
+    `pairs` are (rows that are changed, down [r, in], up [rows, r]); a `down` that reads fewer than `width`
+    inputs reads the first ones.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Rows, Tensor, Tensor]], width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        by_rows: dict[Rows, list[tuple[Tensor, Tensor]]] = {}
+        for rows, down, up in pairs:
+            by_rows.setdefault(rows, []).append((_widened(down, width), up))
+        self.slices: list[tuple[slice, slice]] = []
+        first = 0
+        for i, ((start, count), members) in enumerate(by_rows.items()):
+            up = torch.cat([up for _, up in members], dim=1)
+            self.register_buffer(f"up{i}", up.to(dtype), persistent=False)
+            self.slices.append((slice(start, start + count), slice(first, first + up.shape[1])))
+            first += up.shape[1]
+        downs = [down for members in by_rows.values() for down, _ in members]
+        self.down: Tensor
+        self.register_buffer("down", torch.cat(downs).to(dtype), persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [n, out] with the changes for x [n, in] added in place."""
+        low = F.linear(x, self.down.to(x.dtype))
+        for i, (rows, ranks) in enumerate(self.slices):
+            y[:, rows].addmm_(low[:, ranks], getattr(self, f"up{i}").to(x.dtype).mT)
+        return y
+
+
 class AdaptedLinear(nn.Module):
     """`base` and the sum of what its parts change: y = W x + b + sum of strength * (delta x + delta_b).
 
-    Low-rank parts of all LoRAs are stacked into one product down, and one up for each piece of the outputs.
-    Numbers are kept in `dtype`. Where a part reads more inputs than the base has (a control LoRA's `img_in`),
-    the layer reads as many, the base the first of them.
+    Tensors of adapters are in `dtype`. Where an adapter reads more inputs than the base has (`img_in` of a
+    control LoRA), so does this layer; the base reads the first of them.
     """
 
     def __init__(self, base: nn.Module, parts: Sequence[Part], dtype: torch.dtype) -> None:
@@ -69,7 +101,7 @@ class AdaptedLinear(nn.Module):
         widths = [part.adapter.shape[1] for part in parts if part.adapter is not None]
         self.in_features = max([self._base_inputs, *widths])
         self._dtype = dtype
-        self._compile(dtype)
+        self._attach()
 
     @property
     def device(self) -> torch.device:
@@ -78,9 +110,9 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What a layer's dtype and device are read from: the base's weight, where that is dense and there.
+        """The base's weight where it is dense and resident, for code that asks for its dtype and device.
 
-        Else numbers without memory or meaning, in the dtype that the adapters are kept in.
+        Else an expanded tensor of one element, in the dtype of the adapters.
         """
         weight = getattr(self.base, "weight", None)
         if isinstance(weight, Tensor) and weight.device == self.device:
@@ -91,75 +123,84 @@ class AdaptedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The bias with what the parts add to it."""
-        bias = cast("Tensor | None", self.base.bias)
-        change = cast("Tensor | None", self.bias_change)
+        bias, change = self._base_bias, cast("Tensor | None", self.bias_change)
         return bias if change is None else change if bias is None else bias + change.to(bias.dtype)
 
+    @property
+    def _base_bias(self) -> Tensor | None:
+        return cast("Tensor | None", self.base.bias)
+
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] that a plain layer would need to give the same outputs."""
-        base = widened(dense_weight(self.base, dtype), self.in_features)
+        """The weight [out, in] of a plain layer with the same outputs."""
+        base = _widened(dense_weight(self.base, dtype), self.in_features)
         merged = base.clone()
         for part in self.parts:
             if part.adapter is not None:
-                start, count = part.rows or (0, self.out_features)
+                start, count = self._rows(part)
                 width = part.adapter.shape[1] or self.in_features
                 change = part.adapter.delta(base[start : start + count, :width].cpu())
                 merged[start : start + count, :width] += part.strength * change.to(merged.device)
         return merged
 
-    # Once, when attached
+    # Attaching
 
-    def _compile(self, dtype: torch.dtype) -> None:
-        """The parts' terms, gathered by kind."""
-        placed = [
-            (part.rows or (0, self.out_features), part.adapter.terms(part.strength, self._rows_of(part)))
-            for part in self.parts
-            if part.adapter is not None
-        ]
-        every = [terms for _, terms in placed]
-        width, inputs, outputs = self.in_features, self._base_inputs, self.out_features
-        self.adding = nn.ModuleList()  # what acts on x
-        if any(terms.low_rank for terms in every):
-            self.adding.append(LowRankStack(placed, width, dtype))
-        if any(terms.hadamard for terms in every):
-            self.adding.append(HadamardSum(placed, dtype))
-        if any(terms.kronecker for terms in every):
-            self.adding.append(KroneckerSum(placed, dtype))
-        if any(terms.dense for terms in every):
-            self.adding.append(DenseSum(placed, width, dtype))
-        turned = any(terms.rotation or terms.output_gain is not None for terms in every)
-        self.turns = Turns(placed, outputs, dtype) if turned else None
-        gained = any(terms.input_gain is not None for terms in every)
-        self.gains = InputGains(placed, inputs, outputs, dtype) if gained else None
-        self.register_buffer("bias_change", self._bias_change(dtype), persistent=False)
-        self._follow_base()
-
-    def _rows_of(self, part: Part) -> Callable[[], Tensor]:
-        """The base's rows that a part changes, float32 on the CPU, made when asked for."""
-
-        def rows() -> Tensor:
-            start, count = part.rows or (0, self.out_features)
-            return dense_weight(self.base, torch.float32)[start : start + count].cpu()
-
-        return rows
-
-    def _bias_change(self, dtype: torch.dtype) -> Tensor | None:
-        if all(part.bias is None for part in self.parts):
-            return None
-        change = torch.zeros(self.out_features)
+    def _attach(self) -> None:
+        """Stack the plain LoRAs, list the other adapters' changes, add up those of the bias."""
+        self.changes, self._places = nn.ModuleList(), []
+        pairs: list[tuple[Rows, Tensor, Tensor]] = []
+        bias: Tensor | None = None
         for part in self.parts:
+            start, count = rows = self._rows(part)
             if part.bias is not None:
-                start, count = part.rows or (0, self.out_features)
-                change[start : start + count] += part.strength * part.bias
-        return change.to(dtype)
-
-    def _follow_base(self) -> None:
-        """Move what was compiled to where the base computes."""
-        for module in (self.adding, self.turns, self.gains):
+                bias = torch.zeros(self.out_features) if bias is None else bias
+                bias[start : start + count] += part.strength * part.bias
+            if part.adapter is None:
+                continue
+            change = part.adapter.attached(part.strength, self._base_rows(part))
+            if isinstance(change, LoRA):
+                pairs.append((rows, change.down, change.up))
+            else:
+                self.changes.append(change.to(self._dtype))
+                self._places.append((start, start + count, part.adapter.shape[1] or self.in_features))
+        self.stack = LoRAStack(pairs, self.in_features, self._dtype) if pairs else None
+        self.register_buffer("bias_change", None if bias is None else bias.to(self._dtype), persistent=False)
+        self._reads_output = any(cast(OutputChange, change).reads_output for change in self.changes)
+        self._gained = self._gained_rows()
+        for module in (self.changes, self.stack):
             if module is not None:
                 module.to(self.device)
         if self.bias_change is not None:
             self.bias_change = cast(Tensor, self.bias_change).to(self.device)
+
+    def _rows(self, part: Part) -> Rows:
+        return part.rows or (0, self.out_features)
+
+    def _base_rows(self, part: Part) -> Callable[[], Tensor]:
+        """Returns the base's rows that a part changes, float32 on the CPU."""
+
+        def weight() -> Tensor:
+            start, count = self._rows(part)
+            base = _widened(dense_weight(self.base, torch.float32), self.in_features)
+            return base[start : start + count].cpu()
+
+        return weight
+
+    def _gained_rows(self) -> list[tuple[int, int, list[int]]]:
+        """Ranges of rows (first, stop), and the changes whose gains of the inputs apply to each.
+
+        Empty without such gains (DoRA by columns).
+        """
+        found = [
+            (i, *self._places[i][:2])
+            for i, change in enumerate(self.changes)
+            if isinstance(change, ColumnGains)
+        ]
+        edges = {0, self.out_features}.union(*({start, stop} for _, start, stop in found))
+        return [
+            (first, stop, [i for i, start, end in found if start <= first and stop <= end])
+            for first, stop in pairwise(sorted(edges))
+            if found
+        ]
 
     # At every call
 
@@ -167,37 +208,38 @@ class AdaptedLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"a layer with this LoRA reads {self.in_features} values, got {x.shape[-1]}; "
-                "a control LoRA needs the control picture's latent behind the noise"
+                "a control LoRA needs the control image's latent behind the noise"
             )
         inputs = x.reshape(-1, x.shape[-1])
         inner = inputs[:, : self._base_inputs]
-        if self.gains is None:
-            y = self.base(inner)
-        elif self.turns is None:
-            y = self._gained(inner, 1.0)
-        else:  # two kinds of DoRA on one layer: the base's own product is needed as it is
-            y = self.base(inner)
-        if self.turns is not None:
-            own = cast("Tensor | None", self.base.bias)
-            wx = y if own is None else y - own.to(y.dtype)
-            y = self.turns(wx, y.clone())
-            if self.gains is not None:
-                y = y + self._gained(inner, 0.0)
-        for adding in self.adding:
-            y = adding(inputs, y)
+        y = self._with_gains(inner) if self._gained else self.base(inner)
+        wx: Tensor | None = None
+        if self._reads_output:
+            own = self.base(inner) if self._gained else y
+            wx = own.clone() if self._base_bias is None else own - self._base_bias.to(own.dtype)
+        for change, (start, stop, width) in zip(self.changes, self._places, strict=True):
+            y[:, start:stop] += change(inputs[:, :width], None if wx is None else wx[:, start:stop])
+        if self.stack is not None:
+            y = self.stack(inputs, y)
         if self.bias_change is not None:
             y = y + cast(Tensor, self.bias_change).to(y.dtype)
         return y.unflatten(0, x.shape[:-1])
 
-    def _gained(self, x: Tensor, base: float) -> Tensor:
-        """W ((base + gain) * x), with the bias when `base` is 1: as much work as the base's own product."""
-        gains = cast(InputGains, self.gains)
-        if len(gains.stretches) == 1 and base == 1.0:
-            return self.base(gains.scaled(x, 0, base))
+    def _with_gains(self, x: Tensor) -> Tensor:
+        """W ((1 + gains) * x) + b: as much work as the base's own matmul."""
+
+        def scaled(members: list[int]) -> Tensor:
+            gains = [cast(ColumnGains, self.changes[i]).base_gain[: x.shape[1]] for i in members]
+            return x * (1 + sum(gains)).to(x.dtype) if gains else x
+
+        if len(self._gained) == 1:
+            return self.base(scaled(self._gained[0][2]))
         weight = dense_weight(self.base, x.dtype)
-        pieces = [
-            F.linear(gains.scaled(x, i, base), weight[start:stop])
-            for i, (start, stop) in enumerate(gains.stretches)
-        ]
-        y, bias = torch.cat(pieces, dim=-1), cast("Tensor | None", self.base.bias)
-        return y if bias is None or base == 0.0 else y + bias.to(y.dtype)
+        pieces = [F.linear(scaled(members), weight[start:stop]) for start, stop, members in self._gained]
+        y, bias = torch.cat(pieces, dim=-1), self._base_bias
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+def _widened(weight: Tensor, width: int) -> Tensor:
+    """[..., width] from [..., fewer], padded with zeros."""
+    return F.pad(weight, (0, width - weight.shape[-1]))

@@ -1,22 +1,23 @@
-"""What became of a LoRA's keys, for the artist to read."""
+"""Which keys of a LoRA were applied and which were not, as text for the user."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .file import Entry, LoraFile
-from .names import CLIP, T5, TRANSFORMER
+from .conventions import CLIP, T5, TRANSFORMER
+from .entry import Entry
+from .file import LoraFile
 
-SHOWN = 5
-"""Keys that a report names."""
+MAX_KEYS = 5
+"""Unmatched keys that a report lists."""
 
 _PARTS = {TRANSFORMER: "the transformer", CLIP: "CLIP-L", T5: "T5"}
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """An entry that does not fit the model, by its keys, and why, in half a sentence."""
+    """An entry that does not fit the model, by its keys, and why, as a clause."""
 
     part: str
     keys: tuple[str, ...]
@@ -25,7 +26,7 @@ class Misfit:
 
 @dataclass(frozen=True, eq=False)
 class FileReport:
-    """One LoRA: the parts that it was attached to, how many of its keys fit them, and what did not."""
+    """One LoRA: the parts that it was attached to, and the entries that do not fit them."""
 
     file: LoraFile
     attached: frozenset[str]
@@ -37,7 +38,7 @@ class FileReport:
         return _count(entries) - sum(len(misfit.keys) for misfit in self.misfits)
 
     def unmatched(self) -> tuple[str, ...]:
-        """Keys that mean nothing in FLUX.1, and those that do not fit this model."""
+        """Keys that mean nothing in FLUX.1, and those of entries that do not fit this model."""
         return (*self.file.unmatched, *(key for misfit in self.misfits for key in misfit.keys))
 
     def checked(self) -> FileReport:
@@ -50,12 +51,12 @@ class FileReport:
         return self
 
     def text(self) -> str:
-        """Lines that tell convention, kinds, counts, and the first keys that came to nothing."""
+        """Lines with the convention, the kinds of adapters, counts, and the first unmatched keys."""
         unmatched = self.unmatched()
         lines = [
             f"{self.file.name}: {self.file.convention}; {_kinds(self.file.entries)}",
             f"matched: {self.matched()} keys",
-            f"unmatched: {len(unmatched)} keys{': ' if unmatched else ''}{_some(unmatched)}",
+            f"unmatched: {len(unmatched)} keys{': ' if unmatched else ''}{_first(unmatched)}",
         ]
         if self.misfits:
             lines.append(f"does not fit: {self.misfits[0].why}")
@@ -67,7 +68,7 @@ class FileReport:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What became of each LoRA, in their order."""
+    """A report on each LoRA, in their order."""
 
     files: tuple[FileReport, ...]
 
@@ -111,14 +112,14 @@ def _kinds(entries: Sequence[Entry]) -> str:
         counts[kind] = counts.get(kind, 0) + 1
         if entry.adapter is not None and entry.adapter.rank is not None:
             ranks.setdefault(kind, []).append(entry.adapter.rank)
-    told = []
+    parts = []
     for kind, count in counts.items():
         low, high = min(ranks.get(kind, [0])), max(ranks.get(kind, [0]))
         rank = "" if not high else f" of rank {low}" if low == high else f" of rank {low} to {high}"
-        told.append(f"{kind}{rank} for {count} {'layer' if count == 1 else 'layers'}")
-    return ", ".join(told)
+        parts.append(f"{kind}{rank} for {count} {'layer' if count == 1 else 'layers'}")
+    return ", ".join(parts)
 
 
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(key[:120] for key in keys[:SHOWN]) + more
+def _first(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
+    return ", ".join(key[:120] for key in keys[:MAX_KEYS]) + more

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from rectiflux.benchmarks.reference.quantized import every_format, fp8, weights
 from rectiflux.flux_core.backends.cpu_int8 import Int8Linear, quantize_int8
 from rectiflux.flux_core.backends.fp8 import Fp8Linear, to_fp8
-from rectiflux.flux_core.lora.arithmetic import LowRankStack
-from rectiflux.flux_core.lora.terms import Terms
+from rectiflux.flux_core.lora import LoRAStack
 from rectiflux.flux_core.model.layers import Shared
 from rectiflux.flux_core.quant.linear import QuantizedLinear
 from rectiflux.flux_core.weights.weight_file import WeightFile
@@ -136,8 +135,8 @@ def test_a_lora_beside_a_quantized_weight_is_compiled(name: str) -> None:
     x = weights(5, seed=1)
     for seed in (2, 3):
         layer = patched(name)[0]
-        terms = Terms(((weights(4, seed=seed), weights(48, 4, seed=seed + 2)),))
-        layer.beside = LowRankStack([((0, 48), terms)], 64, torch.float32)
+        down, up = weights(4, seed=seed), weights(48, 4, seed=seed + 2)
+        layer.beside = LoRAStack([((0, 48), down, up)], 64, torch.float32)
         with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
             torch.testing.assert_close(compiled(layer, x), layer(x))
 

@@ -15,7 +15,7 @@ from rectiflux.flux_core.backends.cpu_gelu import gelu, gelu_in_float32
 from rectiflux.flux_core.backends.cpu_int8 import Int8Linear, quantize_int8
 from rectiflux.flux_core.backends.cpu_linear import PackedLinear
 from rectiflux.flux_core.backends.onednn import can_pack
-from rectiflux.flux_core.lora.linear import AdaptedLinear, dense_weight
+from rectiflux.flux_core.lora import AdaptedLinear, dense_weight
 from rectiflux.flux_core.quant.linear import compute_dtype, device_of, weight_count
 from torch import Tensor
 

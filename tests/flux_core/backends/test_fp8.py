@@ -12,8 +12,7 @@ from rectiflux.benchmarks.reference.models import relative_error
 from rectiflux.benchmarks.reference.quantized import fp8
 from rectiflux.flux_core.backends import fp8 as module
 from rectiflux.flux_core.backends.fp8 import FP8, Fp8Linear, can_multiply, quantize_rows_fp8, to_fp8
-from rectiflux.flux_core.lora.adapters import LowRank
-from rectiflux.flux_core.lora.linear import AdaptedLinear, Part
+from rectiflux.flux_core.lora import AdaptedLinear, LoRA, Part
 from rectiflux.flux_core.quant.formats import ConcatenatedWeight, DenseWeight, ScaledWeight
 from rectiflux.flux_core.quant.linear import compute_dtype, device_of, weight_count
 from torch import Tensor
@@ -168,7 +167,7 @@ def test_gradients_reach_the_inputs() -> None:
 def test_a_lora_on_it() -> None:
     layer, _, _ = layer_of()
     down, up, x = randn(4, 64, seed=3), randn(48, 4, seed=4), randn(5, 64, seed=2)
-    adapted = AdaptedLinear(layer, [Part(LowRank(down, up), None, None, 0.5)], torch.float32)
+    adapted = AdaptedLinear(layer, [Part(LoRA(down, up), None, None, 0.5)], torch.float32)
     torch.testing.assert_close(adapted(x), layer(x) + 0.5 * x @ (up @ down).T, rtol=1e-5, atol=1e-4)
     merged = layer.dense_weight(torch.float32) + 0.5 * up @ down
     torch.testing.assert_close(adapted.dense_weight(), merged, rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from rectiflux.benchmarks.reference.models import (
     text,
 )
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
-from rectiflux.flux_core.lora.names import transformer_modules, transformer_targets
+from rectiflux.flux_core.lora.names import find_target, transformer_modules
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch import Tensor, nn
 
@@ -193,15 +193,15 @@ def test_settings_that_cannot_be_read_give_no_alpha(metadata: str) -> None:
     model = flux_transformer()
     change = make_change(model, "transformer_blocks.0.attn.to_out.0", "double_blocks.0.img_attn.proj")
     lora = read_lora(peft([change], "transformer."), model.spec, {"lora_adapter_metadata": metadata})
-    assert "alpha" not in lora.entries[0].roles
+    assert lora.entries[0].adapter.alpha is None
 
 
 def test_no_two_layers_share_a_name_that_is_written_with_underscores() -> None:
     """Otherwise kohya's names would not be unique: the table would hold fewer names than were put in."""
     names = [name.replace(".", "_") for name in transformer_modules(SPEC)]
     assert len(names) == len(set(names))
-    targets = transformer_targets(SPEC)
-    assert [targets[name].module for name in names] == list(transformer_modules(SPEC))
+    targets = [find_target(name, SPEC) for name in names]
+    assert [target.module for target in targets if target] == list(transformer_modules(SPEC))
 
 
 def test_a_piece_of_a_fused_layer_changes_no_other_rows() -> None:
@@ -218,3 +218,21 @@ def test_a_piece_of_a_fused_layer_changes_no_other_rows() -> None:
     assert torch.allclose(
         difference[..., H : 2 * H], change.scale * x @ change.down.T @ change.up.T, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("spelling", ["scale", "weight"])
+@pytest.mark.parametrize("ending", ["", ".diff"])
+def test_norms_in_both_spellings(spelling: str, ending: str) -> None:
+    """BFL's `.scale`, and `.weight` as ComfyUI 0.33 saves; as a replacement, and as a difference."""
+    norms = [name for name in transformer_modules(SPEC) if name.endswith("_norm")]
+    values = {name: torch.rand(SPEC.head_dim, generator=torch.Generator().manual_seed(1)) for name in norms}
+    key = "diffusion_model.{}" + (ending or f".{spelling}")
+    tensors = {key.format(name): value for name, value in values.items()}
+    change = make_change(flux_transformer(), "img_in", "img_in", slice(None))
+    model = flux_transformer()
+    lora = read_lora({**tensors, **dotted([change], "diffusion_model.")}, SPEC)
+    assert not lora.unmatched
+    adapted, _ = with_lora(model, [LoraUse(lora, 1.0)])
+    for name, value in values.items():
+        old = model.get_submodule(name).scale if ending else 0.0
+        assert torch.allclose(adapted.get_submodule(name).scale, old + value)

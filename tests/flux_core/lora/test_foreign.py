@@ -170,9 +170,9 @@ def test_another_models_lora_is_refused_by_name(name: str) -> None:
 NOTHING = (
     ("a FLUX.1 transformer, no LoRA", lambda: dict(flux_transformer().state_dict())),
     ("a FLUX.1 transformer with diffusers' names, no LoRA", lambda: diffusers_state_dict(flux_transformer())),
-    ("a LoRA for a model that is not known here", lambda: tensors("mystery.0.lora_A.weight")),
-    ("no LoRA that is known here", lambda: tensors("mystery.weight")),
-    ("no LoRA that is known here", dict),
+    ("a LoRA for an unknown model", lambda: tensors("mystery.0.lora_A.weight")),
+    ("no known kind of LoRA", lambda: tensors("mystery.weight")),
+    ("no known kind of LoRA", dict),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rectiflux.benchmarks.reference.models import SPEC, flux_transformer, relative_error
 from rectiflux.flux_core.lora import LoraUse, Report, read_lora, with_lora
-from rectiflux.flux_core.lora.keys import parse_key
+from rectiflux.flux_core.lora.conventions import parse_key
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -148,7 +148,7 @@ def test_a_lora_of_a_model_with_guidance_says_what_a_model_without_lacks() -> No
 @pytest.mark.parametrize(
     ("role", "tensor", "why"),
     [
-        ("diff", torch.zeros(H), "has a weight of [64, 64] here, the file has one line of numbers"),
+        ("diff", torch.zeros(H), "has a weight of [64, 64] here, the file's difference has one dimension"),
         ("diff_b", torch.zeros(3), "has 64 outputs here, the file's bias has 3"),
         ("set_weight", torch.zeros(3, 3), "has a weight of [64, 64] here, the file's is [3, 3]"),
         ("oft_blocks", torch.zeros(2, 4, 4), "has a weight of [64, 64] here, the file's is for 8 rows"),
