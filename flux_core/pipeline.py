@@ -302,14 +302,14 @@ def _for_batch(text: Conditioning, batch: int) -> Conditioning:
     return text
 
 
+def _form(text: Conditioning) -> tuple[object, ...]:
+    """What two conditionings must have in common to share a batch."""
+    return text.txt.shape[1:], None if text.pooled is None else text.pooled.shape[1:], text.guidance
+
+
 def _joined(texts: list[Conditioning], batch: int) -> list[Conditioning]:
     """The conditionings as one of [2 batch] rows, where length and guidance allow, or else as they are."""
-    if (
-        len(texts) == 1
-        or texts[0].txt.shape[1] != texts[1].txt.shape[1]
-        or texts[0].guidance != texts[1].guidance
-        or (texts[0].pooled is None) != (texts[1].pooled is None)
-    ):
+    if len(texts) == 1 or _form(texts[0]) != _form(texts[1]):
         return texts
     txt = torch.cat([text.txt.expand(batch, -1, -1) for text in texts])
     vectors = [text.pooled.expand(batch, -1) for text in texts if text.pooled is not None]

@@ -11,6 +11,7 @@ s is alpha / rank, 1 without an alpha. Roles and their meaning are those of LyCO
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,12 @@ from .adapter import Adapter, Roles, Weight, alpha_of, check_rank, matrix, need
 
 class Additive(Adapter):
     """An adapter that changes every weight of its shape alike; attached, it is one of its own class."""
+
+    name: ClassVar[str]
+
+    @property
+    def kind(self) -> str:
+        return self.name
 
     alpha: float | None = None
 
@@ -40,7 +47,7 @@ class Additive(Adapter):
 class LoRA(Additive):
     """s B A with `up` B [rows, r] and `down` A [r, in]."""
 
-    kind = "LoRA"
+    name = "LoRA"
     roles = frozenset({"lora_down.weight", "lora_up.weight"})
     rowwise = ("up",)
     down: Tensor
@@ -77,7 +84,7 @@ class LoRA(Additive):
 class LoHa(Additive):
     """s (up1 down1) * (up2 down2), elementwise, with ups [rows, r] and downs [r, in]."""
 
-    kind = "LoHa"
+    name = "LoHa"
     roles = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"})
     rowwise = ("up1", "up2")
     down1: Tensor
@@ -140,7 +147,7 @@ class LoKr(Additive):
     Each factor is `a`, or `a b` where b is not None. The scale is 1 where both are whole.
     """
 
-    kind = "LoKr"
+    name = "LoKr"
     roles = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
     rowwise = ("w1_a",)
     w1_a: Tensor
@@ -202,7 +209,7 @@ class LoKr(Additive):
 class FullDifference(Additive):
     """D [rows, in], or the difference [n] of a norm's scale, which is not attached but added to it."""
 
-    kind = "full difference"
+    name = "full difference"
     roles = frozenset({"diff"})
     rowwise = ("difference",)
     difference: Tensor

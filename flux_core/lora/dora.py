@@ -68,7 +68,7 @@ class DoRA(Adapter):
 
     def swapped(self) -> DoRA:
         magnitude = swap_halves(self.magnitude) if self.by_rows else self.magnitude
-        return DoRA(self.inner.swapped(), magnitude)
+        return DoRA(cast(Additive, self.inner.swapped()), magnitude)
 
 
 class Gains(OutputChange):

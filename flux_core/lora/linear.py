@@ -230,7 +230,7 @@ class AdaptedLinear(nn.Module):
 
         def scaled(members: list[int]) -> Tensor:
             gains = [cast(ColumnGains, self.changes[i]).base_gain[: x.shape[1]] for i in members]
-            return x * (1 + sum(gains)).to(x.dtype) if gains else x
+            return x * (1 + torch.stack(gains).sum(0)).to(x.dtype) if gains else x
 
         if len(self._gained) == 1:
             return self.base(scaled(self._gained[0][2]))

@@ -296,6 +296,9 @@ def test_wrong_conditionings_and_models_are_refused() -> None:
         guided_velocity(
             model, VelocityRequest(replace(text(1, rows=2), pooled=text(1).pooled), [0.5], 4, 4, 2)
         )
+    wider = replace(text(2), txt=torch.zeros(1, 5, 7))
+    with pytest.raises(ValueError, match="width 24, got 7"):
+        guided_velocity(model, VelocityRequest(text(1), [0.5], 4, 4, 2, Guidance(wider, 2.0)))
     with pytest.raises(ValueError, match="384 input channels, got 64"):
         guided_velocity(flux_transformer(in_channels=384), VelocityRequest(text(1), [0.5], 4, 4, 1))
     noise, sigmas = draw_noise(0, 2, 4, 4), make_sigmas(2, 4)
