@@ -1,4 +1,4 @@
-"""What the theory gains: adherence and sharpness of pro, pro reflowed, dev and schnell by number of steps.
+"""What the theory gains: adherence and sharpness of each variant by number of steps.
 
     python3 run.py bench family [--seeds 1] [--steps 1 2 4 8 28] [--figure FILE] [--json FILE] [--quick]
                                 [--variants pro stochastic reflow dev schnell] [--models DIR] [--threads N]
