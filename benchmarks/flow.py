@@ -1,4 +1,4 @@
-"""Diffusion, flow matching and rectified flow on points in the plane: distances, straightness, orders.
+"""Diffusion, flow matching and rectified flow on points of the plane: distances, straightness.
 
     python3 run.py bench flow [--quick] [--json FILE] [--figure FILE] [--seed N] [--threads N]
 

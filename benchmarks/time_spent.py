@@ -1,4 +1,4 @@
-"""Where a step's time goes, part by part, and how far each part is from its lower bound on this machine.
+"""Where a step's time goes, part by part, and how far each part is from its lower bound here.
 
     python3 run.py bench time-spent [--quick] [--cases miniature,full] [--dtype fp32|bf16] [--seconds 20]
                                     [--device cpu|cuda] [--threads N] [--clock wall|cpu] [--models DIR]
