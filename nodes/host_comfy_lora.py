@@ -30,8 +30,8 @@ from ..flux_core.lora import (
 )
 from ..flux_core.lora.adapter import Adapter
 from ..flux_core.lora.conventions import CLIP, T5, TRANSFORMER
-from ..flux_core.lora.names import transformer_modules
 from ..flux_core.lora.report import FileReport, Misfit
+from ..flux_core.model.names import layer_names
 from ..flux_core.model.spec import FluxSpec
 from .host_comfy_network import ComfyNetwork
 
@@ -57,10 +57,10 @@ def add_lora(
 
     Raises TypeError for a MODEL that is not FLUX.1, and what read_lora and parse_blocks raise.
     """
-    spec = _spec_of(model)
+    spec = spec_of(model)
     lora = read_lora(path, spec)
-    strengths = parse_blocks(blocks, transformer_modules(spec))
-    shapes = _shapes(model.model) | {IMG_IN: (spec.hidden_size, _inputs(model, spec))}
+    strengths = parse_blocks(blocks, layer_names(spec))
+    shapes = _shapes(model.model) | {IMG_IN: (spec.hidden_size, img_in_width(model, spec))}
     model, report = _patched(
         model, shapes, lora, {TRANSFORMER}, lambda module: strength_model * strengths.of(module)
     )
@@ -71,7 +71,7 @@ def add_lora(
     return model, clip, report.checked().text()
 
 
-def _spec_of(model: Any) -> FluxSpec:
+def spec_of(model: Any) -> FluxSpec:
     """Sizes of the FLUX.1 network in a MODEL."""
     network = getattr(getattr(model, "model", None), "diffusion_model", None)
     if isinstance(network, ComfyNetwork):
@@ -97,7 +97,7 @@ def _shapes(model: Any) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _inputs(model: Any, spec: FluxSpec) -> int:
+def img_in_width(model: Any, spec: FluxSpec) -> int:
     """Inputs of `img_in` with the MODEL's patches: a control LoRA among them has widened it.
 
     The shape of the weight itself is that of the MODEL that ran last.
@@ -160,10 +160,13 @@ def _patches(entry: Entry, main: str, bias: str, width: int) -> Patches:
 def comfy_adapter(adapter: Adapter, width: int) -> Any:
     """The adapter as ComfyUI's own object, for a layer with `width` inputs; tensors are shared.
 
-    A LoRA of fewer inputs (`img_in` without a control image) is padded, one of more asks for a wider weight.
+    A LoRA of fewer inputs (`img_in` without a control image) is padded, one of more widens the weight. Raises
+    TypeError for an adapter that ComfyUI cannot apply.
     """
     from comfy import weight_adapter as comfy
 
+    if (why := _unsupported(adapter)) is not None:
+        raise TypeError(why)
     lengths = None
     if isinstance(adapter, DoRA):
         adapter, lengths = adapter.inner, adapter.magnitude
@@ -182,9 +185,9 @@ def comfy_adapter(adapter: Adapter, width: int) -> Any:
     if isinstance(adapter, OFT):
         kind = comfy.BOFTAdapter if adapter.butterfly else comfy.OFTAdapter
         return kind(set(), (adapter.blocks, adapter.rescale, adapter.constraint, None))
-    if isinstance(adapter, FullDifference) and lengths is None:
+    if isinstance(adapter, FullDifference):
         return ("diff", (adapter.difference,))
-    raise TypeError(f"ComfyUI cannot apply {adapter.kind}")
+    raise TypeError(f"{adapter.kind} has no object in ComfyUI")
 
 
 def _whole_or_factors(a: Tensor, b: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,7 +1,6 @@
 """LoRA files in any convention in, a model with adapters out, and a report on every key that was not used.
 
-  conventions.py  prefixes and endings of keys: a new convention goes here
-  names.py        a layer's name in a file -> a module of FLUX.1, and which of its rows
+  conventions.py  how trainers write keys, as tables; a key -> a module, which of its rows, a tensor's role
   adapter.py      what all adapters have in common; the kinds: additive.py (LoRA, LoHa, LoKr, full
                   differences), dora.py, rotation.py (OFT, BOFT)
   entry.py        one layer's tensors -> its adapter; whether it fits a module

@@ -24,12 +24,11 @@ class Additive(Adapter):
     """An adapter that changes every weight of its shape alike; attached, it is one of its own class."""
 
     name: ClassVar[str]
+    alpha: float | None = None
 
     @property
     def kind(self) -> str:
         return self.name
-
-    alpha: float | None = None
 
     @property
     def scale(self) -> float:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..model.names import layer_names
 from ..model.text_encoders import TextEncoders
 from ..model.transformer import FluxTransformer
 from .additive import FullDifference
@@ -23,7 +24,6 @@ from .conventions import CLIP, T5, TRANSFORMER
 from .entry import Entry, incompatibility
 from .file import LoraFile
 from .linear import AdaptedLinear, Part, is_linear
-from .names import transformer_modules
 from .report import FileReport, Misfit, Report
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -61,7 +61,7 @@ def with_lora(model: FluxTransformer, loras: Sequence[LoraUse]) -> tuple[FluxTra
     those. A control LoRA widens `img_in`, and the copy's spec says so. Raises ValueError for a file that is
     made for the transformer and of which nothing fits, and for `blocks` that cannot be parsed.
     """
-    names = transformer_modules(model.spec)
+    names = layer_names(model.spec)
     rules = {use: parse_blocks(use.blocks, names) for use in loras}
     (twin,), report = _attached(
         {TRANSFORMER: model}, loras, lambda use, module: use.strength * rules[use].of(module)

@@ -2,12 +2,11 @@
 
     double_blocks.0-9=0.5, single_blocks=0, *.img_attn=1
 
-Rules are separated by commas, semicolons or line ends, and read `pattern=strength`. A pattern is the start of
-a layer's name (BFL's, as in `double_blocks.3.img_attn.qkv`), piece by piece between the dots: a piece is a
-name, in which * stands for anything, a number, or a range of numbers a-b. `*.` in front skips any pieces, so
-that `*.img_attn` means that attention in every block; `*` alone means every layer. Of several rules that fit
-a layer the last decides, and a layer that none fits keeps 1. What a rule gives is multiplied by the LoRA's
-own strength. Text encoders have their own strength and no rules.
+Rules are separated by commas, semicolons or line ends. The pattern is the start of a layer's name (BFL's, as
+in `double_blocks.3.img_attn.qkv`), in pieces between dots: a name, in which * matches anything, an index, or
+a range of indices a-b. `*.` in front skips any pieces, so that `*.img_attn` means that attention in every
+block; `*` alone means every layer. The last rule that fits a layer decides; without one its strength is 1.
+It is multiplied by the LoRA's own strength. Text encoders have their own strength and no rules.
 """
 
 from __future__ import annotations
@@ -23,27 +22,22 @@ _RANGE = re.compile(r"(\d{1,4})-(\d{1,4})")
 
 @dataclass(frozen=True)
 class Rule:
-    """One `pattern=strength`: the pattern's pieces, whether it may begin anywhere, and the strength."""
+    """One `pattern=strength`: the pattern's pieces, whether it may start at any piece, and the strength."""
 
     pieces: tuple[str, ...]
     anywhere: bool
     strength: float
 
     def fits(self, module: str) -> bool:
-        """Whether the pattern begins the name, or (after `*.`) what is left of it somewhere."""
-        name = module.split(".")
-        starts = range(len(name)) if self.anywhere else range(1)
-        return any(self._begins(name[start:]) for start in starts)
-
-    def _begins(self, name: list[str]) -> bool:
-        return len(name) >= len(self.pieces) and all(
-            _same(pattern, piece) for pattern, piece in zip(self.pieces, name, strict=False)
-        )
+        """Whether the pattern begins the name, or (after `*.`) the rest of it from some piece on."""
+        name, length = module.split("."), len(self.pieces)
+        starts = range(len(name) - length + 1) if self.anywhere else range(len(name) >= length)
+        return any(all(map(_fits, self.pieces, name[start : start + length])) for start in starts)
 
 
 @dataclass(frozen=True)
 class BlockStrengths:
-    """Rules in the order in which they were written."""
+    """The rules of a text, in its order."""
 
     rules: tuple[Rule, ...] = ()
 
@@ -53,9 +47,9 @@ class BlockStrengths:
 
 
 def parse_blocks(text: str, modules: Sequence[str]) -> BlockStrengths:
-    """The rules in a text; `modules` are the model's layers, of which each rule must fit one.
+    """The rules in a text; `modules` are the model's layers.
 
-    Raises ValueError with one sentence for a rule that cannot be read or fits nothing.
+    Raises ValueError for a rule that cannot be parsed and for one that fits no layer.
     """
     rules: list[Rule] = []
     for written in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
@@ -68,7 +62,7 @@ def parse_blocks(text: str, modules: Sequence[str]) -> BlockStrengths:
         rule = _rule(pattern, _strength(value, written))
         if not any(rule.fits(module) for module in modules):
             raise ValueError(
-                f"{pattern[:80]!r} is the beginning of no layer's name; "
+                f"no layer's name starts with {pattern[:80]!r}; "
                 "write for example double_blocks.0-18, single_blocks.5.linear2 or *.img_attn"
             )
         rules.append(rule)
@@ -94,8 +88,8 @@ def _rule(pattern: str, strength: float) -> Rule:
     return Rule(pieces[1:] if anywhere else pieces, anywhere, strength)
 
 
-def _same(pattern: str, piece: str) -> bool:
-    """Whether one piece of a name is what a piece of a pattern says."""
+def _fits(pattern: str, piece: str) -> bool:
+    """Whether one piece of a pattern fits a piece of a name."""
     if bounds := _RANGE.fullmatch(pattern):
         return piece.isdecimal() and int(bounds[1]) <= int(piece) <= int(bounds[2])
     return fnmatchcase(piece, pattern)

@@ -1,13 +1,17 @@
-"""How trainers write LoRA files: prefixes and endings of their keys, and what each convention is called.
+"""How trainers write LoRA files: the prefixes and endings of their keys, and each convention's name.
 
-A key is prefix, layer, ending. The layer's names are in names.py and flux_core/model/names.py. To add a
-convention, add what its keys have of their own to these tables.
+A key is a prefix, a layer's name and an ending. To add a convention, extend these tables; names of the
+transformer's layers are in flux_core/model/names.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..model.names import Rows, find_layer
+from ..model.spec import FluxSpec
 
 TRANSFORMER, CLIP, T5 = "transformer", "clip_l", "t5xxl"
 """The parts that a LoRA can change; the encoders' names are ComfyUI's."""
@@ -32,6 +36,22 @@ TEXT_PREFIXES: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
     )
 )
 """Prefixes of the text encoders' layers, and the encoders that they may mean."""
+
+TEXT_LAYERS: dict[str, tuple[tuple[str, str], ...]] = {
+    CLIP: (
+        (r"encoder_layers_(\d+)_self_attn_([qkv]|out)_proj", r"encoder.layers.\1.self_attn.\2_proj"),
+        (r"encoder_layers_(\d+)_mlp_(fc[12])", r"encoder.layers.\1.mlp.\2"),
+        (r"encoder_layers_(\d+)_(layer_norm[12])", r"encoder.layers.\1.\2"),
+        (r"final_layer_norm", r"final_layer_norm"),
+    ),
+    T5: (
+        (r"encoder_block_(\d+)_layer_0_SelfAttention_([qkvo])", r"encoder.block.\1.layer.0.SelfAttention.\2"),
+        (r"encoder_block_(\d+)_layer_1_DenseReluDense_(w\w+)", r"encoder.block.\1.layer.1.DenseReluDense.\2"),
+        (r"encoder_block_(\d+)_layer_([01])_layer_norm", r"encoder.block.\1.layer.\2.layer_norm"),
+        (r"encoder_final_layer_norm", r"encoder.final_layer_norm"),
+    ),
+}
+"""Layers of the text encoders with their dots as underscores, and the module's name in transformers."""
 
 _PEFT = r"(?:\.default(?:_\d+)?)?(?:\.weight)?"
 """PEFT may put its adapter's name and `.weight` after a tensor's name."""
@@ -111,3 +131,36 @@ def label_of(keys: Iterable[str]) -> str:
         if any(match(key) for key in keys):
             return label
     return "layers named without a prefix"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module of one of the parts, some of its rows or (None) all, and whether their halves are swapped."""
+
+    part: str
+    module: str
+    rows: Rows | None = None
+    swapped: bool = False
+
+
+def find_target(layer: str, spec: FluxSpec) -> Target | None:
+    """The module that a layer's name in a file means, prefix included, or None where it means none.
+
+    diffusers splits BFL's fused layers (qkv in three, linear1 in four), so it may be some rows of a module
+    only. The sizes of `spec` give these rows; whether the model has the module is not checked.
+    """
+    for prefix, parts in TEXT_PREFIXES:
+        if match := prefix.match(layer):
+            return _text_target(layer[match.end() :], parts)
+    name = PREFIX.sub("", layer, count=1) if PREFIX.match(layer) else layer
+    found = find_layer(name.replace(".processor.to_", ".to_").strip("_."))
+    return found and Target(TRANSFORMER, found.module, found.rows(spec), found.swapped)
+
+
+def _text_target(name: str, parts: tuple[str, ...]) -> Target | None:
+    name = name.replace(".", "_").strip("_").removeprefix("transformer_").removeprefix("text_model_")
+    for part in parts:
+        for pattern, module in TEXT_LAYERS[part]:
+            if match := re.fullmatch(pattern, name):
+                return Target(part, match.expand(module))
+    return None

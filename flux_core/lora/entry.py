@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..model.names import Rows
 from .adapter import Adapter, Roles, alpha_of, need, swap_halves
 from .additive import FullDifference, LoHa, LoKr, LoRA
-from .conventions import TRANSFORMER
+from .conventions import TRANSFORMER, Target
 from .dora import DoRA
-from .names import Rows, Target
 from .rotation import OFT
 
 KINDS = (LoRA, LoKr, LoHa, OFT, FullDifference)

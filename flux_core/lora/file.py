@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..model.names import layer_names
 from ..model.spec import FluxSpec
 from ..weights import Checkpoint
-from .conventions import label_of, parse_key
+from .conventions import TRANSFORMER, find_target, label_of, parse_key
 from .entry import Entry, read_entry
 from .foreign import describe_contents, foreign_model
-from .names import find_target
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +54,14 @@ def read_lora(
     if (other := foreign_model(tensors, spec)) is not None:
         raise ValueError(f"{name} is {other}, not for FLUX.1; choose a LoRA that was made for FLUX.1")
     layers, unmatched = _by_layer(tensors)
-    settings = _peft_settings(metadata or {})
+    settings, modules = _peft_settings(metadata or {}), frozenset(layer_names(spec))
     entries: list[Entry] = []
     for layer, keys in layers.items():
         roles = _with_peft_alpha({role: tensors[key] for role, key in keys.items()}, layer, settings)
         target = find_target(layer, spec)
-        entry = None if target is None else read_entry(target, roles, [*keys.values()])
+        entry = None
+        if target is not None and (target.part != TRANSFORMER or target.module in modules):
+            entry = read_entry(target, roles, [*keys.values()])
         if entry is None:
             unmatched += keys.values()
         else:
@@ -138,6 +140,3 @@ def _peft_alpha(layer: str, rank: int, settings: Mapping[str, object]) -> float 
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         return None
     return float(alpha) * (math.sqrt(rank) if get("use_rslora") is True else 1.0)
-
-
-__all__ = ["LoraFile", "read_lora"]

@@ -6,8 +6,9 @@ dequantized. Adapters are never merged into it, so a quantized weight stays quan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.names import Rows
 from .adapter import Adapter, OutputChange
 from .additive import LoRA
 from .dora import ColumnGains
-from .names import Rows
 
 _CPU = torch.device("cpu")
 
@@ -123,12 +124,8 @@ class AdaptedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The bias with what the parts add to it."""
-        bias, change = self._base_bias, cast("Tensor | None", self.bias_change)
+        bias, change = _bias(self.base), self.bias_change
         return bias if change is None else change if bias is None else bias + change.to(bias.dtype)
-
-    @property
-    def _base_bias(self) -> Tensor | None:
-        return cast("Tensor | None", self.base.bias)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] of a plain layer with the same outputs."""
@@ -148,53 +145,41 @@ class AdaptedLinear(nn.Module):
         """Stack the plain LoRAs, list the other adapters' changes, add up those of the bias."""
         self.changes, self._places = nn.ModuleList(), []
         pairs: list[tuple[Rows, Tensor, Tensor]] = []
-        bias: Tensor | None = None
+        bias = torch.zeros(self.out_features)
         for part in self.parts:
             start, count = rows = self._rows(part)
             if part.bias is not None:
-                bias = torch.zeros(self.out_features) if bias is None else bias
                 bias[start : start + count] += part.strength * part.bias
             if part.adapter is None:
                 continue
-            change = part.adapter.attached(part.strength, self._base_rows(part))
+            change = part.adapter.attached(part.strength, partial(self._base_weight, start, start + count))
             if isinstance(change, LoRA):
                 pairs.append((rows, change.down, change.up))
             else:
-                self.changes.append(change.to(self._dtype))
+                self.changes.append(change.to(self.device, self._dtype))
                 self._places.append((start, start + count, part.adapter.shape[1] or self.in_features))
-        self.stack = LoRAStack(pairs, self.in_features, self._dtype) if pairs else None
-        self.register_buffer("bias_change", None if bias is None else bias.to(self._dtype), persistent=False)
+        self.stack = LoRAStack(pairs, self.in_features, self._dtype).to(self.device) if pairs else None
+        changes_bias = any(part.bias is not None for part in self.parts)
+        self.bias_change: Tensor | None
+        self.register_buffer(
+            "bias_change", bias.to(self.device, self._dtype) if changes_bias else None, persistent=False
+        )
         self._reads_output = any(cast(OutputChange, change).reads_output for change in self.changes)
         self._gained = self._gained_rows()
-        for module in (self.changes, self.stack):
-            if module is not None:
-                module.to(self.device)
-        if self.bias_change is not None:
-            self.bias_change = cast(Tensor, self.bias_change).to(self.device)
 
     def _rows(self, part: Part) -> Rows:
         return part.rows or (0, self.out_features)
 
-    def _base_rows(self, part: Part) -> Callable[[], Tensor]:
-        """Returns the base's rows that a part changes, float32 on the CPU."""
-
-        def weight() -> Tensor:
-            start, count = self._rows(part)
-            base = _widened(dense_weight(self.base, torch.float32), self.in_features)
-            return base[start : start + count].cpu()
-
-        return weight
+    def _base_weight(self, start: int, stop: int) -> Tensor:
+        """Rows of the base's weight, float32 on the CPU."""
+        return _widened(dense_weight(self.base, torch.float32), self.in_features)[start:stop].cpu()
 
     def _gained_rows(self) -> list[tuple[int, int, list[int]]]:
         """Ranges of rows (first, stop), and the changes whose gains of the inputs apply to each.
 
         Empty without such gains (DoRA by columns).
         """
-        found = [
-            (i, *self._places[i][:2])
-            for i, change in enumerate(self.changes)
-            if isinstance(change, ColumnGains)
-        ]
+        found = [(i, *self._places[i][:2]) for i, c in enumerate(self.changes) if isinstance(c, ColumnGains)]
         edges = {0, self.out_features}.union(*({start, stop} for _, start, stop in found))
         return [
             (first, stop, [i for i, start, end in found if start <= first and stop <= end])
@@ -215,14 +200,14 @@ class AdaptedLinear(nn.Module):
         y = self._with_gains(inner) if self._gained else self.base(inner)
         wx: Tensor | None = None
         if self._reads_output:
-            own = self.base(inner) if self._gained else y
-            wx = own.clone() if self._base_bias is None else own - self._base_bias.to(own.dtype)
+            own, bias = self.base(inner) if self._gained else y, _bias(self.base)
+            wx = own.clone() if bias is None else own - bias.to(own.dtype)
         for change, (start, stop, width) in zip(self.changes, self._places, strict=True):
             y[:, start:stop] += change(inputs[:, :width], None if wx is None else wx[:, start:stop])
         if self.stack is not None:
             y = self.stack(inputs, y)
         if self.bias_change is not None:
-            y = y + cast(Tensor, self.bias_change).to(y.dtype)
+            y = y + self.bias_change.to(y.dtype)
         return y.unflatten(0, x.shape[:-1])
 
     def _with_gains(self, x: Tensor) -> Tensor:
@@ -236,8 +221,12 @@ class AdaptedLinear(nn.Module):
             return self.base(scaled(self._gained[0][2]))
         weight = dense_weight(self.base, x.dtype)
         pieces = [F.linear(scaled(members), weight[start:stop]) for start, stop, members in self._gained]
-        y, bias = torch.cat(pieces, dim=-1), self._base_bias
+        y, bias = torch.cat(pieces, dim=-1), _bias(self.base)
         return y if bias is None else y + bias.to(y.dtype)
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    return cast("Tensor | None", layer.bias)
 
 
 def _widened(weight: Tensor, width: int) -> Tensor:

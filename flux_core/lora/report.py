@@ -104,7 +104,7 @@ def _count(entries: Iterable[Entry]) -> int:
 
 
 def _kinds(entries: Sequence[Entry]) -> str:
-    """The kinds of adapters with their ranks: "LoRA of rank 4 to 16 in 304 layers"."""
+    """The kinds of adapters with their ranks: "LoRA of rank 4 to 16 for 304 layers"."""
     ranks: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Load FLUX LoRA in the embedded host: what it paints, what it leaves alone, and what it says."""
+"""Load FLUX LoRA in the embedded host: its images, its report, and that its inputs stay as they are."""
 
 from __future__ import annotations
 
@@ -63,38 +63,38 @@ def merged(strength_model: float, strength_clip: float) -> dict[str, tuple[Any, 
     return done
 
 
-def painted(prompt: graphs.Prompt, done: dict[str, tuple[Any, ...]] | None = None) -> torch.Tensor:
+def image(prompt: graphs.Prompt, done: dict[str, tuple[Any, ...]] | None = None) -> torch.Tensor:
     return graphs.run(prompt, "decode", done)[0]
 
 
-def test_the_picture_is_that_of_the_merged_weights(embedded: Folders) -> None:
-    expected = painted(graphs.text_to_image(FILES), merged(0.8, 0.6))
-    torch.testing.assert_close(painted(with_loras({})), expected, atol=2e-4, rtol=0)
-    assert (painted(graphs.text_to_image(FILES)) - expected).abs().max() > 0.05
+def test_the_image_is_that_of_the_merged_weights(embedded: Folders) -> None:
+    expected = image(graphs.text_to_image(FILES), merged(0.8, 0.6))
+    torch.testing.assert_close(image(with_loras({})), expected, atol=2e-4, rtol=0)
+    assert (image(graphs.text_to_image(FILES)) - expected).abs().max() > 0.05
 
 
 def test_loras_in_a_row_stack(embedded: Folders) -> None:
     """Strengths of one file add up: 0.5 and 0.3 of the model, 0.4 and 0.2 of the encoders."""
     first = {"strength_model": 0.5, "strength_clip": 0.4}
     second = {"strength_model": 0.3, "strength_clip": 0.2}
-    torch.testing.assert_close(painted(with_loras(first, second)), painted(with_loras({})), atol=2e-4, rtol=0)
+    torch.testing.assert_close(image(with_loras(first, second)), image(with_loras({})), atol=2e-4, rtol=0)
 
 
-def test_the_model_that_came_in_is_as_it_was(embedded: Folders) -> None:
+def test_the_input_model_stays_as_it_is(embedded: Folders) -> None:
     done: dict[str, Any] = {}
-    plain = painted(graphs.text_to_image(FILES), done)
+    plain = image(graphs.text_to_image(FILES), done)
     model, clip = done["model"][0], done["clip"][0]
     bits = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    painted(with_loras({}), {"model": done["model"], "clip": done["clip"], "vae": done["vae"]})
+    image(with_loras({}), {"model": done["model"], "clip": done["clip"], "vae": done["vae"]})
     assert all(torch.equal(tensor, bits[name]) for name, tensor in model.network.state_dict().items())
     again = {"model": (model,), "clip": (clip,), "vae": done["vae"]}
-    assert torch.equal(painted(graphs.text_to_image(FILES), again), plain)
+    assert torch.equal(image(graphs.text_to_image(FILES), again), plain)
 
 
-def test_strength_0_and_blocks_at_0_are_the_plain_picture(embedded: Folders) -> None:
-    plain = painted(graphs.text_to_image(FILES))
-    assert torch.equal(painted(with_loras({"strength_model": 0.0, "strength_clip": 0.0})), plain)
-    assert torch.equal(painted(with_loras({"blocks": "*=0", "strength_clip": 0.0})), plain)
+def test_strength_0_and_blocks_at_0_are_the_plain_image(embedded: Folders) -> None:
+    plain = image(graphs.text_to_image(FILES))
+    assert torch.equal(image(with_loras({"strength_model": 0.0, "strength_clip": 0.0})), plain)
+    assert torch.equal(image(with_loras({"blocks": "*=0", "strength_clip": 0.0})), plain)
 
 
 def test_the_report_counts_with_and_without_the_encoders(embedded: Folders) -> None:
@@ -138,10 +138,10 @@ WIDE = {
             {"clip": None},
             "bad.safetensors changes nothing of what is connected here, only CLIP-L and T5",
         ),
-        (lora_tensors(), {"blocks": "nothing=1"}, "'nothing' is the beginning of no layer's name"),
+        (lora_tensors(), {"blocks": "nothing=1"}, "no layer's name starts with 'nothing'"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(
+def test_files_and_settings_that_do_not_fit(
     embedded: Folders,
     tmp_path: Path,
     tensors: dict[str, torch.Tensor],
@@ -165,7 +165,7 @@ def test_wires_of_another_kind_are_refused(embedded: Folders) -> None:
         current_host().add_lora(model, "x", path, 1.0, 1.0, "")
 
 
-def test_a_name_that_is_not_there_is_told_before_the_run(embedded: Folders) -> None:
+def test_a_missing_file_is_an_error_before_the_run(embedded: Folders) -> None:
     from rectiflux.nodes.lora import LoraLoader
 
     assert LoraLoader.VALIDATE_INPUTS(NAMES["loras"]) is True

@@ -129,9 +129,9 @@ def cayley(x: Tensor) -> Tensor:
 
 
 def oft(rescale: bool = False, constraint: float = 0.0) -> Case:
-    """Qiu et al., arXiv:2306.07280: blocks turn the outputs; LyCORIS diag_oft.py multiplies by R transposed.
+    """Qiu et al., arXiv:2306.07280: blocks rotate the outputs. LyCORIS diag_oft.py multiplies by R^T.
 
-    With a constraint (stored as alpha) Q is made no longer than constraint * out.
+    With a constraint (stored as alpha) the length of Q is bounded by constraint * out.
     """
     blocks, gain = draw(1, 8, ROWS // 8, ROWS // 8, scale=0.1), 1 + draw(2, ROWS, 1, scale=0.1)
     tensors = {"oft_blocks": blocks, "alpha": torch.tensor(constraint)}
@@ -148,9 +148,9 @@ def oft(rescale: bool = False, constraint: float = 0.0) -> Case:
 
 
 def boft() -> Case:
-    """Liu et al., arXiv:2311.06243: stage i turns outputs together that lie 2^i b/2 apart (LyCORIS boft.py).
+    """Liu et al., arXiv:2311.06243: stage i joins outputs that lie 2^i b/2 apart (LyCORIS boft.py).
 
-    Here every stage is a whole matrix P^T diag(R) P, with the permutation P written out number by number.
+    Here every stage is a whole matrix P^T diag(R) P, with the permutation P written out.
     """
     stages, b = 3, 4
     blocks = draw(1, stages, ROWS // b, b, b, scale=0.1)

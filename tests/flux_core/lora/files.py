@@ -1,4 +1,4 @@
-"""LoRA files of known numbers in every convention, and what merging them by hand would give.
+"""LoRA files of known values in every convention, and the merged weights.
 
 A `Change` is a low-rank change of one of BFL's layers, or of a piece of it. Each writer below puts changes
 into a state dict as one trainer does; `merged` adds s * (alpha / rank) * B A to a copy's weights.
@@ -35,7 +35,7 @@ class Change:
 def make_change(
     model: nn.Module, name: str, module: str, rows: slice = slice(None), *, rank: int = 3, seed: int = 0
 ) -> Change:
-    """A change of random numbers, as large as the layer's own, with an alpha that is not the rank."""
+    """A random change, as large as the layer's own weight, with an alpha that is not the rank."""
     layer = model.get_submodule(module)
     assert isinstance(layer, nn.Linear)
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))

@@ -15,7 +15,7 @@ from rectiflux.flux_core.lora import (
     read_lora,
     with_lora,
 )
-from rectiflux.flux_core.lora.entry import read_adapter
+from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch import Tensor, nn
 
 from .cases import (
@@ -33,20 +33,23 @@ from .cases import (
     lora,
     oft,
 )
-from .stored import StoredLinear, store
+from .quantized import quantized
 
 H = SPEC.hidden_size
+QKV = "double_blocks.0.img_attn.qkv"
+
+Model = Callable[[], FluxTransformer]
+weights = pytest.mark.parametrize(
+    "model", [flux_transformer, lambda: quantized(part="blocks")[0]], ids=["dense", "quantized"]
+)
 
 
 def relative(ours: Tensor, expected: Tensor) -> float:
     return float((ours - expected).abs().max() / expected.abs().max())
 
 
-def attached(cases: list[tuple[Case, float]], stored: bool) -> tuple[nn.Module, AdaptedLinear]:
+def attached(cases: list[tuple[Case, float]], model: FluxTransformer) -> tuple[nn.Module, AdaptedLinear]:
     """A model's layer, and the same with files of these cases attached."""
-    model = flux_transformer()
-    if stored:
-        store(model)
     loras = []
     for case, strength in cases:
         tensors = {f"diffusion_model.{LAYER}.{role}": tensor for role, tensor in case.tensors.items()}
@@ -65,14 +68,14 @@ def expected_weight(base: nn.Module, cases: list[tuple[Case, float]]) -> Tensor:
     return w + sum(strength * (case.merge(w) - w) for case, strength in cases)
 
 
-@pytest.mark.parametrize("stored", [False, True], ids=["dense", "stored"])
+@weights
 @pytest.mark.parametrize("strength", [1.0, 0.6, -0.4])
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_with_an_adapter_is_the_layer_with_the_merged_weight(
-    name: str, strength: float, stored: bool
+    name: str, strength: float, model: Model
 ) -> None:
     cases = [(CASES[name](), strength)]
-    base, layer = attached(cases, stored)
+    base, layer = attached(cases, model())
     weight = expected_weight(base, cases)
     x = draw(11, 2, 7, WIDTH)
     assert relative(layer(x), F.linear(x, weight, base.bias)) < 1e-5
@@ -80,36 +83,34 @@ def test_a_layer_with_an_adapter_is_the_layer_with_the_merged_weight(
     assert relative(F.linear(x, weight, base.bias), base(x)) > 1e-2
 
 
-@pytest.mark.parametrize("stored", [False, True], ids=["dense", "stored"])
-def test_adapters_of_every_kind_add_up_on_one_layer(stored: bool) -> None:
+@weights
+def test_adapters_of_every_kind_add_up_on_one_layer(model: Model) -> None:
     cases = [(make(), 0.1 * (i + 1) / len(CASES)) for i, make in enumerate(CASES.values())]
-    base, layer = attached(cases, stored)
+    base, layer = attached(cases, model())
     x = draw(11, 3, WIDTH)
     assert relative(layer(x), F.linear(x, expected_weight(base, cases), base.bias)) < 1e-5
 
 
 def test_low_rank_parts_of_several_files_are_one_pair_of_products() -> None:
     """Ranks are stacked: 4 of each file, one matmul down, one up."""
-    _, layer = attached([(lora(), 0.5), (lora(), 0.25), (lora(), -1.0)], stored=False)
+    _, layer = attached([(lora(), 0.5), (lora(), 0.25), (lora(), -1.0)], flux_transformer())
     assert sorted(tuple(tensor.shape) for tensor in layer.buffers()) == [(12, WIDTH), (ROWS, 12)]
 
 
 @pytest.mark.parametrize("rank", [2, 8])
 def test_a_loha_keeps_no_more_than_its_factors(rank: int) -> None:
     """Thin or not (r^2 (rows + in) against rows * in), the change itself is never kept."""
-    _, layer = attached([(loha(rank), 1.0)], stored=False)
+    _, layer = attached([(loha(rank), 1.0)], flux_transformer())
     assert [tuple(t.shape) for t in layer.buffers()] == [(rank, WIDTH), (ROWS, rank)] * 2
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("stored", [False, True], ids=["dense", "stored"])
-def test_dora_on_the_pieces_of_a_fused_layer(axis: int, stored: bool) -> None:
+@weights
+def test_dora_on_the_pieces_of_a_fused_layer(axis: int, model: Model) -> None:
     """OneTrainer writes q, k, v apart; the lengths are those of the piece's rows or columns."""
-    model = flux_transformer()
-    if stored:
-        store(model)
-    weight = dense_weight(model.get_submodule("double_blocks.0.img_attn.qkv"), torch.float32).clone()
-    bias = model.get_submodule("double_blocks.0.img_attn.qkv").bias
+    base = model()
+    weight = dense_weight(base.get_submodule(QKV), torch.float32).clone()
+    bias = base.get_submodule(QKV).bias
     tensors: dict[str, Tensor] = {}
     expected = weight.clone()
     for i, letter in enumerate("qk"):
@@ -119,9 +120,9 @@ def test_dora_on_the_pieces_of_a_fused_layer(axis: int, stored: bool) -> None:
         tensors[f"{stem}.alpha"] = torch.tensor(1.0)
         v = weight[i * H : (i + 1) * H] + 0.5 * b @ a
         expected[i * H : (i + 1) * H] = m * v / (v**2).sum(dim=axis, keepdim=True).sqrt()
-    adapted, _ = with_lora(model, [LoraUse(read_lora(tensors, SPEC), 0.5)])
+    adapted, _ = with_lora(base, [LoraUse(read_lora(tensors, SPEC), 0.5)])
     x = draw(20, 4, H)
-    got = adapted.get_submodule("double_blocks.0.img_attn.qkv")(x)
+    got = adapted.get_submodule(QKV)(x)
     assert relative(got, F.linear(x, weight + 0.5 * (expected - weight), bias)) < 1e-5
 
 
@@ -130,9 +131,9 @@ def test_the_last_modulations_halves_change_places(kind: Callable[[], Case]) -> 
     """diffusers' norm_out.linear makes (scale, shift), BFL's last modulation (shift, scale)."""
     case = kind()
     w = draw(30, ROWS, WIDTH)
-    found = read_adapter(case.tensors)
-    assert found is not None
-    adapter = found.swapped()
+    file = read_lora({f"norm_out.linear.{role}": tensor for role, tensor in case.tensors.items()}, SPEC)
+    adapter = file.entries[0].adapter
+    assert adapter is not None
     swapped = torch.cat([w[ROWS // 2 :], w[: ROWS // 2]])
     got = w + adapter.delta(w)
     expected = case.merge(swapped)
@@ -161,12 +162,5 @@ def test_dense_weight_of_what_has_none() -> None:
     packed = nn.Linear(2, 2)
     packed.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
     for layer in (nn.LayerNorm(3), packed):
-        message = f"a linear layer with a dense weight is needed, got {type(layer).__name__}"
-        with pytest.raises(TypeError, match=message):
+        with pytest.raises(TypeError, match=type(layer).__name__):
             dense_weight(layer)
-
-
-def test_dense_weight_of_a_stored_layer() -> None:
-    stored = StoredLinear.of(nn.Linear(3, 2))
-    assert dense_weight(stored, torch.float16).dtype == torch.float16
-    assert dense_weight(stored).dtype == torch.float32

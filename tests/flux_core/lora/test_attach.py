@@ -1,4 +1,4 @@
-"""Attaching leaves the base as it was, and what is attached works with everything that a model does."""
+"""LoRAs attached to a model: the base stays as it is, and the copy computes what merged weights compute."""
 
 from __future__ import annotations
 
@@ -12,57 +12,39 @@ from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch import Tensor
 
 from .files import Change, dotted, kohya, make_change, merged, peft, xlabs
-from .stored import store
-from .test_conventions import BLOCKS, LINEAR, H, onetrainer, paint, whole, x_flux
+from .test_conventions import BLOCKS, H, onetrainer, velocity, whole, x_flux
 
 
-def lora_of(
-    model: FluxTransformer, seed: int, names: list[str] | None = None
-) -> tuple[list[Change], LoraUse]:
-    """A LoRA of kohya's that changes layers of the model, and what it changes."""
-    names = BLOCKS if names is None else names
-    changes = [make_change(model, name, name, rank=2, seed=seed) for name in names]
+def lora_of(model: FluxTransformer, seed: int) -> tuple[list[Change], LoraUse]:
+    """A LoRA in kohya's format that changes all layers of the blocks, and its changes."""
+    changes = [make_change(model, name, name, rank=2, seed=seed) for name in BLOCKS]
     return changes, LoraUse(read_lora(kohya(changes), SPEC), 0.5)
 
 
-def bits(model: FluxTransformer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def test_the_base_stays_bit_for_bit_what_it_was_while_and_after() -> None:
+def test_the_base_stays_as_it_is_and_is_shared() -> None:
+    """Bit for bit, before and after use; the copy has the same parameters and the adapters' tensors."""
     model = flux_transformer()
-    before, picture, tree = bits(model), paint(model), [name for name, _ in model.named_modules()]
-    _, use = lora_of(model, 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected, tree = velocity(model), [name for name, _ in model.named_modules()]
+    changes, use = lora_of(model, 1)
     adapted, _ = with_lora(model, [use])
-    paint(adapted)
-    assert torch.equal(paint(model), picture)
+    velocity(adapted)
+    assert torch.equal(velocity(model), expected)
     assert [name for name, _ in model.named_modules()] == tree
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_the_copy_holds_no_number_of_the_base_twice() -> None:
-    """Every parameter of the base is in the copy, the same tensor; what the copy adds is the adapters'."""
-    model = flux_transformer()
-    _, use = lora_of(model, 1)
-    adapted, _ = with_lora(model, [use])
-    own = {id(parameter) for parameter in model.parameters()}
-    assert {id(parameter) for parameter in adapted.parameters()} == own
+    assert {id(p) for p in adapted.parameters()} == {id(p) for p in model.parameters()}
     added = sum(buffer.numel() for buffer in adapted.buffers())
-    assert added == sum(t.numel() for key, t in lora_file_tensors(model, 1).items() if "alpha" not in key)
-
-
-def lora_file_tensors(model: FluxTransformer, seed: int) -> dict[str, Tensor]:
-    return kohya([make_change(model, name, name, rank=2, seed=seed) for name in BLOCKS])
+    assert added == sum(change.up.numel() + change.down.numel() for change in changes)
 
 
 def test_loras_stack_in_one_call_in_any_order_and_in_several_calls() -> None:
     model = flux_transformer()
     (first, one), (second, two) = lora_of(model, 1), lora_of(model, 2)
-    expected = paint(merged(merged(model, first, 0.5), second, 0.5))
-    assert relative_error(paint(with_lora(model, [one, two])[0]), expected) < 1e-5
-    assert relative_error(paint(with_lora(model, [two, one])[0]), expected) < 1e-5
+    expected = velocity(merged(merged(model, first, 0.5), second, 0.5))
+    assert relative_error(velocity(with_lora(model, [one, two])[0]), expected) < 1e-5
+    assert relative_error(velocity(with_lora(model, [two, one])[0]), expected) < 1e-5
     chained, _ = with_lora(with_lora(model, [one])[0], [two])
-    assert relative_error(paint(chained), expected) < 1e-5
+    assert relative_error(velocity(chained), expected) < 1e-5
     layer = chained.get_submodule("double_blocks.0.img_attn.qkv")
     assert isinstance(layer, AdaptedLinear) and not isinstance(layer.base, AdaptedLinear)
 
@@ -78,47 +60,11 @@ def test_fused_layers_and_their_pieces_stack_on_one_layer() -> None:
     ]
     expected = merged(merged(model, fused, 0.5), pieces, -0.3)
     expected = merged(expected, x_flux(model, True), 0.2)
-    assert relative_error(paint(with_lora(model, uses)[0]), paint(expected)) < 1e-5
+    assert relative_error(velocity(with_lora(model, uses)[0]), velocity(expected)) < 1e-5
 
 
-def test_a_model_whose_weights_are_stored_in_another_form() -> None:
-    """The base is never made dense: its layers are the same objects' numbers, and the sum is exact."""
-    model = flux_transformer()
-    store(model)
-    dense = flux_transformer()
-    for name in BLOCKS:
-        stored = model.get_submodule(name)
-        dense.get_submodule(name).weight.copy_(stored.dense_weight(torch.float32))
-    changes, use = lora_of(dense, 1)
-    adapted, _ = with_lora(model, [use])
-    assert relative_error(paint(adapted), paint(merged(dense, changes, 0.5))) < 1e-5
-    assert adapted.get_submodule(BLOCKS[0]).base.codes is model.get_submodule(BLOCKS[0]).codes
-
-
-def test_a_model_of_which_every_layer_is_stored_and_adapted() -> None:
-    """What the transformer asks of its first layers, dtype and device, an adapted layer answers for them."""
-    model, dense = flux_transformer(), flux_transformer()
-    store(model, part="")
-    for name in LINEAR:
-        dense.get_submodule(name).weight.copy_(model.get_submodule(name).dense_weight(torch.float32))
-    changes = whole(dense)
-    adapted, _ = with_lora(model, [LoraUse(read_lora(kohya(changes), SPEC), 0.5)])
-    assert adapted.device == torch.device("cpu") and adapted.dtype == torch.float32
-    assert relative_error(paint(adapted), paint(merged(dense, changes, 0.5))) < 1e-5
-
-
-def test_a_stored_layer_whose_weight_is_replaced_becomes_a_plain_one() -> None:
-    model = flux_transformer()
-    store(model)
-    weight = torch.randn(H, H, generator=torch.Generator().manual_seed(1))
-    name = "double_blocks.0.img_attn.proj"
-    adapted, _ = with_lora(model, [LoraUse(read_lora({f"{name}.set_weight": weight}, SPEC), 0.5)])
-    layer = adapted.get_submodule(name)
-    assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, model.get_submodule(name).bias)
-
-
-def test_what_is_attached_lies_on_the_models_device() -> None:
-    """The files' numbers are on the CPU; the meta device stands for any other."""
+def test_adapters_are_on_the_models_device() -> None:
+    """The files' tensors are on the CPU; the meta device stands for any other."""
     model = flux_transformer()
     _, use = lora_of(model, 1)
     control = LoraUse(read_lora(control_file(model), SPEC))
@@ -126,15 +72,14 @@ def test_what_is_attached_lies_on_the_models_device() -> None:
     adapted, _ = with_lora(elsewhere, [use, control])
     assert {buffer.device.type for buffer in adapted.buffers()} == {"meta"}
     assert {parameter.device.type for parameter in adapted.parameters()} == {"meta"}
-    velocity = adapted.img_in(torch.zeros(1, 6, 2 * SPEC.in_channels, device="meta"))
-    assert velocity.device.type == "meta" and velocity.shape == (1, 6, H)
+    tokens = adapted.img_in(torch.zeros(1, 6, 2 * SPEC.in_channels, device="meta"))
+    assert tokens.device.type == "meta" and tokens.shape == (1, 6, H)
 
 
-def test_a_control_lora_without_the_control_picture_is_one_sentence() -> None:
+def test_a_control_lora_needs_the_control_image() -> None:
     model = flux_transformer()
     adapted, _ = with_lora(model, [LoraUse(read_lora(control_file(model), SPEC))])
-    message = r"a layer with this LoRA reads 128 values, got 64"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="reads 128 values, got 64"):
         adapted.img_in(torch.zeros(1, 6, SPEC.in_channels))
 
 
@@ -147,9 +92,9 @@ def test_the_copy_computes_in_the_models_dtype(dtype: torch.dtype) -> None:
     adapted, _ = with_lora(half, [use])
     assert adapted.dtype == dtype and adapted.device == half.device
     assert {buffer.dtype for buffer in adapted.buffers()} == {dtype}
-    rounding = relative_error(paint(half).float(), paint(model))
-    ours = relative_error(paint(adapted).float(), paint(merged(model, changes, 0.5)))
-    assert paint(adapted).dtype == dtype
+    rounding = relative_error(velocity(half).float(), velocity(model))
+    ours = relative_error(velocity(adapted).float(), velocity(merged(model, changes, 0.5)))
+    assert velocity(adapted).dtype == dtype
     assert ours < 2 * rounding
 
 
@@ -157,7 +102,7 @@ def test_a_strength_of_0_is_the_base_itself() -> None:
     model = flux_transformer()
     _, use = lora_of(model, 1)
     adapted, report = with_lora(model, [LoraUse(use.file, 0.0)])
-    assert torch.equal(paint(adapted), paint(model))
+    assert torch.equal(velocity(adapted), velocity(model))
     assert not any(isinstance(module, AdaptedLinear) for module in adapted.modules())
     assert report.files[0].matched() == 3 * len(BLOCKS)
 
@@ -178,7 +123,7 @@ def test_strengths_of_single_blocks_multiply_the_loras_own() -> None:
         elif change.module.startswith("single_blocks."):
             factor = 0.5
         expected = merged(expected, [change], 0.5 * factor)
-    assert relative_error(paint(adapted), paint(expected)) < 1e-5
+    assert relative_error(velocity(adapted), velocity(expected)) < 1e-5
     assert not isinstance(adapted.get_submodule("double_blocks.0.img_attn.qkv"), AdaptedLinear)
 
 
@@ -231,7 +176,7 @@ def test_a_control_lora_widens_img_in_and_replaces_norms() -> None:
     adapted, report = with_lora(model, [LoraUse(lora, 0.8)])
     assert report.files[0].matched() == len(tensors)
     assert adapted.spec.in_channels == 2 * SPEC.in_channels and model.spec == SPEC
-    assert relative_error(paint(adapted), paint(with_control_merged(model, tensors, 0.8))) < 1e-5
+    assert relative_error(velocity(adapted), velocity(with_control_merged(model, tensors, 0.8))) < 1e-5
 
 
 def test_a_control_lora_as_diffusers_writes_it_again() -> None:
@@ -254,7 +199,7 @@ def test_a_control_lora_as_diffusers_writes_it_again() -> None:
     lora = read_lora(renamed, SPEC)
     adapted, report = with_lora(model, [LoraUse(lora, 0.8)])
     assert report.files[0].matched() == len(renamed) == len(kept) and not lora.unmatched
-    assert relative_error(paint(adapted), paint(with_control_merged(model, kept, 0.8))) < 1e-5
+    assert relative_error(velocity(adapted), velocity(with_control_merged(model, kept, 0.8))) < 1e-5
 
 
 def test_a_control_lora_works_beside_an_ordinary_one_in_either_order() -> None:
@@ -270,12 +215,12 @@ def test_a_control_lora_works_beside_an_ordinary_one_in_either_order() -> None:
         for change in changes:
             weight = wide.get_submodule(change.module).weight
             weight[:, : change.down.shape[1]] += change.scale * change.up @ change.down
-    expected = paint(wide)
-    assert relative_error(paint(with_lora(model, [control, style])[0]), expected) < 1e-5
-    assert relative_error(paint(with_lora(model, [style, control])[0]), expected) < 1e-5
+    expected = velocity(wide)
+    assert relative_error(velocity(with_lora(model, [control, style])[0]), expected) < 1e-5
+    assert relative_error(velocity(with_lora(model, [style, control])[0]), expected) < 1e-5
     chained, _ = with_lora(with_lora(model, [control])[0], [style])
     assert chained.spec.in_channels == 2 * SPEC.in_channels
-    assert relative_error(paint(chained), expected) < 1e-5
+    assert relative_error(velocity(chained), expected) < 1e-5
     wide_weight = chained.img_in.dense_weight()
     assert relative_error(wide_weight, wide.img_in.weight) < 1e-5
 
@@ -316,11 +261,11 @@ def test_differences_and_replacements_of_norms_and_weights() -> None:
         expected.get_parameter("single_blocks.1.norm.key_norm.scale").copy_(2 * scale)
         expected.get_parameter("double_blocks.1.img_attn.proj.weight").copy_(whole_weight + 0.5)
         expected.get_parameter("double_blocks.1.txt_attn.norm.key_norm.scale").add_(0.5 * scale)
-    assert relative_error(paint(adapted), paint(expected)) < 1e-5
+    assert relative_error(velocity(adapted), velocity(expected)) < 1e-5
     again, _ = with_lora(adapted, [LoraUse(use.file, 1.0)])
     with torch.no_grad():
         expected.get_parameter("double_blocks.0.img_attn.norm.query_norm.scale").add_(scale)
         expected.get_parameter("double_blocks.1.img_attn.proj.weight").add_(1.0)
         expected.get_parameter("double_blocks.1.txt_attn.norm.key_norm.scale").add_(scale)
-    assert relative_error(paint(again), paint(expected)) < 1e-5
-    assert torch.equal(paint(model), paint(flux_transformer()))
+    assert relative_error(velocity(again), velocity(expected)) < 1e-5
+    assert torch.equal(velocity(model), velocity(flux_transformer()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from rectiflux.flux_core.lora import parse_blocks
-from rectiflux.flux_core.lora.names import transformer_modules
+from rectiflux.flux_core.model.names import layer_names
 from rectiflux.flux_core.model.spec import FLUX_DEV
 
-MODULES = transformer_modules(FLUX_DEV)
+MODULES = layer_names(FLUX_DEV)
 
 
 def strengths(text: str, *names: str) -> list[float]:
@@ -45,7 +47,7 @@ def test_the_last_rule_that_fits_decides() -> None:
     assert strengths("single_blocks=0.7\nsingle_blocks.3=0.2", "single_blocks.3.linear1") == [0.2]
 
 
-def test_numbers_are_whole_pieces_and_may_be_negative() -> None:
+def test_indices_are_whole_pieces_and_strengths_may_be_negative() -> None:
     assert strengths("single_blocks.1=-1.5", "single_blocks.1.linear1", "single_blocks.11.linear1") == [
         -1.5,
         1,
@@ -56,22 +58,19 @@ def test_numbers_are_whole_pieces_and_may_be_negative() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "value"),
     [
-        (
-            "single_blocks",
-            r"a block strength is written pattern=strength, got 'single_blocks'; write for example",
-        ),
-        ("=1", r"a block strength is written pattern=strength, got '=1'"),
-        ("single_blocks=much", r"a block strength must be a number, got 'much' in 'single_blocks=much'"),
-        ("single_blocks=nan", r"a block strength must be a number, got 'nan'"),
-        ("single_blocks=1=2", r"a block strength must be a number, got '1=2'"),
-        ("dubble_blocks=1", r"'dubble_blocks' is the beginning of no layer's name; write for example"),
-        ("double_blocks.19=1", r"'double_blocks.19' is the beginning of no layer's name"),
-        ("double_blocks.9-3=1", r"a range of blocks must rise, got 9-3 in 'double_blocks.9-3'"),
-        ("double_blocks.=1", r"'double_blocks.' is the beginning of no layer's name"),
+        ("single_blocks", "'single_blocks'"),
+        ("=1", "'=1'"),
+        ("single_blocks=much", "'much' in 'single_blocks=much'"),
+        ("single_blocks=nan", "'nan'"),
+        ("single_blocks=1=2", "'1=2'"),
+        ("dubble_blocks=1", "'dubble_blocks'"),
+        ("double_blocks.19=1", "'double_blocks.19'"),
+        ("double_blocks.9-3=1", "9-3 in 'double_blocks.9-3'"),
+        ("double_blocks.=1", "'double_blocks.'"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_rules_that_cannot_be_parsed_or_fit_nothing(text: str, value: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(value)):
         parse_blocks(text, MODULES)

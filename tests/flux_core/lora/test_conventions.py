@@ -1,4 +1,4 @@
-"""Every convention: a file in it, attached, paints what the weights W + s (alpha / rank) B A paint."""
+"""Every convention: a file in it gives the velocity of the weights W + s (alpha / rank) B A."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from rectiflux.benchmarks.reference.models import (
     text,
 )
 from rectiflux.flux_core.lora import LoraUse, read_lora, with_lora
-from rectiflux.flux_core.lora.names import find_target, transformer_modules
+from rectiflux.flux_core.lora.conventions import find_target
+from rectiflux.flux_core.model.names import layer_names
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ PIECES = {"img_attn.qkv": "to_{}", "txt_attn.qkv": "add_{}_proj", "linear1": "to
 """BFL's fused layers, and diffusers' names of their pieces."""
 
 
-def paint(model: FluxTransformer) -> Tensor:
+def velocity(model: FluxTransformer) -> Tensor:
     """The velocity of fixed tokens and a fixed prompt."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(1, 6, model.spec.in_channels, generator=generator)
@@ -41,7 +42,7 @@ def paint(model: FluxTransformer) -> Tensor:
         return model(tokens, model.prepare(text(1), [SIGMA], 4, 6), SIGMA)
 
 
-def paint_in_diffusers(model: FluxTransformer2DModel) -> Tensor:
+def velocity_in_diffusers(model: FluxTransformer2DModel) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(1, 6, SPEC.in_channels, generator=generator)
     return diffusers_velocity(model, tokens, text(1), SIGMA, 4, 6)
@@ -110,16 +111,16 @@ BFL_NAMED: dict[str, Case] = {
 }
 
 
-def assert_it_paints(
+def assert_velocity(
     model: FluxTransformer, tensors: dict[str, Tensor], convention: str, expected: Tensor
 ) -> None:
-    """A file of the convention, attached at strength 0.7, fits whole, and changes the picture to that."""
+    """Every key of a file of the convention is applied, and at strength 0.7 the velocity is as expected."""
     lora = read_lora(tensors, model.spec)
     assert lora.convention.startswith(convention)
     adapted, report = with_lora(model, [LoraUse(lora, 0.7)])
     assert report.files[0].matched() == len(tensors) and not report.files[0].unmatched()
-    assert relative_error(paint(adapted), expected) < 1e-5
-    assert relative_error(paint(model), expected) > 1e-2
+    assert relative_error(velocity(adapted), expected) < 1e-5
+    assert relative_error(velocity(model), expected) > 1e-2
 
 
 @pytest.mark.parametrize("name", BFL_NAMED)
@@ -127,8 +128,8 @@ def test_a_lora_named_after_bfls_layers(name: str) -> None:
     make, write, convention = BFL_NAMED[name]
     model = flux_transformer()
     changes = make(model)
-    expected = paint(merged(model, changes, 0.7))
-    assert_it_paints(model, write(changes), convention, expected)
+    expected = velocity(merged(model, changes, 0.7))
+    assert_velocity(model, write(changes), convention, expected)
 
 
 def diffusers_changes(reference: FluxTransformer2DModel) -> list[Change]:
@@ -155,14 +156,14 @@ DIFFUSERS_NAMED: dict[str, tuple[Callable[[list[Change]], dict[str, Tensor]], st
 
 
 @pytest.mark.parametrize("name", DIFFUSERS_NAMED)
-def test_a_lora_named_after_diffusers_layers_paints_what_diffusers_paints(name: str) -> None:
+def test_a_lora_named_after_diffusers_layers_does_what_it_does_in_diffusers(name: str) -> None:
     """The weights are merged in diffusers' own layout: q, k, v apart, the last modulation (scale, shift)."""
     write, convention = DIFFUSERS_NAMED[name]
     model = flux_transformer()
     reference = diffusers_transformer(model)
     changes = diffusers_changes(reference)
-    expected = paint_in_diffusers(merged(reference, changes, 0.7))
-    assert_it_paints(model, write(changes), convention, expected)
+    expected = velocity_in_diffusers(merged(reference, changes, 0.7))
+    assert_velocity(model, write(changes), convention, expected)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -189,7 +190,7 @@ def test_pefts_settings_give_alpha_where_no_tensor_does(rslora: bool) -> None:
 
 
 @pytest.mark.parametrize("metadata", ["", "{", "[1]", "[" * 100_000, '{"transformer.lora_alpha": "x"}'])
-def test_settings_that_cannot_be_read_give_no_alpha(metadata: str) -> None:
+def test_settings_that_cannot_be_parsed_give_no_alpha(metadata: str) -> None:
     model = flux_transformer()
     change = make_change(model, "transformer_blocks.0.attn.to_out.0", "double_blocks.0.img_attn.proj")
     lora = read_lora(peft([change], "transformer."), model.spec, {"lora_adapter_metadata": metadata})
@@ -198,10 +199,10 @@ def test_settings_that_cannot_be_read_give_no_alpha(metadata: str) -> None:
 
 def test_no_two_layers_share_a_name_that_is_written_with_underscores() -> None:
     """Otherwise kohya's names would not be unique: the table would hold fewer names than were put in."""
-    names = [name.replace(".", "_") for name in transformer_modules(SPEC)]
+    names = [name.replace(".", "_") for name in layer_names(SPEC)]
     assert len(names) == len(set(names))
     targets = [find_target(name, SPEC) for name in names]
-    assert [target.module for target in targets if target] == list(transformer_modules(SPEC))
+    assert [target.module for target in targets if target] == list(layer_names(SPEC))
 
 
 def test_a_piece_of_a_fused_layer_changes_no_other_rows() -> None:
@@ -224,7 +225,7 @@ def test_a_piece_of_a_fused_layer_changes_no_other_rows() -> None:
 @pytest.mark.parametrize("ending", ["", ".diff"])
 def test_norms_in_both_spellings(spelling: str, ending: str) -> None:
     """BFL's `.scale`, and `.weight` as ComfyUI 0.33 saves; as a replacement, and as a difference."""
-    norms = [name for name in transformer_modules(SPEC) if name.endswith("_norm")]
+    norms = [name for name in layer_names(SPEC) if name.endswith("_norm")]
     values = {name: torch.rand(SPEC.head_dim, generator=torch.Generator().manual_seed(1)) for name in norms}
     key = "diffusion_model.{}" + (ending or f".{spelling}")
     tensors = {key.format(name): value for name, value in values.items()}

@@ -79,18 +79,16 @@ def test_a_prompt_is_encoded_as_with_merged_weights(name: str) -> None:
     assert torch.equal(encoders().encode(["a red fox on blue"]).txt, plain.txt)
 
 
-def test_one_file_for_transformer_and_encoders_is_told_in_one_report() -> None:
+def test_one_report_of_a_file_for_transformer_and_encoders() -> None:
     model, base = flux_transformer(), encoders()
     block = make_change(model, "double_blocks.0.img_attn.proj", "double_blocks.0.img_attn.proj")
-    clip = changes(base.clip)
-    file = read_lora(kohya([block]) | kohya(clip, "lora_te1_"), SPEC, name="a.safetensors")
-    use = LoraUse(file, 0.5)
+    tensors = kohya([block]) | kohya(changes(base.clip), "lora_te1_")
+    use = LoraUse(read_lora(tensors, SPEC, name="a.safetensors"), 0.5)
     _, on_model = with_lora(model, [use])
-    assert on_model.text().splitlines()[1:] == [
-        "matched: 3 keys",
-        "unmatched: 0 keys",
-        "not connected: 36 keys for CLIP-L",
-    ]
+    assert (on_model.files[0].matched(), "not connected: 36 keys for CLIP-L") == (
+        3,
+        on_model.text().splitlines()[-1],
+    )
     _, on_text = with_text_lora(base, [use])
     assert on_model.joined(on_text).text().splitlines() == [
         "a.safetensors: kohya; LoRA of rank 2 to 3 for 13 layers",
@@ -124,7 +122,7 @@ def test_norms_of_the_encoders_can_be_changed() -> None:
     assert relative_error(ours.pooled, theirs.pooled) < 1e-5
 
 
-def test_layers_that_an_encoder_does_not_have_are_told() -> None:
+def test_layers_that_an_encoder_does_not_have_are_reported() -> None:
     base = encoders()
     made = changes(base.t5)
     deeper = copy.copy(made[0])
