@@ -194,7 +194,7 @@ def main(pack: str, path: str) -> dict[str, Any]:
     ours_host, _ = load_pack(Path(pack))
     import comfy.sd
 
-    ours, stock = ours_host.load_model(Path(path), None, "auto"), comfy.sd.load_diffusion_model(path)
+    ours, stock = ours_host.load_model(Path(path), "auto", "auto"), comfy.sd.load_diffusion_model(path)
     plain = sampled(stock, conditioning())
     found: dict[str, Any] = {"plain": [0.0, decibels(sampled(ours, conditioning()), plain)]}
     for name, patch in PATCHES.items():
