@@ -17,6 +17,7 @@
   registry.py      the node classes and their `object_info`
   stock_nodes.py   LoadImage, SaveImage, PreviewImage, PreviewAny
   files.py         folders, path checks, atomic writes
+  json_reader.py   JSON from outside, with limits
   workflow.py      workflow files in, prompts out; graph.py reads the editor's format
 
 Other node packs, list inputs, lazy inputs and several users need ComfyUI itself.

@@ -8,7 +8,6 @@ always has the values it was made with. graph.py converts the graph to a prompt.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from .graph import (
     widget_specs,
     widget_value,
 )
+from .json_reader import MAX_BYTES, JsonError, read_json
 from .validation import explain_choice
 
 __all__ = ["Document", "WorkflowError", "apply_settings", "read_document", "to_prompt"]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_JSON_BYTES = 64 * 2**20  # the largest workflows found in practice have less than 2 MB
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 Prompt = dict[str, dict[str, Any]]
@@ -53,15 +52,13 @@ def read_document(path: str | Path) -> Document:
             raise WorkflowError(f"{path} is a folder; give a workflow (.json) or an image (.png)")
         with path.open("rb") as file:
             signature = file.read(len(PNG_SIGNATURE))
-            data = b"" if signature == PNG_SIGNATURE else signature + file.read(MAX_JSON_BYTES + 1)
+            data = b"" if signature == PNG_SIGNATURE else signature + file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise WorkflowError(f"the file {path} does not exist") from error
     except OSError as error:
         raise WorkflowError(f"cannot read {path}: {error.strerror}") from error
     if signature == PNG_SIGNATURE:
         return _read_png(path)
-    if len(data) > MAX_JSON_BYTES:
-        raise WorkflowError(f"{path} is too large for a workflow: the limit is {MAX_JSON_BYTES >> 20} MB")
     return classify(_parse(data, str(path)), str(path))
 
 
@@ -84,23 +81,9 @@ def classify(found: Any, where: str) -> Document:
 
 def _parse(data: bytes | str, where: str) -> Any:
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        return json.loads(text, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise WorkflowError(f"{where} is neither JSON nor a PNG") from error
-    except json.JSONDecodeError as error:
-        if not text.strip():
-            raise WorkflowError(f"{where} is empty") from error
-        raise WorkflowError(
-            f"{where} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-            "it may be truncated, save it again"
-        ) from error
-    except RecursionError as error:
-        raise WorkflowError(f"{where} is nested too deeply for a workflow") from error
-
-
-def _no_constant(name: str) -> None:
-    """NaN and Infinity are not valid JSON; read them as null, as the editor does."""
+        return read_json(data, where)
+    except JsonError as error:
+        raise WorkflowError(str(error)) from error
 
 
 def _read_png(path: Path) -> Document:
