@@ -6,6 +6,7 @@ schedule or image to start from, such as the nodes; `guided_velocity` is all tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .memory.tiling import decode
 from .model.autoencoder import AutoEncoder, to_vae_space
-from .model.hooks import NO_HOOKS, Hooks
+from .model.hooks import NO_HOOKS, Hooks, Residuals
 from .model.spec import Conditioning, Velocity
 from .model.text_encoders import TextEncoders
 from .model.transformer import FluxTransformer, TokenGroup, pack, unpack
@@ -69,21 +70,27 @@ def text_to_image(
     # 1. Check the request before anything expensive happens.
     h, w = latent_size(width, height)
     method = solver_named(solver)
+    cfg = Guidance(cfg_scale=cfg_scale, cfg_until=cfg_until)
     # 2. Draw the noise on the CPU, so that a seed gives the same image on every machine.
     noise = draw_noise(seed, batch_size, h, w)
     # 3. Make the schedule, shifted by the number of image tokens.
     sigmas = make_sigmas(steps, (h // 2) * (w // 2), shift=shift)
-    # 4. Read the prompts with T5 and CLIP.
+    # 4. Read the prompts with T5 and CLIP, as many tokens as the model was trained with.
+    spec = models.transformer.spec
+    _check_channels(spec.in_channels, 0)
     prompts = [prompt, negative_prompt] if cfg_scale != 1.0 else [prompt]
     texts = [
-        replace(models.text_encoders.encode([text], on_notice=on_notice), guidance=guidance)
+        replace(
+            models.text_encoders.encode([text], on_notice=on_notice, txt_length=spec.txt_length),
+            guidance=guidance,
+        )
         for text in prompts
     ]
     # 5. Do once what does not depend on the image: text projection, rotary table, modulations of every sigma
     #    that is known beforehand.
-    guidance_settings = Guidance(texts[1] if len(texts) > 1 else None, cfg_scale, cfg_until)
+    cfg = replace(cfg, negative=texts[1] if len(texts) > 1 else None)
     evaluated = method.evaluation_sigmas(sigmas)
-    wanted = VelocityRequest(texts[0], evaluated, h, w, batch_size, guidance_settings)
+    wanted = VelocityRequest(texts[0], evaluated, h, w, batch_size, cfg)
     velocity = guided_velocity(models.transformer, wanted)
     # 6. Follow the velocity from noise to image.
     start = noise.to(models.transformer.device)
@@ -134,12 +141,18 @@ class Guidance:
     v_neg + cfg_scale (v_pos - v_neg) (Ho and Salimans 2022, arXiv:2207.12598), at sigmas from 1 down to
     `cfg_until`; below, and without a negative or at scale 1, the positive prompt alone: what the image shows
     is settled above, and the last steps take half the work (guidance in a limited interval, Kynkäänniemi et
-    al. 2024, arXiv:2404.07724).
+    al. 2024, arXiv:2404.07724). Raises ValueError for a scale that is not finite and a sigma outside 0..1.
     """
 
     negative: Conditioning | None = None
     cfg_scale: float = 1.0
     cfg_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.cfg_scale):
+            raise ValueError(f"cfg_scale must be finite, got {self.cfg_scale}; 1 turns CFG off")
+        if not 0.0 <= self.cfg_until <= 1.0:
+            raise ValueError(f"cfg_until must be a sigma between 0 and 1, got {self.cfg_until}")
 
     @property
     def is_used(self) -> bool:
@@ -229,9 +242,10 @@ def guided_velocity(transformer: FluxTransformer, request: VelocityRequest) -> V
     Both halves of classifier-free guidance share a batch; prompts of different lengths or distilled guidance,
     which cannot, are evaluated one after the other. A negative without distilled guidance takes the
     positive's. Raises ValueError for a model whose input channels are not the latent's and `extra`'s, a
-    conditioning of another batch size, and what `FluxTransformer.prepare` raises.
+    conditioning of another batch size, a step cache beside ControlNet residuals, and what
+    `FluxTransformer.prepare` raises.
     """
-    _check_channels(transformer, request)
+    _check_channels(transformer.spec.in_channels, 0 if request.extra is None else request.extra.shape[1])
     guidance, sigmas, batch = request.guidance, request.sigmas, request.batch
     positive = _for_batch(request.conditioning, batch)
     low = sigmas if sigmas is None else [sigma for sigma in sigmas if sigma < guidance.cfg_until]
@@ -262,7 +276,14 @@ def _passes(
 ) -> Velocity:
     """The velocities of the texts, [texts * batch, 16, h, w], in one pass where they can share one."""
     joined, h, w = _joined(texts, request.batch), request.h, request.w
-    prepared = [transformer.prepare(text, sigmas, h, w, request.groups, request.bias) for text in joined]
+    times = len(texts) // len(joined)  # rows of one image come once for each text that shares the pass
+    groups = tuple(replace(group, tokens=_repeated(group.tokens, times)) for group in request.groups)
+    bias = None if request.bias is None else _repeated(request.bias, times)
+    prepared = [transformer.prepare(text, sigmas, h, w, groups, bias) for text in joined]
+    if request.new_cache and any(isinstance(hook, Residuals) for hook in request.hooks.blocks):
+        raise ValueError(
+            "a step cache would reuse a ControlNet's residuals of earlier steps; use one or other"
+        )
     caches = [None if request.new_cache is None else request.new_cache() for _ in joined]
     extra = None if request.extra is None else pack(request.extra.to(transformer.device))
 
@@ -270,7 +291,7 @@ def _passes(
         tokens = pack(x)
         if extra is not None:
             tokens = torch.cat([tokens, extra.expand(len(tokens), -1, -1)], dim=-1)
-        tokens = tokens.repeat(len(texts) // len(joined), 1, 1)
+        tokens = tokens.repeat(times, 1, 1)
         found = []
         for part, cache in zip(prepared, caches, strict=True):
             first = () if cache is None else (cache.hook(sigma),)
@@ -281,11 +302,17 @@ def _passes(
     return velocities
 
 
-def _check_channels(transformer: FluxTransformer, request: VelocityRequest) -> None:
-    given = 4 * LATENT_CHANNELS + (0 if request.extra is None else 4 * request.extra.shape[1])
-    if transformer.spec.in_channels != given:
+def _repeated(rows: Tensor, times: int) -> Tensor:
+    """[times B, ...] from [B, ...]; a single row serves every image and stays one."""
+    return rows if len(rows) == 1 else rows.repeat(times, *[1] * (rows.ndim - 1))
+
+
+def _check_channels(wanted: int, extra: int) -> None:
+    """Raises ValueError unless a model with `wanted` inputs reads a latent and `extra` channels beside it."""
+    given = 4 * (LATENT_CHANNELS + extra)
+    if wanted != given:
         raise ValueError(
-            f"the model has {transformer.spec.in_channels} input channels, got {given}; "
+            f"the model has {wanted} input channels, got {given}; "
             "Fill, Canny and Depth models need an image, for text to image choose [dev] or [schnell]"
         )
 

@@ -14,6 +14,7 @@ is 21.5 TFLOP, so that the first card waits, too.
 
 from __future__ import annotations
 
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,24 @@ class _Buffer:
     views: list[tuple[WeightSlot, Tensor]] = field(default_factory=list)
 
 
+@dataclass
+class _Gathered:
+    """A part's weights one after the other in pinned memory, and weak references to where they came from."""
+
+    pinned: Tensor
+    sources: list[weakref.ref[Tensor]]
+
+    def is_of(self, slots: list[WeightSlot]) -> bool:
+        return len(self.sources) == len(slots) and all(
+            source() is slot.tensor for source, slot in zip(self.sources, slots, strict=True)
+        )
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a tensor is gone: that of a LoRA, as a rule, whose address another may have by now."""
+        return any(source() is None for source in self.sources)
+
+
 class HostOffloader:
     """Copies the weights of parts that are not on the device to it, part by part.
 
@@ -52,7 +71,7 @@ class HostOffloader:
     def __init__(self, device: torch.device, cache_limit: int = 0) -> None:
         self._device = device
         self._cache_left = cache_limit
-        self._cache: dict[tuple[int, ...], Tensor] = {}
+        self._cache: list[_Gathered] = []
         self._cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._thread = ThreadPoolExecutor(1, "host-offload")
@@ -141,12 +160,16 @@ class HostOffloader:
         self, buffer: _Buffer, slots: list[WeightSlot], starts: list[int], size: int, cacheable: bool
     ) -> Tensor:
         """Pinned memory with the weights one after the other, from the cache or gathered now."""
-        key = tuple(slot.tensor.data_ptr() for slot in slots)
-        if key in self._cache:
-            return self._cache[key]
+        for entry in [entry for entry in self._cache if entry.is_stale]:
+            self._cache.remove(entry)
+            self._cache_left += entry.pinned.nbytes
+        cached = next((entry for entry in self._cache if entry.is_of(slots)), None)
+        if cached is not None:
+            return cached.pinned
         if cacheable and size <= self._cache_left:
             self._cache_left -= size
-            pinned = self._cache[key] = _bytes(size, pinned=self._cuda)
+            pinned = _bytes(size, pinned=self._cuda)
+            self._cache.append(_Gathered(pinned, [weakref.ref(slot.tensor) for slot in slots]))
         else:
             if buffer.copied is not None:
                 buffer.copied.synchronize()  # the pinned memory is read until then

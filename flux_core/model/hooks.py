@@ -178,7 +178,8 @@ def _first(rope: Rope, length: int) -> Rope:
 class Tap:
     """A block hook that records image tokens [B, N, hidden] after the blocks named in `places`.
 
-    With `stop`, the blocks after the last of these are not computed.
+    With `stop`, the blocks after the last of these are not computed. `states` are those of the latest
+    evaluation.
     """
 
     places: tuple[tuple[str, int], ...]
@@ -186,10 +187,13 @@ class Tap:
     states: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def __call__(self, at: Place, streams: Streams, block: RunBlock) -> Streams | Finished:
+        here = (at.kind, at.index)
+        if here == ("double", 0):
+            self.states.clear()
         out = block(streams)
-        if (at.kind, at.index) in self.places:
-            self.states[at.kind, at.index] = at.image(out)
-            if self.stop and len(self.states) == len(self.places):
+        if here in self.places:
+            self.states[here] = at.image(out)
+            if self.stop and here == max(self.places):  # "double" comes before "single"
                 return Finished(at.image(out))
         return out
 
@@ -200,8 +204,8 @@ class Residuals:
 
     `double` and `single` are residuals [B, n, hidden], n at most the number of generated tokens, for block i:
     with fewer residuals than blocks each serves ceil(blocks / residuals) blocks in a row (InstantX), or they
-    repeat in a cycle (`cyclic`: XLabs). A None among them adds nothing. Source: diffusers,
-    transformer_flux.py, controlnet_block_samples.
+    repeat in a cycle (`cyclic`: XLabs). A None among them adds nothing. Raises ValueError for more residuals
+    than blocks. Source: diffusers, transformer_flux.py, controlnet_block_samples.
     """
 
     double: Sequence[Tensor | None] = ()
@@ -222,6 +226,11 @@ class Residuals:
     def _of(self, residuals: Sequence[Tensor | None], at: Place) -> Tensor | None:
         if not residuals:
             return None
+        if len(residuals) > at.count:
+            raise ValueError(
+                f"the model has {at.count} {at.kind} blocks, got {len(residuals)} residuals for them; "
+                "choose a ControlNet made for this model"
+            )
         if self.cyclic:
             return residuals[at.index % len(residuals)]
         return residuals[at.index // math.ceil(at.count / len(residuals))]

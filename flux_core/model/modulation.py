@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +35,34 @@ class Modulations:
         return Modulations(double, tuple(map(next_of, self.single)), next_of(self.last))
 
 
+class ModulationsOnDemand(Mapping[float, Modulations]):
+    """Modulations computed on first access. Only the latest are kept: a solver that chooses its sigmas
+    returns to none but the last.
+    """
+
+    def __init__(self, make: Callable[[float], Modulations]) -> None:
+        self._make = make
+        self._latest: dict[float, Modulations] = {}
+
+    def __getitem__(self, sigma: float) -> Modulations:
+        if sigma not in self._latest:
+            self._latest = {sigma: self._make(sigma)}
+        return self._latest[sigma]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._latest)
+
+    def __len__(self) -> int:
+        return len(self._latest)
+
+
 Group = tuple[int, Modulations]
 """A number of image tokens, and the modulations that they get."""
 
 
 def split_modulations(stacked: Modulations, batch: int) -> Iterator[Modulations]:
     """Modulations of one evaluation after the other, from those of a batch of evaluations of `batch` rows."""
-    by_row = torch.stack(stacked.chunks(), dim=1).unflatten(0, (-1, batch))  # [S, B, P, 1, hidden]
+    by_row = torch.stack(stacked.chunks(), dim=1).unflatten(0, (-1, batch))  # [S, B, chunks, 1, hidden]
     for table in by_row.transpose(1, 2):
         yield stacked.like(table.clone(memory_format=torch.contiguous_format).unbind())
 

@@ -11,7 +11,7 @@ streaming, compiled blocks and training attach to it by hooks (hooks.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
@@ -30,7 +30,7 @@ from .layers import (
     SingleStreamBlock,
     sinusoidal_embedding,
 )
-from .modulation import Group, Modulations, per_token, split_modulations
+from .modulation import Group, Modulations, ModulationsOnDemand, per_token, split_modulations
 from .ops import Ops, Rope, rope_table
 from .spec import Conditioning, FluxSpec
 from .tokens import pack, position_ids, unpack
@@ -109,27 +109,6 @@ class Prepared:
             ) from None
 
 
-class _OnDemand(Mapping[float, Modulations]):
-    """Modulations computed on first access. Only the latest are kept: a solver that chooses its sigmas
-    returns to none but the last.
-    """
-
-    def __init__(self, make: Callable[[float], Modulations]) -> None:
-        self._make = make
-        self._latest: dict[float, Modulations] = {}
-
-    def __getitem__(self, sigma: float) -> Modulations:
-        if sigma not in self._latest:
-            self._latest = {sigma: self._make(sigma)}
-        return self._latest[sigma]
-
-    def __iter__(self) -> Iterator[float]:
-        return iter(self._latest)
-
-    def __len__(self) -> int:
-        return len(self._latest)
-
-
 class FluxTransformer(nn.Module):
     """FLUX.1's velocity network (black-forest-labs/flux, src/flux/model.py: Flux), sized by `spec`.
 
@@ -164,7 +143,7 @@ class FluxTransformer(nn.Module):
     def device(self) -> torch.device:
         return device_of(self.img_in)
 
-    # What does not depend on the image
+    # Once a run: what does not depend on the image
 
     def embed_time(self, sigma: Tensor, guidance: Tensor | None, pooled: Tensor | None) -> Tensor:
         """Conditioning vector [B, hidden] from sigma [B] in 0..1, guidance [B], pooled [B, P].
@@ -216,13 +195,14 @@ class FluxTransformer(nn.Module):
 
         The modulations of all sigmas go through each linear layer as one batch; with None for the sigmas,
         those of each sigma when `forward` first needs it. `groups` are tokens behind the image's, `bias`
-        [B or 1, K or 1, S, S] over text, image and groups is added to the attention scores. Raises ValueError
-        for text or pooled vectors of another width, and for a missing distilled guidance.
+        [B or 1, K or 1, L + N + n, L + N + n] over text, image and groups is added to the attention scores.
+        Raises ValueError for text, pooled vectors or a bias of another size, and for a missing distilled
+        guidance.
         """
         self._check(conditioning)
         make = _Rows(self, conditioning)
         if sigmas is None:
-            modulations: Mapping[float, Modulations] = _OnDemand(lambda sigma: make([sigma])[sigma])
+            modulations: Mapping[float, Modulations] = ModulationsOnDemand(lambda sigma: make([sigma])[sigma])
         else:
             modulations = make(sorted({float(sigma) for sigma in sigmas}))
         own = sorted({group.sigma for group in groups if group.sigma is not None})
@@ -234,8 +214,17 @@ class FluxTransformer(nn.Module):
             modulations,
             tuple(self.img_in(group.tokens.to(self.device, self.dtype)) for group in groups),
             tuple(None if group.sigma is None else fixed[group.sigma] for group in groups),
-            bias,
+            None if bias is None else self._checked_bias(bias, h * w // 4 + txt.shape[1], groups),
         )
+
+    def _checked_bias(self, bias: Tensor, length: int, groups: Sequence[TokenGroup]) -> Tensor:
+        """The bias on the model's device (boolean, or in its dtype), checked to cover the sequence."""
+        length += sum(group.tokens.shape[1] for group in groups)
+        if bias.ndim != 4 or bias.shape[-2:] != (length, length):
+            raise ValueError(
+                f"an attention bias must be [B or 1, K or 1, {length}, {length}], got {[*bias.shape]}"
+            )
+        return bias.to(self.device, None if bias.dtype == torch.bool else self.dtype)
 
     def _check(self, conditioning: Conditioning) -> None:
         pooled = conditioning.pooled
@@ -256,7 +245,7 @@ class FluxTransformer(nn.Module):
         pairs = [modulation for block in double for modulation in (block.img_mod, block.txt_mod)]
         return pairs + [block.modulation for block in single]
 
-    # What does
+    # At every evaluation
 
     def forward(self, tokens: Tensor, prepared: Prepared, sigma: float, hooks: Hooks = NO_HOOKS) -> Tensor:
         """Velocity [B, N, out_channels] of tokens [B, N, in_channels] at `sigma`.
@@ -347,7 +336,18 @@ def _call(
     hidden = (streams.img,) if streams.txt is None else (streams.img, streams.txt)
     inputs = (*hidden, *modulation)
     out = block(*inputs, shared) if runner is None else runner(block, inputs, shared)
+    if streams.img.dtype == torch.float16:
+        out = _clipped(out) if streams.txt is None else tuple(map(_clipped, out))
     return Streams(out) if streams.txt is None else Streams(*out)
+
+
+def _clipped(x: Tensor) -> Tensor:
+    """x within float16's range, which FLUX.1's residual streams exceed.
+
+    BFL's code, which runs in bfloat16, has no such limit; diffusers and ComfyUI have.
+    """
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)
 
 
 class _Rows:

@@ -25,6 +25,7 @@ from rectiflux.benchmarks.reference.text import (
     t5_model,
     tokenizer,
 )
+from rectiflux.flux_core.model.hooks import Hooks, Residuals
 from rectiflux.flux_core.model.spec import Conditioning
 from rectiflux.flux_core.model.text_encoders import TextEncoders
 from rectiflux.flux_core.model.transformer import pack
@@ -41,6 +42,7 @@ from rectiflux.flux_core.pipeline import (
 )
 from rectiflux.flux_core.sampling.schedule import make_sigmas
 from rectiflux.flux_core.sampling.solver import SOLVERS, Step
+from rectiflux.flux_core.sampling.step_cache import Caching
 from torch import Tensor
 
 
@@ -158,6 +160,8 @@ def test_an_interrupt_leaves_the_models_usable() -> None:
         ({"steps": 0}, "at least 1 step, got 0"),
         ({"solver": "ddim"}, "solver must be one of euler, heun, .*, euler_ancestral, got 'ddim'"),
         ({"shift": "twice"}, "shift must be one of by size, none, fixed, got 'twice'"),
+        ({"cfg_until": 2.0}, "cfg_until must be .* got 2.0"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be finite, got nan"),
         ({"batch_size": 0}, "a batch needs .* got 0"),
         ({"seed": -1}, r"a seed must lie between 0 and 2\^64 - 1, got -1"),
         ({"seed": 2**64}, r"a seed must lie between 0 and 2\^64 - 1, got 18446744073709551616"),
@@ -301,6 +305,11 @@ def test_wrong_conditionings_and_models_are_refused() -> None:
         guided_velocity(model, VelocityRequest(text(1), [0.5], 4, 4, 2, Guidance(wider, 2.0)))
     with pytest.raises(ValueError, match="384 input channels, got 64"):
         guided_velocity(flux_transformer(in_channels=384), VelocityRequest(text(1), [0.5], 4, 4, 1))
+    cached = VelocityRequest(
+        text(1), [0.5], 4, 4, new_cache=Caching().new_cache, hooks=Hooks(blocks=(Residuals(),))
+    )
+    with pytest.raises(ValueError, match="step cache"):
+        guided_velocity(model, cached)
     noise, sigmas = draw_noise(0, 2, 4, 4), make_sigmas(2, 4)
     with pytest.raises(ValueError, match=r"one shape, got \[2, 16, 4, 4\] and \[1, 16, 4, 4\]"):
         sample(model, SampleRequest(text(1), noise, noise[:1], sigmas, SOLVERS["euler"]))

@@ -184,6 +184,24 @@ def test_gathered_weights_are_cached_within_a_limit() -> None:
     assert torch.equal(velocities(model), velocities(zeroed))
 
 
+def test_cached_weights_go_with_their_tensors() -> None:
+    """A LoRA's tensors die, and the next one's may have their addresses and sizes."""
+    model, twin = flux_transformer(), flux_transformer()
+    block, other = model.double_blocks[0], twin.double_blocks[0]
+    offloader = offload_some(model, cache_limit=sum(-(-t.nbytes // 256) * 256 for t in weights_of(block)))
+    assert isinstance(offloader, HostOffloaderOfSome)
+    assert torch.equal(velocities(model), velocities(twin))
+    for factor in (2.0, 3.0):
+        for part in (block, other):
+            layer = part.img_attn.proj
+            layer.weight = nn.Parameter(factor * layer.weight.detach().clone(), requires_grad=False)
+        offloader.offloaded.add(id(block.img_attn.proj.weight))
+        assert torch.equal(velocities(model), velocities(twin))
+    with torch.no_grad():
+        block.img_attn.proj.weight.zero_()  # unseen: the new weights are in the room of the old ones
+    assert torch.equal(velocities(model), velocities(twin))
+
+
 def test_a_quantized_layer_stays_quantized_in_the_buffers(tmp_path: Path) -> None:
     path = file_of(wide_transformer(), tmp_path, "GGUF Q4_K")
     expected = velocities(load_transformer(path, torch.float32))

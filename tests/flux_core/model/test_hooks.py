@@ -245,6 +245,16 @@ def test_extra_channels_and_groups_reach_both_halves_of_guidance() -> None:
     request = VelocityRequest(
         text(1), [SIGMA], H, W, 2, Guidance(text(2), 3.0), groups=(group,), extra=control
     )
+    rows = replace(group, tokens=drawn(2, 4, 128, seed=4))
+    bias = drawn(2, 1, L + N + 4, L + N + 4, seed=5)
+    of_rows = pack(guided_velocity(model, replace(request, groups=(rows,), bias=bias))(x, SIGMA))
+    for i in range(2):  # each row's own tokens and bias, in both halves
+        one = (replace(rows, tokens=rows.tokens[i : i + 1]),)
+        alone = replace(request, batch=1, groups=one, bias=bias[i : i + 1])
+        assert (
+            relative_error(of_rows[i : i + 1], pack(guided_velocity(model, alone)(x[i : i + 1], SIGMA)))
+            < 1e-5
+        )
     tokens = torch.cat([pack(x), pack(control).expand(2, -1, -1)], dim=-1)
     positive, negative = (
         model(tokens, model.prepare(prompt, [SIGMA], H, W, [group]), SIGMA) for prompt in (text(1), text(2))
@@ -253,3 +263,31 @@ def test_extra_channels_and_groups_reach_both_halves_of_guidance() -> None:
     assert relative_error(found, negative + 3.0 * (positive - negative)) < 1e-5
     with pytest.raises(ValueError, match="128 input channels, got 64"):
         guided_velocity(model, replace(request, extra=None))
+
+
+def test_a_bias_of_another_size_and_too_many_residuals_are_refused(model: FluxTransformer) -> None:
+    with pytest.raises(ValueError, match=rf"{L + N}, {L + N}.* got \[1, 1, 3, 3\]"):
+        model.prepare(text(1), [SIGMA], H, W, bias=torch.zeros(1, 1, 3, 3))
+    residuals = Residuals(double=[drawn(1, N, HIDDEN)] * (SPEC.depth + 1))
+    with pytest.raises(ValueError, match=f"{SPEC.depth} double blocks, got {SPEC.depth + 1}"):
+        velocity(model, Hooks(blocks=(residuals,)))
+
+
+def test_a_tap_that_stops_records_every_evaluation(model: FluxTransformer) -> None:
+    tap = Tap((PLACES[0], PLACES[-2]), stop=True)
+    for seed in (1, 2):
+        every = Tap(tuple(PLACES))
+        prepared, tokens = model.prepare(text(seed), [SIGMA], H, W), drawn(2, N, SPEC.in_channels, seed=seed)
+        for hook in (tap, every):
+            model(tokens, prepared, SIGMA, Hooks(blocks=(hook,)))
+        assert set(tap.states) == set(tap.places)
+        assert all(torch.equal(state, every.states[place]) for place, state in tap.states.items())
+
+
+def test_float16_clips_what_bfloat16_could_hold() -> None:
+    """FLUX.1's residual streams exceed 65504: without the clipping the next norm makes NaN of inf."""
+    model = flux_transformer().half()
+    for block in (model.double_blocks[0].img_mlp[2], model.single_blocks[0].linear2):
+        block.weight.mul_(3e4)
+    prepared = model.prepare(text(1), [SIGMA], H, W)
+    assert model(TOKENS.half(), prepared, SIGMA).isfinite().all()
