@@ -120,6 +120,8 @@ class ComfyNetwork(nn.Module):
         self._patcher = None
         self._prompts.clear()
         self._ropes.clear()
+        for cache in self.caches:
+            cache.clear()
 
     def forward(
         self,
@@ -159,8 +161,6 @@ class ComfyNetwork(nn.Module):
     ) -> Tensor:
         network, options = self._network[0], dict(options)
         self._warn(check_options(options, kwargs))
-        if getattr(self._patcher, "current_hooks", None) is not None:  # weights scheduled over the steps
-            self._prompts.clear()
         references = ref_latents or []
         layout = self._layout(x, references, options, kwargs.get("ref_latents_method"))
         if references:
@@ -186,6 +186,11 @@ class ComfyNetwork(nn.Module):
         even = [side + side % 2 for side in x.shape[-2:]]
         velocity = unpack(network.run_blocks(img, evaluation), even[0], even[1])
         return velocity[..., : layout.h, : layout.w]
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether results serve later steps: within a run, and with weights that no hook LoRA schedules."""
+        return self._patcher is not None and getattr(self._patcher, "current_hooks", None) is None
 
     def _warn(self, messages: list[str]) -> None:
         for message in messages:
@@ -225,7 +230,7 @@ class ComfyNetwork(nn.Module):
 
     def _cache(self, prompt: Prompt, caching: Caching | None) -> StepCache | None:
         """The prompt's step cache in this run, where steps are cached."""
-        if caching is None or self._patcher is None:
+        if caching is None or not self._keeps:
             return None
         if prompt.cache is None:
             prompt.cache = caching.new_cache()
@@ -234,11 +239,14 @@ class ComfyNetwork(nn.Module):
 
     def _prompt(self, context: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Prompt:
         """The prompts of this call, text projected; from an earlier step when they are the same."""
-        for prompt in self._prompts:
+        for prompt in self._prompts if self._keeps else ():
             if prompt.is_for(context, pooled, guidance):
                 return prompt
         prompt = Prompt(context, pooled, guidance, self._network[0].project_text(context))
-        if self._patcher is not None:
+        if self._keeps:
+            for old in self._prompts[:-3]:
+                if old.cache is not None:
+                    old.cache.clear()
             self._prompts = [*self._prompts[-3:], prompt]
         return prompt
 
@@ -248,7 +256,7 @@ class ComfyNetwork(nn.Module):
         Of the sigmas that a solver adds only the latest is kept: an adaptive one adds hundreds.
         """
         sigmas = timestep.tolist()
-        if len(set(sigmas)) > 1 or self._patcher is None:
+        if len(set(sigmas)) > 1 or not self._keeps:
             return self._modulate(prompt, timestep)
         sigma = sigmas[0]
         if sigma not in prompt.modulations:

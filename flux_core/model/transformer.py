@@ -336,9 +336,10 @@ def _call(
     hidden = (streams.img,) if streams.txt is None else (streams.img, streams.txt)
     inputs = (*hidden, *modulation)
     out = block(*inputs, shared) if runner is None else runner(block, inputs, shared)
-    if streams.img.dtype == torch.float16:
-        out = _clipped(out) if streams.txt is None else tuple(map(_clipped, out))
-    return Streams(out) if streams.txt is None else Streams(*out)
+    streams = Streams(out) if streams.txt is None else Streams(*out)
+    if streams.img.dtype != torch.float16:
+        return streams
+    return Streams(_clipped(streams.img), None if streams.txt is None else _clipped(streams.txt))
 
 
 def _clipped(x: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ class StepCache:
         self._change: Tensor | None = None
         self._known: list[tuple[float, Tensor]] = []
 
+    def clear(self) -> None:
+        """Drop the tensors, and keep the counts: the run is over."""
+        self._change = None
+        self._known.clear()
+
     def hook(self, sigma: float) -> BlockHook:
         """The block hook of one evaluation at `sigma`. It must be the outermost hook."""
         first: list[Tensor] = []

@@ -139,13 +139,15 @@ def test_scheduled_hooks_switch_the_memory_off(
     monkeypatch: pytest.MonkeyPatch, network: FluxTransformer, asked: dict[str, torch.Tensor]
 ) -> None:
     """A LoRA that ComfyUI switches on during the run changes what was computed before it."""
-    module = ComfyNetwork(network)
-    module.begin(SimpleNamespace(current_hooks=object()))
-    before = step(module, asked, 1.0)
-    network.double_blocks[0].img_mod.lin.weight.mul_(2)
-    after = step(module, asked, 1.0)
-    torch.testing.assert_close(after, expected(network, asked, 1.0), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(before, after)
+    module, patcher = ComfyNetwork(network), SimpleNamespace(current_hooks=None)
+    module.begin(patcher)
+    results = []
+    for hooks, factor in ((None, 1.0), (object(), 2.0), (None, 0.5), (object(), 3.0)):
+        patcher.current_hooks = hooks
+        network.double_blocks[0].img_mod.lin.weight.mul_(factor)
+        results.append(step(module, asked, 1.0))
+        torch.testing.assert_close(results[-1], expected(network, asked, 1.0), atol=1e-5, rtol=1e-5)
+    assert torch.equal(results[0], results[2]) and not torch.allclose(results[0], results[1])
 
 
 def test_parameters_have_bfls_names_and_are_the_networks_own(network: FluxTransformer) -> None:
