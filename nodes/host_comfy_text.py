@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..flux_core.model.spec import FLUX_SCHNELL
-from ..flux_core.weights import Checkpoint, ModelKind, Part, Source, kind_of
+from ..flux_core.weights import Checkpoint, ModelKind, Part, Source
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import expect
 from ..flux_core.weights.weight_file import WeightFile
@@ -35,6 +35,20 @@ KNOWN_TO_COMFY = {
 }
 """A name and a shape by which ComfyUI's loader detects CLIP-L and T5-XXL, the only two that it supports."""
 
+BUILT_BY_COMFY = {
+    "text_model.embeddings.token_embedding.weight": (49408, 768),
+    "text_model.embeddings.position_embedding.weight": (77, 768),
+    "text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768),
+    "text_model.encoder.layers.12.mlp.fc1.weight": None,
+    "shared.weight": (32128, 4096),
+    "encoder.embed_tokens.weight": (32128, 4096),
+    "encoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096),
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
+    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": (10240, 4096),
+    "encoder.block.24.layer.0.SelfAttention.q.weight": None,
+}
+"""Shapes of what ComfyUI's loader builds, whatever the file's are; None is a layer that it does not build."""
+
 UNKNOWN_TO_COMFY = ("SCB", "bitsandbytes__nf4", "bitsandbytes__fp4")
 """Last parts of names that ComfyUI's loader does not support: int8 and 4-bit codes of bitsandbytes."""
 
@@ -43,9 +57,10 @@ def load_text_encoders(clip: Source, t5: Source) -> Any:
     """A comfy.sd.CLIP around two files, folders or checkpoints (both may be one)."""
     clip, t5 = Checkpoint.open(clip), Checkpoint.open(t5)
     files = clip.part(Part.CLIP), t5.part(Part.T5)
-    for file, kind in zip(files, (ModelKind.CLIP, ModelKind.T5), strict=True):
-        expect(kind_of(file.tensors), kind, file.name)
-    own_tokenizers = all(file.paths[0].with_suffix(".tokenizer.json").is_file() for file in files)
+    for checkpoint, part, kind in ((clip, Part.CLIP, ModelKind.CLIP), (t5, Part.T5, ModelKind.T5)):
+        weights = checkpoint.weights(part)
+        expect(weights.kind, kind, weights.name)
+    own_tokenizers = any(file.paths[0].with_suffix(".tokenizer.json").is_file() for file in files)
     if own_tokenizers or not all(comfy_reads(file) for file in files):
         return _with_our_encoders(clip, t5)
     return _with_comfy_encoders(*files)
@@ -55,6 +70,8 @@ def comfy_reads(file: WeightFile) -> bool:
     """Whether ComfyUI's own loader supports the encoder and its format."""
     shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
     if not any(shapes.get(name) == shape for name, shape in KNOWN_TO_COMFY.items()):
+        return False
+    if any(shapes.get(name, shape) != shape for name, shape in BUILT_BY_COMFY.items()):
         return False
     if file.format != "safetensors" or (file.prefix and "_quantization_metadata" in file.metadata):
         return False  # the metadata of a checkpoint names its layers by the names in the checkpoint

@@ -37,6 +37,10 @@ def to_vae_space(latent: Tensor) -> Tensor:
     return latent / SCALE + SHIFT
 
 
+MAX_LEVELS = 16
+"""Limit on the levels of an autoencoder and on the residual blocks of a level."""
+
+
 @dataclass(frozen=True)
 class AutoEncoderSpec:
     """Sizes of the autoencoder.
@@ -69,11 +73,16 @@ class AutoEncoderSpec:
         ):
             if name not in state_dict:
                 raise ValueError(
-                    f"not a FLUX.1 autoencoder: {name} is missing; choose FLUX.1's ae.safetensors"
+                    f"{name} is missing, which FLUX.1's autoencoder has; choose FLUX.1's ae.safetensors"
                 )
         conv_in = state_dict["encoder.conv_in.weight"].shape
         ch = conv_in[0]
-        levels = _count(state_dict, "encoder.down.")
+        levels, blocks = _count(state_dict, "encoder.down."), _count(state_dict, "encoder.down.0.block.")
+        if max(levels, blocks) > MAX_LEVELS:  # building them would take minutes
+            raise ValueError(
+                f"FLUX.1's autoencoder has 4 levels of 2 blocks, got {levels} of {blocks}; "
+                "choose FLUX.1's ae.safetensors"
+            )
         widths = [state_dict[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
         if not widths or any(width < ch or width % ch for width in widths):
             raise ValueError(
@@ -83,7 +92,7 @@ class AutoEncoderSpec:
         return cls(
             ch=ch,
             ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=_count(state_dict, "encoder.down.0.block."),
+            num_res_blocks=blocks,
             z_channels=state_dict["decoder.conv_in.weight"].shape[1],
             in_channels=conv_in[1],
         )

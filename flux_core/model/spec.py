@@ -103,7 +103,7 @@ class FluxSpec:
         missing = [name for name in needed if name not in state_dict]
         if missing:
             raise ValueError(
-                f"not a FLUX.1 transformer: it has no {missing[0]}; choose a FLUX.1 diffusion model"
+                f"a FLUX.1 transformer has {missing[0]}, which is missing; choose a file of the whole model"
             )
         img_in = state_dict["img_in.weight"].shape
         hidden = img_in[0]

@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 T5_LENGTH = 512
 """Tokens to which FLUX.1 [dev] pads the T5 text; [schnell] uses 256, Fill 128."""
+T5_BUCKETS = 32
+"""Rows of every T5's relative_attention_bias: one for each bucket of distances."""
+MAX_LAYERS = 1000
+"""Limit on the layers of an encoder: building more would take minutes."""
 NO_PADDING = 0
 """As `txt_length`: do not pad; use the prompt's own token count."""
 
@@ -162,11 +166,19 @@ def t5_from_shapes(state_dict: Mapping[str, Shaped]) -> T5EncoderModel:
     from transformers import T5Config, T5EncoderModel  # here, because this import takes seconds
 
     attention, mlp = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
+    if f"{mlp}.wi.weight" in state_dict:
+        raise ValueError("it is a T5 v1.0 encoder, FLUX.1 reads T5 v1.1's gated MLP; choose t5xxl")
     needed = ("shared.weight", f"{mlp}.wi_0.weight", f"{attention}.relative_attention_bias.weight")
-    if any(name not in state_dict for name in needed):
-        raise ValueError("not a T5 v1.1 encoder: encoder.block.0 has no gated MLP; choose t5xxl")
+    missing = next((name for name in needed if name not in state_dict), None)
+    if missing is not None:
+        raise ValueError(f"a T5 v1.1 encoder has {missing}, which is missing; choose t5xxl")
     shared = state_dict["shared.weight"].shape
     bias = state_dict[f"{attention}.relative_attention_bias.weight"].shape
+    if len(bias) != 2 or bias[0] != T5_BUCKETS:
+        raise ValueError(
+            f"T5's relative_attention_bias has {T5_BUCKETS} rows and a column for each head, "
+            f"got shape {[*bias]}; choose an unmodified t5xxl"
+        )
     heads = bias[1]
     config = T5Config(
         vocab_size=shared[0],
@@ -194,7 +206,7 @@ def clip_from_shapes(state_dict: Mapping[str, Shaped], eos_token_id: int | None 
 
     embedding, mlp = "embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"
     if any(name not in state_dict for name in (embedding, mlp, "embeddings.position_embedding.weight")):
-        raise ValueError("not a CLIP text encoder: its embeddings or layers are missing; choose clip_l")
+        raise ValueError("a CLIP text encoder has embeddings and layers, not all are there; choose clip_l")
     vocabulary, width = state_dict[embedding].shape[0], state_dict[embedding].shape[1]
     length = state_dict["embeddings.position_embedding.weight"].shape[0]
     config = CLIPTextConfig(
@@ -218,4 +230,10 @@ def clip_from_shapes(state_dict: Mapping[str, Shaped], eos_token_id: int | None 
 
 
 def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
-    return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
+    """The number of layers that the names show. Raises ValueError for more than MAX_LAYERS."""
+    count = len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
+    if count > MAX_LAYERS:
+        raise ValueError(
+            f"it has {count:,} layers, at most {MAX_LAYERS:,} are supported; choose another file"
+        )
+    return count

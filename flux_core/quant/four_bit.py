@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .formats import SLICE, QuantizedWeight
 
+MAX_BLOCK = 4096
+"""Elements of the largest block that bitsandbytes writes."""
+
 
 class NestedScales(QuantizedWeight):
     """Block scales that are quantized themselves ("double quantization"): [blocks], float32.
@@ -31,7 +34,8 @@ class NestedScales(QuantizedWeight):
         self, codes: Tensor, levels: Tensor, absmax: Tensor, group: int = 256, offset: Tensor | None = None
     ) -> None:
         super().__init__(codes=codes, levels=levels, absmax=absmax, group=group, offset=offset)
-        _check(levels.numel() == 256 and group > 0 and absmax.numel() == -(-codes.numel() // group))
+        _check(levels.shape == (256,) and 0 < group <= MAX_BLOCK)
+        _check(absmax.shape == (-(-codes.numel() // group),))
 
     @property
     def shape(self) -> torch.Size:
@@ -73,7 +77,8 @@ class FourBitWeight(QuantizedWeight):
         size = tuple(size)
         super().__init__(packed=packed, absmax=absmax, levels=levels, size=size, block=block, name=name)
         count = prod(size)  # as Python's int: a damaged file's may overflow torch's
-        _check(min(size, default=0) > 0 and block > 0 and block % 2 == 0 and levels.numel() == 16)
+        _check(min(size, default=0) > 0 and 0 < block <= MAX_BLOCK and block % 2 == 0)
+        _check(levels.shape == (16,))
         _check(packed.numel() == -(-count // 2))
         _check((absmax.numel(), absmax.ndim if isinstance(absmax, Tensor) else 1) == (-(-count // block), 1))
 

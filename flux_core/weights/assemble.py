@@ -66,7 +66,9 @@ def _scaled(tensors: dict[str, Weight], layer: str, weight: Tensor, format: str 
         weight = weight.view(FLOAT8[format]) if weight.dtype == torch.uint8 else weight
     elif format == INT8:
         if weight.dtype != torch.int8:
-            raise ValueError(f"{file} is damaged: {layer} is {weight.dtype}, not int8; download it again")
+            raise ValueError(
+                f"{file} describes int8 weights, but {layer} is {weight.dtype}, not int8; {ADVICE}"
+            )
     elif format is not None:
         raise ValueError(f"{file} is quantized as {format} ({layer}), which is not supported; {ADVICE}")
     name = next((f"{layer}.{scale}" for scale in SCALES if f"{layer}.{scale}" in tensors), None)
@@ -78,8 +80,7 @@ def _scaled(tensors: dict[str, Weight], layer: str, weight: Tensor, format: str 
 def _float32(scale: Weight, layer: str, file: str) -> Tensor:
     if not isinstance(scale, Tensor) or not scale.is_floating_point():
         raise ValueError(
-            f"{file} is damaged: the quantization scale of {layer} is not a floating-point tensor; "
-            "download it again"
+            f"{file}: the quantization scale of {layer} is not a floating-point tensor; {ADVICE}"
         )
     return scale.float()
 
@@ -90,8 +91,8 @@ def _checked_scale(scale: Tensor, weight: Tensor, layer: str, file: str) -> Tens
         return scale.reshape(())
     if weight.ndim != 2 or scale.numel() != weight.shape[0]:
         raise ValueError(
-            f"{file} is damaged: {layer} has {scale.numel():,} scales for a weight "
-            f"of shape {[*weight.shape]}; download it again"
+            f"{file}: {layer} has {scale.numel():,} scales for a weight of shape {[*weight.shape]}, "
+            f"one or one for each row is supported; {ADVICE}"
         )
     return scale.reshape(-1, 1)
 
@@ -104,9 +105,7 @@ def _formats(file: WeightFile) -> dict[str, str]:
             "layers"
         )
         if not isinstance(layers, dict):
-            raise ValueError(
-                f"{file.name} is damaged: its _quantization_metadata has no layers; download it again"
-            )
+            raise ValueError(f"the _quantization_metadata of {file.name} has no layers; {ADVICE}")
         described = {name.removeprefix(file.prefix): layer for name, layer in layers.items()}
     for name, tensor in file.tensors.items():
         if name.endswith(".comfy_quant") and isinstance(tensor, Tensor):
@@ -117,7 +116,7 @@ def _formats(file: WeightFile) -> dict[str, str]:
             continue
         if not isinstance(about, Mapping) or not isinstance(about.get("format"), str):
             raise ValueError(
-                f"{file.name} is damaged: it does not state the format of {layer}; download it again"
+                f"{file.name} does not state the format of {layer}, which it describes; {ADVICE}"
             )
         params = about.get("params")
         rotated = about.get("convrot") or (isinstance(params, Mapping) and params.get("convrot"))
@@ -136,7 +135,7 @@ def _json(text: str, what: str, file: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} is damaged: its {what} is not a JSON object; download it again")
+        raise ValueError(f"the {what} of {file} is not a JSON object; {ADVICE}")
     return value
 
 
@@ -172,7 +171,5 @@ def _four_bit(tensors: dict[str, Weight], name: str, packed: Tensor, state: str,
             kind,
         )
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(
-            f"{file} is damaged: the {kind} description of {name} does not match it; download it again"
-        ) from error
+        raise ValueError(f"{file}: the {kind} description of {name} does not match it; {ADVICE}") from error
     return weight

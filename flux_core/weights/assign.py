@@ -135,7 +135,7 @@ def _check_match(model: nn.Module, tensors: Mapping[str, Weight], file: str) -> 
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in tensors]
     if missing:
-        raise ValueError(f"{file} lacks {_listed(missing)}; it is incomplete, download it again")
+        raise ValueError(f"{file} lacks {_listed(missing)} of this model; choose a file of the whole model")
     unknown = [name for name in tensors if name not in wanted]
     if unknown:
         raise ValueError(
@@ -145,7 +145,8 @@ def _check_match(model: nn.Module, tensors: Mapping[str, Weight], file: str) -> 
         if tensor.shape != tensors[name].shape:
             got, want = list(tensors[name].shape), list(tensor.shape)
             raise ValueError(
-                f"{file}: {name} has shape {got}, but its other tensors need {want}; download it again"
+                f"{file}: {name} has shape {got}, but its other tensors need {want}; "
+                "choose an unmodified model"
             )
 
 

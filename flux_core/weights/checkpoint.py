@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from .describe import description
 from .diffusers import autoencoder_names, transformer_names
 from .folders import weight_files
 from .kinds import ModelKind, expect, kind_of
+from .layouts import check_layout
 from .llama_cpp import t5_names
 from .shape_errors import blame_file
 from .weight_file import Part, Weight, WeightFile, merge, open_file
@@ -99,7 +100,7 @@ class Checkpoint:
         if not self.path.is_dir():
             return self._file(self.path).part(part)
         paths = weight_files(self.path, part.folders, part.label)
-        return merge([self._file(path).part(part) for path in paths])
+        return replace(merge([self._file(path).part(part) for path in paths]), folder=self.path)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -110,6 +111,7 @@ class Checkpoint:
         """A part's weights, ready to be assigned to a module. Raises ValueError for unsupported formats."""
         if part not in self._weights:
             file = self.part(part)
+            check_layout(file)
             tensors = assemble(file)
             kind = kind_of(tensors)
             self._weights[part] = PartWeights(file, kind, _with_our_names(tensors, kind, file.name))
@@ -123,7 +125,7 @@ class Checkpoint:
             spec = FluxSpec.from_state_dict(weights.tensors)
             blocks = spec.depth + spec.depth_single
             if blocks > MAX_BLOCKS:  # building them would take minutes
-                raise ValueError(f"it has {blocks:,} blocks, FLUX.1 has 57; download it again")
+                raise ValueError(f"it has {blocks:,} blocks, FLUX.1 has 57; choose another file")
         return spec
 
     def describe(self, part: Part = Part.TRANSFORMER) -> str:

@@ -33,9 +33,7 @@ def transformer_names(tensors: Mapping[str, Weight], file: str) -> dict[str, Wei
         part = layer.parts[0] if layer is not None and layer.parts else None
         parts = found.setdefault(new, {})
         if part in parts or None in parts or (parts and part is None):
-            raise ValueError(
-                f"{file} is damaged: {name} is another name of {new}, which it also holds; download it again"
-            )
+            raise ValueError(f"{file} holds {new} twice, also as {name}; choose an unmodified model")
         parts[part] = _swapped(tensor, name, file) if layer is not None and layer.swapped else tensor
     return {
         name: parts[None] if None in parts else _fused(name, parts, file) for name, parts in found.items()
@@ -57,7 +55,7 @@ def _fused(name: str, parts: Mapping[int | None, Weight], file: str) -> Weight:
     missing = next((part for part in wanted if part not in parts), None)
     if missing is not None:
         label = PART_LABELS[missing]
-        raise ValueError(f"{file} lacks the {label} part of {name}; it is incomplete, download it again")
+        raise ValueError(f"{file} lacks the {label} part of {name}; choose a file of the whole model")
     return join([parts[part] for part in wanted], file)
 
 
@@ -70,7 +68,9 @@ def join(parts: list[Weight], file: str) -> Weight:
         part.ndim for part in parts if isinstance(part, Tensor)
     ):
         shapes = ", ".join(str([*part.shape]) for part in parts)
-        raise ValueError(f"{file} is damaged: {shapes} belong to one layer; download it again")
+        raise ValueError(
+            f"{file} has shapes {shapes} in one layer, which must have one width; choose an unmodified model"
+        )
     plain = [part for part in parts if isinstance(part, Tensor)]
     if len(plain) == len(parts) and plain[0].ndim < 2:
         return torch.cat(plain)
@@ -84,7 +84,7 @@ def _swapped(tensor: Weight, name: str, file: str) -> Weight:
     rows = tensor.shape[0] if len(tensor.shape) else 1
     if rows % 2:
         raise ValueError(
-            f"{file} is damaged: {name} has {rows} rows, an odd number cannot be halved; download it again"
+            f"{file}: {name} has {rows} rows, an odd number cannot be halved; choose an unmodified model"
         )
     if isinstance(tensor, QuantizedWeight):
         return ConcatenatedWeight((tensor.rows(rows // 2, rows), tensor.rows(0, rows // 2)))

@@ -102,6 +102,10 @@ class _Unsupported(Exception):
 def _walk(cursor: _Cursor, size: int) -> list[Extent]:
     cursor.skip(4)
     version = cursor.integer("<I")
+    if version in (2 << 24, 3 << 24):
+        raise _Unsupported(
+            f"is GGUF version {version}, {version >> 24} in big-endian order; choose a usual file"
+        )
     if version not in (2, 3):
         raise _Unsupported(f"is GGUF version {version}, only 2 and 3 are supported; choose a newer file")
     tensors, keys = cursor.integer("<Q"), cursor.integer("<Q")

@@ -32,10 +32,12 @@ class ModelKind(Enum):
     SDXL = "an SDXL UNet"
     SD1 = "an SD1.5 or SD2 UNet"
     T5 = "a T5 text encoder"
+    UMT5 = "a UMT5 text encoder (Wan's)"
     LLAMA_CPP_T5 = "a T5 text encoder with llama.cpp's names"
     VAE = "a VAE"
     DIFFUSERS_VAE = "a VAE with diffusers' names"
     CLIP = "a CLIP text encoder"
+    SIGLIP = "a SigLIP vision model"
     CLIP_VISION = "a CLIP vision model"
     OPEN_CLIP = "an OpenCLIP text encoder"
     LANGUAGE_MODEL = "a language model"
@@ -92,10 +94,15 @@ _PATTERNS = (
     (ModelKind.PIXART, r"t_block\.1\.|adaln_single\."),
     (ModelKind.SDXL, r"label_emb\.0\.0\.|add_embedding\.linear_1\."),
     (ModelKind.SD1, r"input_blocks\.1\.0\.in_layers\.|down_blocks\.0\.resnets\.0\."),
+    (
+        ModelKind.UMT5,
+        r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\.|enc\.blk\.1\.attn_rel_b\.",
+    ),
     (ModelKind.T5, r"encoder\.block\.0\.layer\.0\.SelfAttention\."),
     (ModelKind.LLAMA_CPP_T5, r"enc\.blk\.\d+\.attn_"),
     (ModelKind.VAE, r"(encoder\.down|decoder\.up)\.0\.block\.0\.conv1\.weight"),
     (ModelKind.DIFFUSERS_VAE, r"(encoder\.down|decoder\.up)_blocks\.\d+\."),
+    (ModelKind.SIGLIP, r"vision_model\.head\.|text_model\.head\."),
     (ModelKind.CLIP, r"(text_model\.)?embeddings\.token_embedding\."),
     (ModelKind.CLIP_VISION, r"vision_model\.|visual\."),
     (ModelKind.OPEN_CLIP, r"(transformer\.)?resblocks\.0\."),

@@ -24,12 +24,16 @@ LAYERS = {
     "ffn_down": "1.DenseReluDense.wo",
     "ffn_norm": "1.layer_norm",
 }
+UNUSED = re.compile(r"dec\.(blk\.\d+\.\w+|output_norm)\.(weight|bias)|output\.weight")
+"""The decoder and the output head, which FLUX.1 does not use."""
 
 
 def t5_names(tensors: Mapping[str, Weight]) -> dict[str, Weight]:
-    """A T5 encoder's weights under transformers' names; unknown names are kept."""
+    """A T5 encoder's weights under transformers' names, without the decoder; unknown names are kept."""
     result: dict[str, Weight] = {}
     for name, tensor in tensors.items():
+        if UNUSED.fullmatch(name):
+            continue
         block = BLOCK.fullmatch(name)
         if block is not None and block[2] in LAYERS:
             name = f"encoder.block.{block[1]}.layer.{LAYERS[block[2]]}.weight"

@@ -24,7 +24,11 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
 }
 """The dtypes of model files by their names in a safetensors header; the library reads tensors of others."""
@@ -33,6 +37,22 @@ MAX_HEADER = 1 << 24
 """Bytes of the longest header that is read; FLUX.1's has 0.1 MB, and may also hold a thumbnail."""
 
 MAGIC = {
+    b"<?xml": "an XML file; choose a .safetensors file",
+    **{
+        bytes([8, version, tag]): "an ONNX model; choose a .safetensors or .gguf file"
+        for version in range(3, 16)
+        for tag in (0x12, 0x3A)
+    },
+    **dict.fromkeys((b"ftrt", b"ptrt"), "a TensorRT engine; choose a .safetensors or .gguf file"),
+    **dict.fromkeys((b"lmgg", b"fmgg", b"tjgg"), "a GGML file of before GGUF; choose a .gguf file"),
+    **dict.fromkeys(
+        (b"7z\xbc\xaf", b"Rar!", b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd"),
+        "an archive; choose the .safetensors file inside it",
+    ),
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"RIFF"), "an image or a film; choose a .safetensors file"),
+    b"\x89HDF": "an HDF5 file; choose a .safetensors file",
+    b"\x93NUMPY": "a NumPy array; choose a .safetensors file",
+    bytes(64): "filled with zeros at its start, as an unfinished download is; download it again",
     b"PK\x03\x04": "a pickle inside a zip (torch.save); convert it to safetensors",
     **{bytes([0x80, protocol]): "a pickle; convert it to safetensors" for protocol in range(2, 6)},
     b"GGUF": "a GGUF file; choose a .safetensors file",
@@ -40,6 +60,10 @@ MAGIC = {
     b"<": "a web page, saved in place of the model; download the model itself",
 }
 """First bytes of the files that are most often mistaken for safetensors."""
+
+
+TEXT = frozenset(b"\t\n\r" + bytes(range(32, 127)))
+"""Bytes of plain text, such as an error of a server."""
 
 
 def read_state_dict(path: str | Path, prefixes: Sequence[str] = TRANSFORMER_PREFIXES) -> dict[str, Tensor]:
@@ -111,6 +135,21 @@ def check_path(path: str | Path) -> Path:
     return path
 
 
+def _other_format(start: bytes) -> str:
+    """What a file is that begins with these bytes, and what to do."""
+    if (
+        start.startswith(b"PK\x03\x04")
+        and b".pkl" not in start
+        and start[30:31].isalnum()
+        and b"/" not in start
+    ):
+        return "a zip archive; choose the .safetensors file inside it"
+    what = next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
+    if what is None and len(start) > 8 and all(byte in TEXT for byte in start):
+        what = "a text file, saved in place of the model; download the model itself"
+    return what or "not a safetensors file (it has no header); choose another file"
+
+
 def _what_is_wrong(path: Path) -> str:
     """One sentence on why safetensors could not open the file."""
     size = path.stat().st_size
@@ -118,10 +157,7 @@ def _what_is_wrong(path: Path) -> str:
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
         if length > 100_000_000 or start[8:9] != b"{":
-            what = next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
-            return (
-                f"{path.name} is {what or 'not a safetensors file (it has no header); choose another file'}"
-            )
+            return f"{path.name} is {_other_format(start)}"
         file.seek(8)
         header = file.read(length)
     try:

@@ -18,14 +18,16 @@ def blame_file(file: str, kind: ModelKind, tensors: Mapping[str, Weight]) -> Ite
     empty = next((name for name, tensor in tensors.items() if not tensor.numel()), None)
     if empty is not None:
         shape = [*tensors[empty].shape]
-        raise ValueError(f"{file} is damaged: {empty} is empty, its shape is {shape}; choose another file")
+        raise ValueError(
+            f"{file} cannot be used: {empty} is empty, its shape is {shape}; choose another file"
+        )
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{file} lacks {error.args[0]}; it is incomplete, download it again") from error
+        raise ValueError(f"{file} lacks {error.args[0]}; choose a file of the whole model") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     except (IndexError, ArithmeticError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"{file} is damaged: the shapes of its tensors do not make {kind.label}; download it again"
+            f"{file} has tensors whose shapes do not make {kind.label}; choose another file"
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,21 @@ from .weight_file import WeightFile
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+
+PADDING = 128
+"""T5's embeddings are padded to a multiple of this: 32,128 rows for 32,100 tokens."""
+
+EXTRA_IDS = 100
+"""Tokens `<extra_id_0>` ... that T5's vocabulary has beyond the pieces of its SentencePiece model."""
+
+MAX_TOKENIZER = 1 << 26
+"""Bytes of a tokenizer's file that are read; T5's has 2.4 MB, those of large vocabularies 20 MB."""
+
+MAX_REASON = 200
+"""Characters of the library's reason in an error."""
+
+PROBE = "a photo, 12"
+"""Text that a tokenizer must encode to be accepted."""
 
 EMBEDDED = "spiece_model"
 """The tensor of bytes in which ComfyUI stores a SentencePiece model with the weights."""
@@ -73,32 +89,43 @@ CLIP_ENCODER = Encoder(
 def find_tokenizer(
     file: WeightFile, encoder: Encoder, vocabulary: int, host_folders: Sequence[str | Path] = ()
 ) -> Tokenizer:
-    """The tokenizer of the encoder in `file`, which has a vocabulary of `vocabulary` tokens.
+    """The tokenizer of the encoder in `file`, whose embedding has `vocabulary` rows.
 
     Raises FileNotFoundError when none is found, and ValueError for a broken one and for a NAME.tokenizer.json
     that is another encoder's; elsewhere those of other encoders are skipped.
     """
     own = file.paths[0].with_suffix(".tokenizer.json")
     if own.is_file():
-        return _checked(_from_json(own), own.name, file.name, vocabulary)
+        tokenizer = _from_json(own)
+        if not _belongs(tokenizer, vocabulary):
+            raise ValueError(
+                f"{own.name} has {_token_count(tokenizer):,} tokens, the vocabulary of {file.name} "
+                f"{vocabulary:,}; put the tokenizer.json that belongs to this encoder there"
+            )
+        return tokenizer
     for tokenizer in _candidates(file, encoder, host_folders):
-        words = tokenizer.get_vocab()
-        if encoder.end in words and max(words.values()) < vocabulary:
+        if encoder.end in tokenizer.get_vocab() and _belongs(tokenizer, vocabulary):
             return tokenizer
     raise FileNotFoundError(
-        f"{own.name} does not exist beside {file.name}; put the encoder's tokenizer.json there under that "
-        f"name, or {' and '.join(encoder.files)} into the same folder"
+        f"{own.name} does not exist beside {file.name}, whose vocabulary has {vocabulary:,} tokens; "
+        "put the encoder's tokenizer.json there under that name, or "
+        f"{' and '.join(encoder.files)} into the same folder"
     )
 
 
-def _checked(tokenizer: Tokenizer, name: str, model: str, vocabulary: int) -> Tokenizer:
-    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if tokens > vocabulary:
-        raise ValueError(
-            f"{name} has {tokens:,} tokens, the vocabulary of {model} {vocabulary:,}; "
-            "put the tokenizer.json that belongs to this encoder there"
-        )
-    return tokenizer
+def _token_count(tokenizer: Tokenizer) -> int:
+    """The number of rows that the tokenizer's ids need."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _belongs(tokenizer: Tokenizer, vocabulary: int) -> bool:
+    """Whether an embedding of `vocabulary` rows is this tokenizer's, padded to a multiple of 128 or less.
+
+    A shorter tokenizer would never reach the rows beyond, and read prompts differently.
+    """
+    tokens = _token_count(tokenizer)
+    longest = tokens + (0 if tokenizer.token_to_id("<extra_id_0>") is not None else EXTRA_IDS)
+    return tokens <= vocabulary < longest + PADDING
 
 
 def _candidates(file: WeightFile, encoder: Encoder, host: Sequence[str | Path]) -> Iterator[Tokenizer]:
@@ -123,12 +150,15 @@ def _in_folder(folder: Path, encoder: Encoder) -> Iterator[Tokenizer]:
     if not all(path.is_file() for path in paths):
         return
     if encoder is T5_ENCODER:
-        yield _from_spiece(paths[0].read_bytes(), paths[0].name)
+        with _broken(paths[0].name):
+            data = _read(paths[0])
+        yield _from_spiece(data, paths[0].name)
         return
-    try:
-        yield clip_from_files(paths[0], paths[1])
-    except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
-        raise ValueError(_broken("vocab.json beside merges.txt", error)) from error
+    with _broken("vocab.json beside merges.txt"):
+        for path in paths:
+            _read(path)
+        tokenizer = _probed(clip_from_files(paths[0], paths[1]))
+    yield tokenizer
 
 
 def _cached(encoder: Encoder) -> Iterator[Path]:
@@ -148,26 +178,48 @@ def _in_gguf(reader: GGUFReader, name: str) -> Iterator[Tokenizer]:
     if not isinstance(tokens, list) or not isinstance(scores, list) or len(tokens) != len(scores):
         return
     table = gguf_value(reader, f"{prefix}precompiled_charsmap") or []
-    try:
+    with _broken(f"the metadata of {name}"):
         pieces = [(str(token), float(score)) for token, score in zip(tokens, scores, strict=True)]
-        yield t5_tokenizer(pieces, bytes(value & 255 for value in table))
-    except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
-        raise ValueError(_broken(f"the metadata of {name}", error)) from error
+        tokenizer = _probed(t5_tokenizer(pieces, bytes(value & 255 for value in table)))
+    yield tokenizer
 
 
 def _from_json(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
-        raise ValueError(f"{path.name} is not a tokenizer file ({error}); download it again") from error
+    with _broken(path.name):
+        return _probed(Tokenizer.from_str(_read(path).decode("utf-8")))
 
 
 def _from_spiece(data: bytes, name: str) -> Tokenizer:
+    with _broken(f"the SentencePiece model in {name}"):
+        return _probed(t5_from_spiece(data))
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a tokenizer's file. Raises ValueError for one that is too large."""
+    size = path.stat().st_size
+    if size > MAX_TOKENIZER:
+        raise ValueError(f"it has {size:,} bytes, at most {MAX_TOKENIZER:,} are read")
+    return path.read_bytes()
+
+
+def _probed(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, once it has encoded a text: some files are found to be broken only then."""
+    tokenizer.encode(PROBE)
+    tokenizer.encode("")
+    return tokenizer
+
+
+@contextmanager
+def _broken(what: str) -> Iterator[None]:
+    """Context that reports whatever the tokenizers library raises as a ValueError on `what`.
+
+    It raises bare Exception for every kind of broken file, and a PanicException, which is a BaseException,
+    for what its Rust code does not expect.
+    """
     try:
-        return t5_from_spiece(data)
-    except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
-        raise ValueError(_broken(f"the SentencePiece model in {name}", error)) from error
-
-
-def _broken(what: str, error: Exception) -> str:
-    return f"{what} is not a valid tokenizer ({error}); download it again"
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        raise ValueError(f"{what} is not a valid tokenizer ({reason}); download it again") from error

@@ -66,7 +66,7 @@ class WeightFile:
     """The tensors of a file, or of all shards of a model, without `prefix`; and the metadata as text.
 
     `format` is "safetensors" or "GGUF", `size` the bytes on disk of all `paths`, `gguf` the open reader of a
-    GGUF file.
+    GGUF file, `folder` the folder that was chosen in place of a file.
     """
 
     paths: tuple[Path, ...]
@@ -76,11 +76,14 @@ class WeightFile:
     metadata: dict[str, str]
     prefix: str = ""
     gguf: GGUFReader | None = None
+    folder: Path | None = None
 
     @property
     def name(self) -> str:
-        """The file's name in sentences."""
+        """The file's name in sentences, with the folder that was chosen."""
         first = self.paths[0]
+        if self.folder is not None:
+            return first.relative_to(self.folder.parent).as_posix()
         return first.name if len(self.paths) == 1 else f"{first.parent.name}/{first.name}"
 
     def part(self, part: Part) -> WeightFile:

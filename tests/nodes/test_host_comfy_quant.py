@@ -148,6 +148,8 @@ def test_a_model_without_quantized_layers_stays_as_it_is() -> None:
 
 CLIP_L = {"text_model.embeddings.token_embedding.weight": (49408, 768)}
 T5_XXL = {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096)}
+BLOCK_24 = "encoder.block.24.layer.0.SelfAttention.q.weight"
+POSITIONS = "text_model.embeddings.position_embedding.weight"
 SMALL = {"encoder.block.0.layer.0.SelfAttention.q.weight": (64, 64)}
 
 
@@ -162,6 +164,12 @@ SMALL = {"encoder.block.0.layer.0.SelfAttention.q.weight": (64, 64)}
         (T5_XXL, "safetensors", ("x.weight.quant_state.bitsandbytes__nf4",), {}, "", False),
         (T5_XXL, "safetensors", ("x.SCB",), {}, "", False),
         (T5_XXL, "GGUF", (), {}, "", False),
+        (T5_XXL | {"shared.weight": (32128, 4096)}, "safetensors", (), {}, "", True),
+        (T5_XXL | {"shared.weight": (69328, 4096)}, "safetensors", (), {}, "", False),
+        (T5_XXL | {"encoder.embed_tokens.weight": (69328, 4096)}, "safetensors", (), {}, "", False),
+        (T5_XXL | {BLOCK_24: (4096, 4096)}, "safetensors", (), {}, "", False),
+        (CLIP_L | {POSITIONS: (77, 768)}, "safetensors", (), {}, "", True),
+        (CLIP_L | {POSITIONS: (248, 768)}, "safetensors", (), {}, "", False),  # LongCLIP
         (SMALL, "safetensors", (), {}, "", False),
     ],
 )

@@ -52,7 +52,11 @@ def state(**description: object) -> State:
         ("NF4", state(shape=[2**61 + 256, 8], blocksize=64), NF4),  # 64 * 32 modulo 2^64
         ("NF4", {"txt_in.weight.absmax": torch.ones(3)}, NF4),
         ("NF4", {"txt_in.weight.quant_map": torch.ones(3)}, NF4),
+        ("NF4", {"txt_in.weight.quant_map": torch.ones(1, 16)}, NF4),
+        ("NF4", state(shape=[64, 32], blocksize=2**40), NF4),  # would allocate a block at a time
         ("nested NF4", {"txt_in.weight.nested_quant_map": torch.ones(3)}, NF4),
+        ("nested NF4", {"txt_in.weight.nested_quant_map": torch.ones(16, 16)}, NF4),
+        ("nested NF4", state(shape=[64, 32], blocksize=64, nested_blocksize=2**40), NF4),
         ("nested NF4", {"txt_in.weight.nested_absmax": torch.ones(3)}, NF4),
     ],
 )
@@ -71,4 +75,5 @@ def test_scales_and_descriptions_that_do_not_match(
 def test_broken_quantization_metadata(tmp_path: Path, metadata: str) -> None:
     path = tmp_path / "f.safetensors"
     save_file(flux_transformer().state_dict(), path, {"_quantization_metadata": metadata})
-    assert "is damaged" in refusal(load_transformer, path)
+    problem = refusal(load_transformer, path)
+    assert "choose a bf16" in problem and "damaged" not in problem

@@ -82,6 +82,71 @@ def test_quantized_t5(tmp_path: Path, form: str) -> None:
     assert torch.equal(encoders.encode(PROMPTS).txt, expected_t5(values))
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("architecture", ["t5", "t5encoder"])
+def test_a_decoder_in_gguf_is_ignored(tmp_path: Path, kind: str, architecture: str) -> None:
+    """As `decoder.` and `lm_head.` in safetensors; what belongs to neither half is refused."""
+    encoder = llama_names(t5_state(model()))
+    decoder = {
+        "dec.blk.0.attn_q.weight": torch.zeros(64, 64),
+        "dec.blk.0.attn_norm.weight": torch.zeros(64),
+        "dec.blk.0.attn_rel_b.weight": torch.zeros(32, 4),
+        "dec.blk.0.cross_attn_q.weight": torch.zeros(64, 64),
+        "dec.output_norm.weight": torch.zeros(64),
+        "output.weight": torch.zeros(13, 64),
+    }
+    write_gguf(encoder, tmp_path / "encoder.gguf", kind, "t5encoder")
+    write_gguf({**decoder, **encoder}, tmp_path / "whole.gguf", kind, architecture)
+    expected = encoders_of(tmp_path, tmp_path / "encoder.gguf").encode(PROMPTS).txt
+    assert torch.equal(encoders_of(tmp_path, tmp_path / "whole.gguf").encode(PROMPTS).txt, expected)
+    for name in ("dec.other.weight", "pooler.weight"):
+        write_gguf({**encoder, name: torch.zeros(64)}, tmp_path / "other.gguf", kind, architecture)
+        assert name in refusal(lambda path: encoders_of(tmp_path, path), tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "problem"),
+    [
+        (69328, 69328, None),
+        (32128, 32100, None),
+        (32128, 32000, None),  # a SentencePiece model's, without <extra_id_0> ...
+        (69328, 32100, "has 32,100 tokens, the vocabulary of t5.safetensors 69,328; put the tokenizer.json"),
+        (69328, 0, "t5.tokenizer.json does not exist beside t5.safetensors, whose vocabulary has 69,328"),
+    ],
+)
+def test_a_larger_vocabulary_needs_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, tokens: int, problem: str | None
+) -> None:
+    """With a shorter tokenizer, the rows beyond it would never be reached."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    clip, t5 = save_text_encoders(tmp_path)
+    state = load_file(t5)
+    generator = torch.Generator().manual_seed(3)
+    state["shared.weight"] = torch.randn(rows, state["shared.weight"].shape[1], generator=generator)
+    save_file(state, t5)
+    tokenizer_file = tmp_path / "t5.tokenizer.json"
+    tokenizer_file.unlink()
+    if tokens:
+        words = [*WORDS, *(f"word{i}" for i in range(len(WORDS), tokens))]
+        tokenizer("$A </s>", words).save(str(tokenizer_file))
+    if problem is not None:
+        error = ValueError if tokens else FileNotFoundError
+        assert problem in refusal(load_text_encoders, clip, t5, error=error)
+        return
+    encoders = load_text_encoders(clip, t5)
+    txt = encoders.encode(["a red fox", f"a word{tokens - 1} fox"]).txt
+    assert not torch.equal(txt[0], txt[1])
+    assert encoders.t5_ids(["a fox"])[0, 0] == WORDS.index("a")
+
+
+def test_a_bias_of_swapped_shape(tmp_path: Path) -> None:
+    """T5 has 32 distance buckets; with the sides swapped it would load with other heads."""
+    clip, t5 = save_text_encoders(tmp_path)
+    state, name = load_file(t5), "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    save_file({**state, name: state[name].T.contiguous()}, t5)
+    assert "32 rows and a column for each head, got shape [2, 32]" in refusal(load_text_encoders, clip, t5)
+
+
 def expected_clip(reference: CLIPTextModel, encoders: TextEncoders) -> Tensor:
     """transformers' hidden state at the end token."""
     ids = encoders.clip_ids(PROMPTS)
