@@ -7,7 +7,10 @@
   queue_routes.py  prompts, queue, history and jobs
   info_routes.py   node definitions, templates, the log and the system
   file_routes.py   images, uploads, saved workflows and settings
-  guard.py         refuses requests from other sites; sets security headers
+  guard.py         refuses requests from other sites and under foreign names; sets security headers
+  connections.py   HTTP connections with time limits
+  request_reading.py  request bodies within limits, checks of their fields, errors in one sentence
+  json_writer.py   valid JSON of any value
   sockets.py       WebSocket messages, previews, the Console panel
   jobs.py          the queue, its worker thread and the history
   validation.py    checks a prompt before anything runs

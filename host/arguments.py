@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from .guard import HOST_NAME
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a wrong argument in one sentence and exits with code 1."""
@@ -31,6 +33,13 @@ def port_number(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, got {text!r}")
     return int(text)
+
+
+def host_name(text: str) -> str:
+    """A host name from the command line, without port or scheme, for argparse's `type`."""
+    if not HOST_NAME.fullmatch(text.lower()):
+        raise argparse.ArgumentTypeError(f"must be a name such as studio.example, got {text!r}")
+    return text.lower()
 
 
 def _folder(text: str) -> Path:

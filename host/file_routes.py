@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .files import IMAGE_SUFFIXES, Folders, contained, write
+from .request_reading import json_body, json_object
 
 log = logging.getLogger(__name__)
 
@@ -222,14 +223,11 @@ class FileRoutes:
 
     async def write_settings(self, request: web.Request) -> web.Response:
         """Change several settings."""
-        changes = await request.json()
-        if not isinstance(changes, dict):
-            raise ValueError(f"settings must be a JSON object, got {type(changes).__name__}")
-        return self._change_settings(changes)
+        return self._change_settings(await json_object(request))
 
     async def write_setting(self, request: web.Request) -> web.Response:
         """Change one setting."""
-        return self._change_settings({request.match_info["name"]: await request.json()})
+        return self._change_settings({request.match_info["name"]: await json_body(request)})
 
 
 def _entry(root: Path, path: Path) -> dict[str, Any]:

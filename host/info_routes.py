@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import sys
@@ -12,6 +13,7 @@ import torch
 from aiohttp import web
 
 from .guard import Handler
+from .json_writer import json_response
 from .registry import PACK_NAME, Registry
 from .sockets import FEATURES, Console
 
@@ -60,20 +62,20 @@ class InfoRoutes:
         """The description of all node classes, or of one."""
         class_type = request.match_info.get("id")
         if class_type is None:
-            return web.json_response(self.registry.object_info())
+            return json_response(await asyncio.to_thread(self.registry.object_info))
         known = class_type in self.registry
-        return web.json_response({class_type: self.registry.describe(class_type)} if known else {})
+        return json_response({class_type: self.registry.describe(class_type)} if known else {})
 
     async def extensions(self, request: web.Request) -> web.Response:
         """Paths of the pack's scripts; the frontend imports each."""
         web_folder = self.pack / "web"
         scripts = sorted(path.relative_to(web_folder).as_posix() for path in web_folder.rglob("*.js"))
-        return web.json_response([f"/extensions/{PACK_NAME}/{script}" for script in scripts])
+        return json_response([f"/extensions/{PACK_NAME}/{script}" for script in scripts])
 
     async def templates(self, request: web.Request) -> web.Response:
         """Names of the shipped workflows."""
         names = sorted(path.stem for path in (self.pack / "workflows").glob("*.json"))
-        return web.json_response({PACK_NAME: names} if names else {})
+        return json_response({PACK_NAME: names} if names else {})
 
     async def template(self, request: web.Request) -> web.StreamResponse:
         """A shipped workflow or its image."""
@@ -85,7 +87,7 @@ class InfoRoutes:
     async def logs(self, request: web.Request) -> web.Response:
         """The last lines of the log."""
         size = {"cols": 80, "rows": 24}  # the editor expects a terminal's size
-        return web.json_response({"entries": list(self.console.entries), "size": size})
+        return json_response({"entries": list(self.console.entries), "size": size})
 
     async def system_stats(self, request: web.Request) -> web.Response:
         """Versions, memory and devices."""
@@ -105,7 +107,7 @@ class InfoRoutes:
             _device(name, "cuda", index, *torch.cuda.mem_get_info(index)[::-1])
             for index, name in enumerate(names)
         ]
-        return web.json_response(
+        return json_response(
             {"system": system, "devices": devices or [_device("cpu", "cpu", 0, total, free)]}
         )
 
@@ -114,7 +116,7 @@ def constant(value: Any) -> Handler:
     """A handler that always answers with the same JSON."""
 
     async def handler(request: web.Request) -> web.Response:
-        return web.json_response(value)
+        return json_response(value)
 
     return handler
 

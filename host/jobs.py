@@ -1,24 +1,39 @@
-"""The queue: one worker thread runs prompts in order; the last hundred are kept as history."""
+"""The queue: one worker thread runs prompts in order; ended ones are kept as history.
+
+Whatever ends a job, a BaseException of a native library included, the job records what happened and the next
+one runs.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .execution import Executor, Result
-from .run_events import NodeError
-from .validation import Checked
+from .execution import Executor
+from .json_reader import quoted
+from .json_writer import to_json
+from .validation import Checked, Prompt
 
 log = logging.getLogger(__name__)
 
-HISTORY_SIZE = 100
+HISTORY_SIZE = 10_000
+"""Ended jobs that are kept, as in ComfyUI."""
+HISTORY_BYTES = 64 * 2**20
+"""Bytes of the ended jobs that are kept; with larger workflows the history is shorter."""
+QUEUE_SIZE = 10_000
 ACTIVE = ("in_progress", "pending")
 ENDED = {"success": "completed", "error": "failed", "interrupted": "cancelled"}
+
+
+class QueueFull(RuntimeError):
+    """No job can be added; the message is one sentence for the user."""
 
 
 def now() -> int:
@@ -46,6 +61,12 @@ class Job:
     node: str | None = None
     """Id of the node that runs."""
     stop: threading.Event = field(default_factory=threading.Event)
+    workflow_id: str | None = None
+    _archive: bytes | None = None
+
+    def __post_init__(self) -> None:
+        found = self.workflow.get("id")
+        self.workflow_id = found if isinstance(found, str) else None
 
     @property
     def workflow(self) -> dict[str, Any]:
@@ -63,7 +84,7 @@ class Job:
         """The job as GET /jobs lists it; `full` adds what GET /jobs/{id} returns beyond that."""
         shown = [
             {**image, "nodeId": node, "mediaType": "images"}
-            for node, output in self.outputs.items()
+            for node, output in dict(self.outputs).items()
             for image in output.get("images", [])
         ]
         saved = [image for image in shown if image["type"] == "output"]
@@ -77,10 +98,8 @@ class Job:
             "outputs_count": len(shown),
             "previewable_outputs_count": len(shown),
             "preview_output": (saved or shown or [None])[0],
-            "workflow_id": self.workflow.get("id"),
-            "execution_error": next(
-                (data for kind, data in self.messages if kind == "execution_error"), None
-            ),
+            "workflow_id": self.workflow_id,
+            "execution_error": self.error(),
         }
         described = {
             name: value for name, value in described.items() if value is not None or name == "preview_output"
@@ -88,8 +107,27 @@ class Job:
         if full:
             described["outputs"] = self.outputs
             described["execution_status"] = self.summary()
-            described["workflow"] = {"prompt": self.checked.prompt, "extra_data": self.extra_data}
+            prompt, extra_data = self.request()
+            described["workflow"] = {"prompt": prompt, "extra_data": extra_data}
         return described
+
+    def error(self) -> dict[str, Any] | None:
+        """The data of the message that the job failed with."""
+        return next((data for kind, data in self.messages if kind == "execution_error"), None)
+
+    def request(self) -> tuple[Prompt, dict[str, Any]]:
+        """The prompt and the extra data, also of an archived job."""
+        prompt, extra_data = self.checked.prompt, self.extra_data
+        if self._archive is not None:  # set before the fields are cleared
+            prompt, extra_data = json.loads(zlib.decompress(self._archive))
+        return prompt, extra_data
+
+    def archive(self) -> int:
+        """Compress what an ended job only shows; returns the bytes that the job still takes, about."""
+        request = to_json([self.checked.prompt, self.extra_data]).encode()
+        self._archive = zlib.compress(request, 1)
+        self.checked, self.extra_data = replace(self.checked, prompt={}, node_errors={}), {}
+        return len(self._archive) + len(to_json([self.outputs, self.messages]))
 
     def summary(self) -> dict[str, Any]:
         """The status as /history reports it."""
@@ -98,14 +136,15 @@ class Job:
 
     def as_tuple(self) -> list[Any]:
         """The prompt as /queue and /history list it."""
-        return [self.priority, self.id, self.checked.prompt, self.extra_data, self.checked.outputs]
+        return [self.priority, self.id, *self.request(), self.checked.outputs]
 
 
 class Jobs:
     """The queue and its worker thread.
 
     `on_event(job, kind, data)` is called from the worker thread; `on_change()` (the queue's length changed)
-    also from the thread that submits or cancels. `history_size`: how many ended jobs are kept.
+    also from the thread that submits or cancels. `history_size`: how many ended jobs are kept, unless they
+    exceed `history_bytes`.
     """
 
     def __init__(
@@ -114,13 +153,17 @@ class Jobs:
         on_event: Callable[[Job, str, dict[str, Any]], None],
         on_change: Callable[[], None],
         history_size: int = HISTORY_SIZE,
+        history_bytes: int = HISTORY_BYTES,
     ) -> None:
         self._executor = executor
         self._on_event = on_event
         self._on_change = on_change
         self._history_size = history_size
+        self._history_bytes = history_bytes
         self._changed = threading.Condition()
-        self._jobs: dict[str, Job] = {}
+        self._active: dict[str, Job] = {}
+        self._ended: dict[str, Job] = {}  # oldest first
+        self._sizes: dict[str, int] = {}  # bytes of the ended jobs
         self._count = 0
         self._closing = False
         self._clear_cache = False
@@ -134,7 +177,7 @@ class Jobs:
         """Interrupt the running job and end the worker; waits up to five seconds for the running node."""
         with self._changed:
             self._closing = True
-            for job in self._jobs.values():
+            for job in self._active.values():
                 job.stop.set()
             self._changed.notify_all()
         if self._thread.is_alive():
@@ -146,37 +189,42 @@ class Jobs:
         extra_data: dict[str, Any],
         client_id: str | None = None,
         job_id: str | None = None,
+        priority: float | None = None,
         front: bool = False,
     ) -> Job:
-        """Append a job to the queue, or put it first. Raises ValueError for an id that is in use."""
+        """Append a job to the queue, put it first, or where `priority` says.
+
+        Raises ValueError for an id that is in use, QueueFull.
+        """
         with self._changed:
-            if job_id in self._jobs:
+            if job_id in self._active or job_id in self._ended:
                 raise ValueError(f"job {job_id} exists already; use another prompt_id")
+            if len(self._active) >= QUEUE_SIZE:
+                raise QueueFull(f"{QUEUE_SIZE:,} jobs wait already, which is the limit; wait, or cancel some")
             self._count += 1
-            priority = -self._count if front else self._count
+            if priority is None:
+                priority = -self._count if front else self._count
             job = Job(checked, extra_data, client_id, priority, job_id or str(uuid.uuid4()))
-            self._jobs[job.id] = job
+            self._active[job.id] = job
             self._changed.notify_all()
         self._on_change()
         return job
 
     def find(self, job_id: str) -> Job | None:
         """The job with this id, None when it is unknown."""
-        return self._jobs.get(job_id)
+        with self._changed:
+            return self._active.get(job_id) or self._ended.get(job_id)
 
     def listed(self, statuses: tuple[str, ...]) -> list[Job]:
         """Jobs with these statuses: active ones in the order they run, then ended ones, newest first."""
         with self._changed:
-            jobs = [job for job in self._jobs.values() if job.status in statuses]
-        active = sorted((job for job in jobs if job.status in ACTIVE), key=lambda job: job.priority)
-        active.sort(key=lambda job: ACTIVE.index(job.status))
-        return active + sorted(
-            (job for job in jobs if job.status not in ACTIVE), key=lambda job: job.ended or 0, reverse=True
-        )
+            active, ended = list(self._active.values()), list(reversed(self._ended.values()))
+        active.sort(key=lambda job: (job.status == "pending", job.priority))
+        return [job for job in active + ended if job.status in statuses]
 
     def remaining(self) -> int:
         """How many jobs are running or pending."""
-        return len(self.listed(ACTIVE))
+        return len(self._active)
 
     def interrupt(self, job_id: str | None = None) -> None:
         """Stop the running job, or only if it has this id."""
@@ -187,21 +235,24 @@ class Jobs:
     def cancel(self, job_id: str) -> bool:
         """Stop a running job or remove a pending one; False when it is neither."""
         with self._changed:
-            job = self._jobs.get(job_id)
-            if job is None or job.status not in ACTIVE:
+            job = self._active.get(job_id)
+            if job is None:
                 return False
             job.stop.set()
             if job.status == "pending":
-                del self._jobs[job_id]
+                del self._active[job_id]
         self._on_change()
         return True
 
     def clear_history(self, job_ids: list[str] | None = None) -> None:
         """Remove ended jobs, these or all. Their images stay on disk."""
         with self._changed:
-            for job in [job for job in self._jobs.values() if job.status not in ACTIVE]:
-                if job_ids is None or job.id in job_ids:
-                    del self._jobs[job.id]
+            for job_id in list(self._ended) if job_ids is None else job_ids:
+                self._forget(job_id)
+
+    def _forget(self, job_id: str) -> None:
+        self._ended.pop(job_id, None)
+        self._sizes.pop(job_id, None)
 
     def free_memory(self) -> None:
         """Drop cached results and models before the next run, or now if nothing runs."""
@@ -216,7 +267,7 @@ class Jobs:
                 if self._clear_cache:
                     self._clear_cache = False
                     self._executor.clear_cache()
-                pending = [job for job in self._jobs.values() if job.status == "pending"]
+                pending = [job for job in self._active.values() if job.status == "pending"]
                 if pending:
                     job = min(pending, key=lambda job: job.priority)
                     job.status, job.started = "in_progress", now()
@@ -225,24 +276,31 @@ class Jobs:
         return None
 
     def _work(self) -> None:
-        """Run jobs until `close`. No error of a job or a listener ends the worker."""
+        """Run jobs until `close`. Nothing that a job or a listener raises ends the worker."""
         while not self._closing:
             try:
                 if (job := self._next()) is not None:
-                    self._supervise(job)
-            except Exception:
+                    self._run(job)
+            except BaseException:  # SystemExit included: this thread is the only one that runs jobs
                 log.exception("the queue's worker failed between two jobs; it continues")
 
-    def _supervise(self, job: Job) -> None:
-        try:
-            self._run(job)
-        except BaseException:  # SystemExit included: the next job still runs
-            log.exception("job %s failed outside any node; the queue continues", job.id)
-            if job.status == "in_progress":
-                self._end(job, "failed")
-            self._on_change()
-
     def _run(self, job: Job) -> None:
+        status = "failed"
+        try:
+            status = self._execute(job)
+        except BaseException as error:  # also of native libraries, whose panics are no Exception
+            self._guarded(self._record_failure, job, error)
+        finally:
+            self._end(job, status)
+        self._guarded(self._on_event, job, "executing", {"node": None, "prompt_id": job.id})
+        for node, texts in job.notices.items():  # again: the editor clears them when a job ends
+            data = {"node_id": node, "prompt_id": job.id, "text": "\n".join(texts)}
+            self._guarded(self._on_event, job, "notice", data)
+        self._guarded(self._on_change)
+
+    def _execute(self, job: Job) -> str:
+        """Run a job; returns its status at the end."""
+
         def on_event(kind: str, data: dict[str, Any]) -> None:
             if kind == "executing":
                 job.node = data["node"]
@@ -254,30 +312,52 @@ class Jobs:
                 job.notices.setdefault(data["node_id"], []).append(data["text"])
             self._on_event(job, kind, data)
 
+        result = self._executor.run(
+            job.checked,
+            on_event=on_event,
+            prompt_id=job.id,
+            extra_pnginfo=job.pnginfo,
+            previews=job.extra_data.get("preview_method") != "none",
+            stop=job.stop,
+        )
+        return ENDED[result.status]
+
+    def _record_failure(self, job: Job, error: BaseException) -> None:
+        """Record and report a failure outside any node, unless the node's error was recorded before."""
+        log.error("job %s failed outside any node", job.id, exc_info=error)
+        if job.error() is not None:
+            return
+        kind = type(error).__name__
+        node = job.checked.prompt.get(job.node or "", {})
+        data = {
+            "prompt_id": job.id,
+            "node_id": job.node or "",
+            "node_type": node.get("class_type", ""),
+            "executed": [],
+            "exception_message": f"the run failed outside any node with {kind}: {quoted(str(error))}",
+            "exception_type": kind,
+            "traceback": [],
+            "current_inputs": {},
+            "current_outputs": [],
+            "timestamp": now(),
+        }
+        job.messages.append(("execution_error", data))
+        self._on_event(job, "execution_error", data)
+
+    @staticmethod
+    def _guarded(call: Callable[..., None], *arguments: Any) -> None:
+        """Call a function whose failure must not disturb the queue."""
         try:
-            result = self._executor.run(
-                job.checked,
-                on_event=on_event,
-                prompt_id=job.id,
-                extra_pnginfo=job.pnginfo,
-                previews=job.extra_data.get("preview_method") != "none",
-                stop=job.stop,
-            )
-        except Exception as error:  # a fault of the host itself; the worker continues with the next job
-            message = f"the run failed outside any node with {type(error).__name__}: {error}"
-            found = NodeError("", "", message, type(error).__name__)
-            result = Result("error", job.outputs, [], found)
-            on_event("execution_error", {"prompt_id": job.id, "node_id": "", "exception_message": message})
-        self._end(job, ENDED[result.status])
-        self._on_event(job, "executing", {"node": None, "prompt_id": job.id})
-        for node, texts in job.notices.items():  # again: the editor clears them when a job ends
-            self._on_event(job, "notice", {"node_id": node, "prompt_id": job.id, "text": "\n".join(texts)})
-        self._on_change()
+            call(*arguments)
+        except BaseException:
+            log.exception("a message about the queue could not be sent; the queue continues")
 
     def _end(self, job: Job, status: str) -> None:
         """Record how a job ended, and remove the oldest ended jobs beyond the history's size."""
+        job.node, job.status, job.ended = None, status, now()
+        size = job.archive()
         with self._changed:
-            job.node, job.status, job.ended = None, status, now()
-            ended = [other for other in self._jobs.values() if other.status not in ACTIVE]
-            for old in sorted(ended, key=lambda other: other.ended or 0)[: -self._history_size]:
-                del self._jobs[old.id]
+            self._active.pop(job.id, None)
+            self._ended[job.id], self._sizes[job.id] = job, size
+            while len(self._ended) > self._history_size or sum(self._sizes.values()) > self._history_bytes:
+                self._forget(next(iter(self._ended)))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
 
-from .jobs import ACTIVE, ENDED, Jobs
+from .jobs import ACTIVE, ENDED, Job, Jobs
+from .json_reader import quoted
+from .json_writer import json_response, to_json
 from .registry import Registry
+from .request_reading import field, id_list, json_object, query_integer
 from .validation import InvalidPrompt, validate
 
 log = logging.getLogger(__name__)
 
 ENDED_STATUSES = tuple(ENDED.values())
+ALL_STATUSES = (*ACTIVE, *ENDED_STATUSES)
+ACCOUNT_FIELDS = ("auth_token_comfy_org", "api_key_comfy_org")
+"""Secrets in the extra data that the editor sends; nothing here uses them, and /history shows the rest."""
 
 
 class QueueRoutes:
@@ -45,113 +52,171 @@ class QueueRoutes:
 
     async def queue_length(self, request: web.Request) -> web.Response:
         """How many jobs are running or pending."""
-        return web.json_response({"exec_info": {"queue_remaining": self.jobs.remaining()}})
+        return json_response({"exec_info": {"queue_remaining": self.jobs.remaining()}})
 
     async def submit(self, request: web.Request) -> web.Response:
         """Validate a prompt and queue it. 400 with the errors by node when no part of it can run."""
-        body = await _json_object(request)
+        body = await json_object(request)
+        options = _job_options(body)
+        targets = body.get("partial_execution_targets")
+        if targets is not None:
+            targets = id_list(body, "partial_execution_targets")
         try:
-            checked = validate(body.get("prompt"), self.registry, body.get("partial_execution_targets"))
+            checked = await asyncio.to_thread(validate, body.get("prompt"), self.registry, targets)
         except InvalidPrompt as error:
             for sentence in error.sentences():
                 log.error("the workflow was refused: %s", sentence)
-            return web.json_response({"error": error.error, "node_errors": error.node_errors}, status=400)
-        extra, client_id = body.get("extra_data") or {}, body.get("client_id")
-        if not isinstance(extra, dict):
-            raise ValueError(f"extra_data must be a JSON object, got {type(extra).__name__}")
-        front = bool(body.get("front")) or (body.get("number") or 0) < 0
-        job = self.jobs.submit(checked, extra, client_id, _job_id(body.get("prompt_id")), front)
+            return json_response({"error": error.error, "node_errors": error.node_errors}, status=400)
+        job = self.jobs.submit(checked, _extra_data(body), **options)
         accepted = {"prompt_id": job.id, "number": job.priority, "node_errors": checked.node_errors}
-        return web.json_response(accepted)
+        return json_response(accepted)
 
     async def queue(self, request: web.Request) -> web.Response:
         """The running and the pending prompts."""
         running, pending = (self.jobs.listed((status,)) for status in ACTIVE)
         lists = {"queue_running": running, "queue_pending": pending}
-        return web.json_response({name: [job.as_tuple() for job in jobs] for name, jobs in lists.items()})
+        return await _in_thread(
+            lambda: {name: [job.as_tuple() for job in jobs] for name, jobs in lists.items()}
+        )
 
     async def change_queue(self, request: web.Request) -> web.Response:
         """Remove pending jobs: `delete` (ids), or all with `clear`."""
-        body = await _json_object(request)
-        pending = [job.id for job in self.jobs.listed(("pending",))]
-        for job_id in pending if body.get("clear") else body.get("delete", []):
-            if job_id in pending:
-                self.jobs.cancel(job_id)
+        clear, ids = _removal(await json_object(request))
+        pending = {job.id for job in self.jobs.listed(("pending",))}
+        for job_id in pending if clear else pending.intersection(ids):
+            self.jobs.cancel(job_id)
         return web.Response()
 
     async def history(self, request: web.Request) -> web.Response:
-        """Ended jobs, at most `max_items`, or the one of the path."""
-        jobs = self.jobs.listed(ENDED_STATUSES)
+        """Ended jobs, oldest first, or the one of the path.
+
+        As in ComfyUI: `max_items` alone gives the newest, with `offset` those after the first `offset`.
+        """
+        offset = query_integer(request, "offset", None)
+        max_items = query_integer(request, "max_items", None)
         if "id" in request.match_info:
-            jobs = [job for job in jobs if job.id == request.match_info["id"]]
-        if request.query.get("max_items"):
-            jobs = jobs[: int(request.query["max_items"])]
-        entries = {
-            job.id: {"prompt": job.as_tuple(), "outputs": job.outputs, "status": job.summary(), "meta": {}}
-            for job in reversed(jobs)
-        }
-        return web.json_response(entries)
+            found = self.jobs.find(request.match_info["id"])
+            jobs = [found] if found is not None and found.status in ENDED_STATUSES else []
+        else:
+            jobs = _window(self.jobs.listed(ENDED_STATUSES)[::-1], offset, max_items)
+        return await _in_thread(
+            lambda: {
+                job.id: {
+                    "prompt": job.as_tuple(),
+                    "outputs": job.outputs,
+                    "status": job.summary(),
+                    "meta": {},
+                }
+                for job in jobs
+            }
+        )
 
     async def change_history(self, request: web.Request) -> web.Response:
         """Remove ended jobs: `delete` (ids), or all with `clear`."""
-        body = await _json_object(request)
-        self.jobs.clear_history(None if body.get("clear") else list(body.get("delete", [])))
+        clear, ids = _removal(await json_object(request))
+        self.jobs.clear_history(None if clear else ids)
         return web.Response()
 
     async def list_jobs(self, request: web.Request) -> web.Response:
-        """Jobs by `status`, from `offset` on, at most `limit`."""
+        """Jobs by `status` and `workflow_id`, from `offset` on, at most `limit`."""
         query = request.query
-        statuses = tuple(query["status"].split(",")) if "status" in query else (*ACTIVE, *ENDED_STATUSES)
-        offset, limit = int(query.get("offset", 0)), int(query.get("limit", 100))
+        statuses = tuple(filter(None, query.get("status", "").replace(" ", "").split(","))) or ALL_STATUSES
+        for status in statuses:
+            if status not in ALL_STATUSES:
+                raise ValueError(f"status must be among {', '.join(ALL_STATUSES)}, got {quoted(status)}")
+        offset, limit = query_integer(request, "offset", 0) or 0, query_integer(request, "limit", 100)
         jobs = self.jobs.listed(statuses)
-        page = jobs[max(0, offset) :][: max(0, limit)]
+        if "workflow_id" in query:
+            jobs = [job for job in jobs if job.workflow_id == query["workflow_id"]]
+        page = jobs[max(0, offset) :][: max(0, limit or 0)]
         pagination = {
             "offset": offset,
             "limit": limit,
             "total": len(jobs),
             "has_more": offset + len(page) < len(jobs),
         }
-        return web.json_response({"jobs": [job.describe() for job in page], "pagination": pagination})
+        return await _in_thread(lambda: {"jobs": [job.describe() for job in page], "pagination": pagination})
 
     async def show_job(self, request: web.Request) -> web.Response:
         """One job with its outputs and its prompt."""
         job = self.jobs.find(request.match_info["id"])
         if job is None:
-            raise web.HTTPNotFound
-        return web.json_response(job.describe(full=True))
+            raise web.HTTPNotFound(
+                text=f"there is no job {quoted(request.match_info['id'])}; it may have been removed"
+            )
+        return await _in_thread(lambda: job.describe(full=True))
 
     async def cancel_job(self, request: web.Request) -> web.Response:
         """Cancel the job of the path."""
-        return web.json_response({"cancelled": self.jobs.cancel(request.match_info["id"])})
+        return json_response({"cancelled": self.jobs.cancel(request.match_info["id"])})
 
     async def cancel_jobs(self, request: web.Request) -> web.Response:
         """Cancel the jobs in `job_ids`."""
-        job_ids = (await _json_object(request)).get("job_ids", [])
-        cancelled = [self.jobs.cancel(str(job_id)) for job_id in job_ids]
-        return web.json_response({"cancelled": any(cancelled)})
+        cancelled = [self.jobs.cancel(job_id) for job_id in id_list(await json_object(request), "job_ids")]
+        return json_response({"cancelled": any(cancelled)})
 
     async def interrupt(self, request: web.Request) -> web.Response:
         """Stop the running job, or only if it is `prompt_id`."""
-        self.jobs.interrupt((await _json_object(request)).get("prompt_id"))
+        self.jobs.interrupt(field(await json_object(request), "prompt_id", str))
         return web.Response()
 
     async def free(self, request: web.Request) -> web.Response:
-        """Drop cached results and models."""
-        self.jobs.free_memory()
+        """Drop cached results and models, unless both `unload_models` and `free_memory` are false."""
+        body = await json_object(request)
+        wanted = [field(body, name, bool) for name in ("unload_models", "free_memory") if name in body]
+        if any(wanted) or not wanted:
+            self.jobs.free_memory()
         return web.Response()
 
 
-async def _json_object(request: web.Request) -> dict[str, Any]:
-    """A request's JSON object, empty without a body. Raises ValueError for other JSON."""
+async def _in_thread(make: Callable[[], Any]) -> web.Response:
+    """A response with the JSON of `make()`, which may take long for many jobs."""
+    text = await asyncio.to_thread(lambda: to_json(make()))
+    return web.Response(text=text, content_type="application/json")
+
+
+def _window(jobs: list[Job], offset: int | None, max_items: int | None) -> list[Job]:
+    """The jobs, oldest first, that ComfyUI's /history returns for these queries."""
+    if offset is None or offset < 0:
+        offset = 0 if max_items is None else len(jobs) - max_items
+    jobs = jobs[max(0, offset) :]
+    return jobs if max_items is None else jobs[: max(0, max_items)]
+
+
+def _removal(body: dict[str, Any]) -> tuple[bool, list[str]]:
+    """(clear, delete) of a request that removes jobs. Raises ValueError for other types."""
+    return field(body, "clear", bool, False), id_list(body, "delete")
+
+
+def _job_options(body: dict[str, Any]) -> dict[str, Any]:
+    """The id, owner and place in the queue that a prompt asks for. Raises ValueError for other types."""
+    return {
+        "client_id": field(body, "client_id", str),
+        "job_id": _job_id(body),
+        "priority": field(body, "number", int),
+        "front": field(body, "front", bool, False),
+    }
+
+
+def _job_id(body: dict[str, Any]) -> str | None:
+    """The job id that the editor chose. Raises ValueError unless it is a UUID as ComfyUI wants it."""
+    wanted = field(body, "prompt_id", str)
+    if wanted is None:
+        return None
     try:
-        body = json.loads(await request.text() or "{}")
-    except ValueError as error:
-        raise ValueError(f"the request is not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise ValueError(f"the request must be a JSON object, got {type(body).__name__}")
-    return body
+        is_canonical = str(uuid.UUID(wanted)) == wanted
+    except ValueError:
+        is_canonical = False
+    if not is_canonical:
+        raise ValueError(
+            f"prompt_id must be a UUID in lower case with hyphens, got {quoted(wanted)}; omit it"
+        )
+    return wanted
 
 
-def _job_id(requested: Any) -> str | None:
-    """The job id that the editor chose. Raises ValueError unless it is a UUID."""
-    return None if requested is None else str(uuid.UUID(str(requested)))
+def _extra_data(body: dict[str, Any]) -> dict[str, Any]:
+    """A prompt's extra data without accounts. Raises ValueError for other types."""
+    extra_data = field(body, "extra_data", dict, {})
+    field(field(extra_data, "extra_pnginfo", dict, {}), "workflow", dict)
+    field(extra_data, "preview_method", str)
+    return {name: value for name, value in extra_data.items() if name not in ACCOUNT_FIELDS}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from .arguments import Parser, port_number
+from .arguments import Parser, host_name, port_number
+from .connections import Runner
 from .files import Folders, SaveError
 from .guard import is_loopback
 from .registry import Registry
@@ -29,6 +30,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="127.0.0.1",
         metavar="ADDRESS",
         help="address to listen on (default: 127.0.0.1, this machine only)",
+    )
+    parser.add_argument(
+        "--allow-host",
+        type=host_name,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name under which browsers reach the editor, such as a proxy's; may be repeated",
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     parser.add_models()
@@ -65,7 +74,8 @@ def find_frontend() -> Path:
 
 async def _serve(server: Server, args: argparse.Namespace) -> None:
     """Serve until a signal arrives. Raises SaveError when the address is not available."""
-    runner = web.AppRunner(server.app(is_loopback(args.listen)), access_log=None, shutdown_timeout=2)
+    app = server.app(is_loopback(args.listen), [args.listen, *args.allow_host])
+    runner = Runner(app, access_log=None, shutdown_timeout=2)
     await runner.setup()
     try:
         await web.TCPSite(runner, args.listen, args.port).start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from aiohttp import web
 from .execution import Executor
 from .file_routes import UPLOAD_LIMIT, FileRoutes
 from .files import PACK
-from .guard import explain_errors, guard
+from .guard import Hosts, guard, set_headers
 from .info_routes import InfoRoutes
 from .jobs import Job, Jobs
 from .queue_routes import QueueRoutes
 from .registry import PACK_NAME, Registry
+from .request_reading import explain_errors, read_body
 from .sockets import Console, Sockets, notice_frame, preview_frame
 
+log = logging.getLogger(__name__)
 PACK_LOG = logging.getLogger(__name__.partition(".")[0])
 
 DEMO = "text_to_image"
@@ -47,11 +50,13 @@ class Server:
         self.jobs = Jobs(Executor(registry), self._on_event, self._on_change)
         self.files = FileRoutes(registry.folders)
 
-    def app(self, loopback: bool = True) -> web.Application:
-        """The application; it starts and ends the worker. `loopback`: refuse other machines' requests."""
-        app = web.Application(
-            middlewares=[guard(loopback), explain_errors], client_max_size=self.upload_limit
-        )
+    def app(self, loopback: bool = True, allowed_hosts: Iterable[str] = ()) -> web.Application:
+        """The application; it starts and ends the worker; connections.Runner runs it.
+
+        `loopback`: refuse other machines' requests. `allowed_hosts`: more host names under which it is known.
+        """
+        middlewares = [explain_errors, guard(Hosts(loopback, allowed_hosts)), read_body]
+        app = web.Application(middlewares=middlewares, client_max_size=self.upload_limit)
         routes = [
             *QueueRoutes(self.registry, self.jobs).routes(),
             *InfoRoutes(self.registry, self.pack, self.console).routes(),
@@ -63,6 +68,7 @@ class Server:
         for prefix, folder in ((f"/extensions/{PACK_NAME}", self.pack / "web"), ("/", self.frontend)):
             if folder.is_dir():
                 app.router.add_static(prefix, folder)
+        app.on_response_prepare.append(set_headers)
         app.on_startup.append(self._start)
         app.on_shutdown.append(self.sockets.close)
         app.on_cleanup.append(self._stop)
@@ -88,11 +94,13 @@ class Server:
         if request.query_string or (restores and seen in request.cookies) or not demo.is_file():
             return web.FileResponse(self.frontend / "index.html")
         redirect = web.HTTPFound(f"/?template={DEMO}&source={PACK_NAME}")
-        redirect.set_cookie(seen, "1", max_age=10 * 365 * 86400, httponly=True, samesite="Strict")
+        redirect.set_cookie(seen, "1", max_age=10 * 365 * 86400, httponly=True, samesite="Lax")
         raise redirect
 
     async def websocket(self, request: web.Request) -> web.StreamResponse:
         """An editor's WebSocket."""
+        if not web.WebSocketResponse().can_prepare(request):
+            raise web.HTTPBadRequest(text="this address is for WebSocket connections; open the editor's page")
         return await self.sockets.serve(request, self._greeting)
 
     def _greeting(self, client_id: str) -> list[dict[str, Any]]:
@@ -112,8 +120,13 @@ class Server:
         self.sockets.send(self._status())
 
     def _on_event(self, job: Job, kind: str, data: dict[str, Any]) -> None:
-        frame = {"preview": preview_frame, "notice": notice_frame}.get(kind)
-        self.sockets.send(frame(data) if frame else {"type": kind, "data": data}, job.client_id)
+        make_frame = {"preview": preview_frame, "notice": notice_frame}.get(kind)
+        try:
+            message = make_frame(data) if make_frame else {"type": kind, "data": data}
+        except Exception:  # the image itself is saved all the same
+            log.exception("the %s of node %s cannot be shown", kind, data.get("node_id"))
+            return
+        self.sockets.send(message, job.client_id)
 
 
 def _under_api(route: web.RouteDef) -> web.RouteDef:

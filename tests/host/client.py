@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import ClientWebSocketResponse, WSMessage
 from aiohttp.test_utils import TestClient, TestServer
+from rectiflux.host.connections import Runner
 from rectiflux.host.server import Server
 
 
@@ -29,11 +31,18 @@ class Response:
         return json.loads(self.text or "null")
 
 
+class _Served(TestServer):
+    """The server with the connections of `run.py serve`."""
+
+    async def _make_runner(self, **options: Any) -> Runner:
+        return Runner(self.app, **options)
+
+
 class Client:
     """A running server; `with` starts and stops it."""
 
-    def __init__(self, server: Server, loopback: bool = True) -> None:
-        self.app = server.app(loopback)
+    def __init__(self, server: Server, loopback: bool = True, allowed_hosts: Iterable[str] = ()) -> None:
+        self.app = server.app(loopback, allowed_hosts)
 
     def __enter__(self) -> Client:
         self.runner = asyncio.Runner()
@@ -41,7 +50,7 @@ class Client:
         return self
 
     async def _start(self) -> None:
-        self.http = TestClient(TestServer(self.app))
+        self.http = TestClient(_Served(self.app))
         await self.http.start_server()
 
     def __exit__(self, *_: object) -> None:
@@ -54,6 +63,18 @@ class Client:
                 return Response(response.status, response.headers, await response.read())
 
         return self.runner.run(send())
+
+    def raw(self, data: bytes) -> bytes:
+        """The response to bytes on a new connection, until the server closes it."""
+
+        async def send() -> bytes:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.http.port)
+            writer.write(data)
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+        return self.runner.run(asyncio.wait_for(send(), 10))
 
     def get(self, path: str, **options: Any) -> Response:
         return self.request("GET", path, **options)

@@ -27,6 +27,7 @@ class Queue:
         self.gate = threading.Event()
         self.idle = threading.Event()
         self.listen = listen
+        self.change_fails = False
         self.jobs = Jobs(executor, self.on_event, self.on_change, **options)
 
     def on_event(self, job: Job, kind: str, data: dict[str, Any]) -> None:
@@ -38,6 +39,8 @@ class Queue:
     def on_change(self) -> None:
         if self.jobs.remaining() == 0:
             self.idle.set()
+        if self.change_fails:
+            raise Panic("the queue's length cannot be sent")
 
     def submit(self, job_id: str, a: int = 2, extra: Any = None, **options: Any) -> Job:
         checked = validate(self.prompts.image(a), self.registry)
@@ -142,38 +145,84 @@ def test_a_failed_job_is_kept_and_the_next_one_runs(queue: Queue) -> None:
     assert error["exception_message"] == "seven is refused; choose another number" and error["node_id"] == "3"
 
 
-class FirstRunFails(Executor):
-    """An executor with a bug of its own, outside any node."""
+class Panic(BaseException):
+    """What a native library raises when it panics, as the tokenizers library does."""
 
-    runs = 0
+
+FAULTS = [RuntimeError("a bug"), Panic("half an emoji"), SystemExit(1), KeyboardInterrupt(), MemoryError()]
+
+
+class FirstRunFails(Executor):
+    """An executor that fails outside any node."""
+
+    fault: BaseException | None = None
 
     def run(self, *args: Any, **options: Any) -> Result:
-        self.runs += 1
-        if self.runs == 1:
-            raise RuntimeError("a bug of the host")
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
         return super().run(*args, **options)
 
 
-def raises(error: BaseException) -> Listener:
-    """A listener that fails in every event of job a."""
+def raises(error: BaseException, kinds: tuple[str, ...] = ()) -> Listener:
+    """A listener that fails in events of job a: all, or those of some kinds."""
 
     def listen(job: Job, kind: str) -> None:
-        if job.id == "a":
+        if job.id == "a" and (not kinds or kind in kinds):
             raise error
 
     return listen
 
 
-@pytest.mark.parametrize("fault", ["executor", RuntimeError("a bug of a listener"), SystemExit(1)], ids=str)
+@pytest.mark.parametrize("fault", FAULTS, ids=repr)
+@pytest.mark.parametrize("place", ["run", "events"])
 def test_no_error_outside_the_nodes_ends_the_worker(
-    make_queue: Callable[..., Queue], registry: Registry, fault: BaseException | str
+    make_queue: Callable[..., Queue], registry: Registry, fault: BaseException, place: str
 ) -> None:
-    is_executor = isinstance(fault, str)
-    queue = make_queue(FirstRunFails(registry)) if is_executor else make_queue(listen=raises(fault))
-    for job_id in "ab":
-        queue.submit(job_id)
+    executor = FirstRunFails(registry)
+    executor.fault = fault if place == "run" else None
+    queue = make_queue(executor) if place == "run" else make_queue(executor, raises(fault))
+    first = queue.submit("a")
+    queue.submit("b")
     queue.run()
     assert queue.ids("failed") == ["a"] and queue.ids("completed") == ["b"]
+    error = first.describe()["execution_error"]
+    assert type(fault).__name__ in error["exception_message"]
+    assert first.summary()["messages"][-1][0] == "execution_error"
+    assert "execution_error" in [kind for job_id, kind in queue.events if job_id == "a"] or place == "events"
+
+
+EVENTS = (
+    "execution_start",
+    "execution_cached",
+    "executing",
+    "progress",
+    "progress_state",
+    "preview",
+    "notice",
+)
+
+
+@pytest.mark.parametrize("kind", [*EVENTS, "executed", "execution_success"])
+@pytest.mark.parametrize("fault", FAULTS[:2], ids=repr)
+def test_an_error_in_any_event_ends_its_job_alone(
+    make_queue: Callable[..., Queue], kind: str, fault: BaseException
+) -> None:
+    queue = make_queue(listen=raises(fault, (kind,)))
+    queue.submit("a", extra={"preview_method": "auto"})
+    queue.submit("b")
+    queue.run()
+    assert queue.ids("pending", "in_progress") == [] and queue.ids("completed")[0] == "b"
+    assert queue.ids("failed") == ["a"], kind
+
+
+def test_an_error_while_the_end_is_reported_changes_nothing(queue: Queue) -> None:
+    for job_id in "ab":
+        queue.submit(job_id)
+    queue.change_fails = True
+    queue.run()
+    assert sorted(queue.ids("completed")) == ["a", "b"]
+    assert queue.jobs.cancel("a") is False
 
 
 @pytest.mark.parametrize("extra", ["a string", 7, ["a", "list"], {"extra_pnginfo": "a string"}])
