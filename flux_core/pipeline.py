@@ -25,6 +25,8 @@ from .sampling.solver import Report, Solver, Step, integrate, seeded_noise, solv
 from .sampling.step_cache import StepCache
 
 LATENT_CHANNELS = 16
+LARGEST_EXACT_SEED = 2**53 - 1
+"""JavaScript, and so a node editor, rounds larger integers."""
 NOISE_CONVENTIONS = {"comfyui": torch.float32, "reference": torch.bfloat16}
 """Who draws noise in which dtype: ComfyUI; BFL's and diffusers' pipelines with a generator on the CPU."""
 
@@ -103,14 +105,37 @@ def text_to_image(
     return image.float().clamp(-1, 1)
 
 
-def latent_size(width: int, height: int) -> tuple[int, int]:
-    """(h, w) of the latent of an image of that many pixels. Raises ValueError unless both divide by 16."""
+def latent_size(width: int, height: int, largest: int | None = None) -> tuple[int, int]:
+    """(h, w) of the latent of an image of that many pixels.
+
+    Raises ValueError unless both divide by 16, and for a side above `largest`.
+    """
     if width < 16 or height < 16 or width % 16 or height % 16:
-        nearest = "x".join(str(max(16, round(side / 16) * 16)) for side in (width, height))
         raise ValueError(
-            f"width and height must be positive multiples of 16, got {width}x{height}; {nearest} is near"
+            f"width and height must be positive multiples of 16, got {width}x{height}; "
+            f"{sizes_near(width, height)}"
+        )
+    if largest is not None and max(width, height) > largest:
+        raise ValueError(
+            f"width and height must be at most {largest}, got {width}x{height}; choose a smaller image"
         )
     return height // 8, width // 8
+
+
+def sizes_near(width: int, height: int) -> str:
+    """The nearest sizes below and above whose sides are multiples of 16: "128x112 and 144x128 are near"."""
+    below = "x".join(str(max(16, side // 16 * 16)) for side in (width, height))
+    above = "x".join(str(max(16, -(-side // 16) * 16)) for side in (width, height))
+    return f"{below} is near" if below == above else f"{below} and {above} are near"
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed outside 0..2^64 - 1."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(
+            f"a seed must lie between 0 and 2^64 - 1, got {str(seed)[:200]}; "
+            f"choose one up to {LARGEST_EXACT_SEED}, which browsers keep exactly"
+        )
 
 
 def draw_noise(seed: int, batch: int, h: int, w: int, convention: str = "comfyui") -> Tensor:
@@ -123,8 +148,7 @@ def draw_noise(seed: int, batch: int, h: int, w: int, convention: str = "comfyui
     """
     if batch < 1:
         raise ValueError(f"a batch needs at least 1 image, got {batch}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"a seed must lie between 0 and 2^64 - 1, got {seed}")
+    check_seed(seed)
     if convention not in NOISE_CONVENTIONS:
         raise ValueError(
             f"noise is drawn by the convention {' or '.join(NOISE_CONVENTIONS)}, got {convention!r}"

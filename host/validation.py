@@ -240,9 +240,16 @@ def _check_value(
     step, start = options.get("step", 1), options.get("min", 0)
     if kind == "INT" and (beyond := (value - start) % step):  # ComfyUI leaves this to the node
         rule = f"{start} plus a multiple of {step}" if start % step else f"a multiple of {step}"
-        details = f"{name} must be {rule}, got {value}; the next lower one is {value - beyond}"
+        details = f"{name} must be {rule}, got {value}; {_near(value - beyond, step, options)}"
         return [problem("custom_validation_failed", "the value does not match the step", details, **extra)]
     return []
+
+
+def _near(below: int, step: int, options: dict[str, Any]) -> str:
+    """The values of a widget below and above one that does not match its step."""
+    if below + step > options.get("max", math.inf):
+        return f"{below} is near"
+    return f"{below} and {below + step} are near"
 
 
 def explain_choice(value: Any, choices: Sequence[Any]) -> str:

@@ -36,11 +36,15 @@ def solve(
     solver: Solver,
     on_report: Callable[[Report], None] | None = None,
 ) -> Tensor:
-    """x integrated along the sigmas. ComfyUI's model returns denoised; velocity = (x - denoised) / sigma.
+    """x integrated along the sigmas; x itself where a split schedule leaves no step, as ComfyUI's samplers.
+
+    ComfyUI's model returns denoised; velocity = (x - denoised) / sigma.
 
     A stochastic solver draws its noise from the run's seed, which every sampler node passes on.
     """
     extra_args = extra_args or {}
+    if len(sigmas) < 2:
+        return x
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         return (x - model(x, x.new_full((x.shape[0],), sigma), **extra_args)) / sigma
@@ -73,13 +77,13 @@ def sample(inputs: SamplerInputs) -> tuple[Tensor, str]:
     if getattr(sampler, "sampler_function", None) is solve:
         options = {**sampler.extra_options, "on_report": reports.append}
         sampler = comfy.samplers.KSAMPLER(solve, options, sampler.inpaint_options)
-    watch = Stopwatch(latent_preview.prepare_callback(model, len(inputs.sigmas) - 1))
+    watch = Stopwatch(latent_preview.prepare_callback(model, inputs.steps))
     raw_latent = guider.sample(
-        inputs.noise.generate_noise(inputs.latent),
+        inputs.drawn_noise(),
         inputs.raw_latent,
         sampler,
         inputs.sigmas,
-        denoise_mask=inputs.latent.get("noise_mask"),
+        denoise_mask=inputs.noise_mask,
         callback=watch,
         disable_pbar=not _has_progress_bars(),
         seed=inputs.noise.seed,

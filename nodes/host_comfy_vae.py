@@ -5,6 +5,7 @@ ComfyUI is imported inside the functions, as in host_comfy_loading.py.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,9 @@ from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.weights import Source, load_autoencoder
 from .host_comfy_network import VAEModule
 from .host_comfy_text import progress
+from .wires import VAE_FACTOR
+
+log = logging.getLogger(__name__)
 
 SMALLEST = {
     "embed_dim": LATENT_CHANNELS,
@@ -59,11 +63,14 @@ def _flux_vae() -> Any:
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     class FluxVAE(comfy.sd.VAE):
-        """Crops images to multiples of 16, in the middle."""
+        """Crops images to multiples of 8, in the middle, and says so."""
 
         def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
-            height, width = (side // 16 * 16 for side in pixels.shape[1:3])
+            height, width = (side // VAE_FACTOR * VAE_FACTOR for side in pixels.shape[1:3])
             top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+            if (height, width) != tuple(pixels.shape[1:3]):
+                given = f"{pixels.shape[2]}x{pixels.shape[1]}"
+                log.warning("an image of %s was cropped to %sx%s to be encoded", given, width, height)
             return pixels[:, top : top + height, left : left + width, :3]
 
     vae = FluxVAE(AutoencoderKL(**SMALLEST).state_dict(), config={"params": SMALLEST})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..flux_core.pipeline import LATENT_CHANNELS, latent_size
-from .widgets import integer
+from .widgets import integer, problem_of
+
+LARGEST_SIDE = 8192
 
 
 class EmptyLatent:
@@ -26,14 +28,21 @@ class EmptyLatent:
         side = "in pixels, a multiple of 16. FLUX.1 works best at one megapixel, the miniature at 128 x 128."
         return {
             "required": {
-                "width": integer(1024, 16, 8192, f"Width of the image {side}", step=16),
-                "height": integer(1024, 16, 8192, f"Height of the image {side}", step=16),
+                "width": integer(1024, 16, LARGEST_SIDE, f"Width of the image {side}", step=16),
+                "height": integer(1024, 16, LARGEST_SIDE, f"Height of the image {side}", step=16),
                 "batch_size": integer(1, 1, 64, "How many images to generate at once."),
             }
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, width=None, height=None):
+        """Before models load, in one sentence of both hosts; a wired side is checked in `run`."""
+        if width is None or height is None:
+            return True
+        return problem_of(latent_size, width, height, LARGEST_SIDE) or True
+
     def run(self, width, height, batch_size):
-        h, w = latent_size(width, height)
+        h, w = latent_size(width, height, LARGEST_SIDE)
         return ({"samples": torch.zeros(batch_size, LATENT_CHANNELS, h, w)},)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..flux_core.pipeline import NOISE_CONVENTIONS
-from .widgets import choice, integer
+from ..flux_core.pipeline import LARGEST_EXACT_SEED, NOISE_CONVENTIONS, check_seed
+from .widgets import choice, integer, problem_of
 from .wires import SeededNoise
 
 
@@ -26,13 +26,19 @@ class Noise:
         convention = "comfyui: the noise of ComfyUI's own nodes. "
         convention += "reference: that of Black Forest Labs' code and of diffusers in bf16."
         return {
-            "required": {"seed": integer(0, 0, 2**64 - 1, seed, control_after_generate=True)},
+            "required": {"seed": integer(0, 0, LARGEST_EXACT_SEED, seed, control_after_generate=True)},
             "optional": {
                 "convention": choice(NOISE_CONVENTIONS, convention, default="comfyui", advanced=True)
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, seed=None):
+        """Scripts and older files may use any 64-bit seed; the widget's maximum is what a browser keeps."""
+        return True if seed is None else problem_of(check_seed, seed) or True
+
     def run(self, seed, convention="comfyui"):
+        check_seed(seed)
         return (SeededNoise(seed, convention),)
 
 

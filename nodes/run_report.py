@@ -9,6 +9,12 @@ from typing import Any
 from ..flux_core.sampling.solver import Report
 from ..flux_core.sampling.step_cache import StepCache
 
+NOTHING_SAMPLED = (
+    "steps: 0\nevaluations of the model: 0\n"
+    "nothing left to sample in these sigmas: the latent is returned unchanged"
+)
+"""The report of a run whose schedule has no step."""
+
 SHOWN_FROM = 1 << 26
 """Work from which on a progress bar is shown, in bytes of a load or multiplications of a computation."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .host import current_host
+from .run_report import NOTHING_SAMPLED
 from .widgets import real, wire
 from .wires import SamplerInputs, with_raw_latent
 
@@ -50,9 +51,12 @@ class Sampler:
         }
 
     def run(self, model, positive, noise, sampler, sigmas, latent, cfg_scale, negative=None, cfg_until=0.0):
-        raw_latent, report = current_host().sample(
-            SamplerInputs(model, positive, negative, cfg_scale, cfg_until, noise, sampler, sigmas, latent)
+        inputs = SamplerInputs(
+            model, positive, negative, cfg_scale, cfg_until, noise, sampler, sigmas, latent
         )
+        if inputs.steps == 0:
+            return with_raw_latent(latent, inputs.raw_latent), NOTHING_SAMPLED
+        raw_latent, report = current_host().sample(inputs)
         return with_raw_latent(latent, raw_latent), report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Input = tuple[str | list[str], dict[str, Any]]
@@ -26,6 +26,15 @@ def integer(default: int, low: int, high: int, tooltip: str, **options: Any) -> 
 def real(default: float, low: float, high: float, step: float, tooltip: str, **options: Any) -> Input:
     """A floating-point number within low..high; the arrows change it by `step`."""
     return "FLOAT", {"default": default, "min": low, "max": high, "step": step, **options, "tooltip": tooltip}
+
+
+def problem_of(check: Callable[..., Any], *values: Any) -> str | None:
+    """The sentence of the ValueError that a check raises, or None: for VALIDATE_INPUTS."""
+    try:
+        check(*values)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def text(tooltip: str, multiline: bool = True, **options: Any) -> Input:

@@ -17,10 +17,13 @@ from einops import rearrange
 from torch import Tensor
 
 from ..flux_core.model.spec import Conditioning
-from ..flux_core.pipeline import LATENT_CHANNELS, draw_noise
+from ..flux_core.pipeline import LATENT_CHANNELS, draw_noise, sizes_near
 
 LatentWire = dict[str, Any]
 """A LATENT."""
+
+VAE_FACTOR = 8
+"""Pixels of a side for one element of FLUX.1's latent."""
 
 Entries = list[Any]
 """A CONDITIONING."""
@@ -46,32 +49,56 @@ MODIFIERS = frozenset({"set_area_to_bounds", "control_apply_to_uncond", "default
 
 
 def raw_latent_of(wire: LatentWire) -> Tensor:
-    """The raw latent [B, 16, h, w] of a LATENT, h and w even. Raises ValueError for another model's."""
+    """The raw latent [B, 16, h, w] of a LATENT.
+
+    An empty one (all zeros) of another model becomes an empty one for an image of the same size, as in
+    ComfyUI. Raises ValueError for another model's latent.
+    """
     raw_latent = wire["samples"]
-    if raw_latent.ndim != 4 or raw_latent.shape[1] != LATENT_CHANNELS:
-        shape = [*raw_latent.shape]
-        got = f"{shape[1]} channels" if raw_latent.ndim == 4 else f"a tensor of shape {shape}"
+    is_image = isinstance(raw_latent, Tensor) and raw_latent.ndim == 4 and raw_latent.numel() > 0
+    if is_image and not torch.count_nonzero(raw_latent):
+        return _empty_like(raw_latent, wire.get("downscale_ratio_spacial") or VAE_FACTOR)
+    if not is_image or raw_latent.shape[1] != LATENT_CHANNELS:
+        got = f"a {type(raw_latent).__name__}"
+        if isinstance(raw_latent, Tensor):
+            shape = [*raw_latent.shape]
+            got = f"{shape[1]} channels" if is_image else f"a tensor of shape {shape}"
         raise ValueError(
             f"a FLUX.1 latent has {LATENT_CHANNELS} channels, got {got}; "
             "use Empty FLUX Latent or FLUX VAE Encode"
         )
+    return raw_latent
+
+
+def _empty_like(empty: Tensor, factor: float) -> Tensor:
+    """Zeros [B, 16, h, w] for the image of an empty latent [B, C, h', w'], 1 / factor of its sides."""
+    h, w = (max(1, round(side * factor / VAE_FACTOR)) for side in empty.shape[-2:])
+    wanted = (len(empty), LATENT_CHANNELS, h, w)
+    return empty if empty.shape == wanted else empty.new_zeros(wanted)
+
+
+def sampled_latent_of(wire: LatentWire) -> Tensor:
+    """`raw_latent_of` with even sides. Raises ValueError for odd ones."""
+    raw_latent = raw_latent_of(wire)
     h, w = raw_latent.shape[-2:]
     if h % 2 or w % 2:
+        width, height = w * VAE_FACTOR, h * VAE_FACTOR
         raise ValueError(
-            f"the image's sides must be multiples of 16, got a latent of {w * 8}x{h * 8} pixels; "
-            "use Empty FLUX Latent, or resize the image before encoding it"
+            f"the image's sides must be multiples of 16, got a latent of {width}x{height} pixels; "
+            f"{sizes_near(width, height)}, for Empty FLUX Latent or to resize the image to"
         )
     return raw_latent
 
 
 def with_raw_latent(wire: LatentWire, raw_latent: Tensor) -> LatentWire:
     """A copy of the LATENT with another raw latent; masks and batch indices stay."""
-    return {**wire, "samples": raw_latent}
+    kept = {key: value for key, value in wire.items() if key != "downscale_ratio_spacial"}
+    return {**kept, "samples": raw_latent}
 
 
 def token_count(wire: LatentWire) -> int:
     """The number of image tokens of a LATENT: one for each 2x2 patch."""
-    h, w = raw_latent_of(wire).shape[-2:]
+    h, w = sampled_latent_of(wire).shape[-2:]
     return (h // 2) * (w // 2)
 
 
@@ -84,21 +111,25 @@ def start_latent(raw_latent: Tensor, to_model_space: Callable[[Tensor], Tensor])
 
 
 def checked_sigmas(sigmas: Tensor) -> Tensor:
-    """Descending sigmas [steps + 1] within 0..1, float32 on the CPU. Raises ValueError otherwise."""
+    """Descending sigmas [steps + 1] within 0..1, float32 on the CPU; steps of length zero are left out.
+
+    None or one of them is a split schedule with nothing left to sample. Raises ValueError for others.
+    """
     sigmas = sigmas.detach().float().cpu()
-    if sigmas.ndim != 1 or len(sigmas) < 2:
+    if sigmas.ndim != 1:
         raise ValueError(
-            f"sampling needs at least one step, got {max(0, sigmas.numel() - 1)} steps; "
-            "set steps to 1 or more in the schedule"
+            f"SIGMAS must be one row of noise levels, got a tensor of shape {[*sigmas.shape]}; "
+            "use Rectified-Flow Schedule"
         )
-    if sigmas.max() > 1.0 or sigmas.min() < 0.0:
-        outside = sigmas.max() if sigmas.max() > 1.0 else sigmas.min()
+    outside = sigmas[~((sigmas >= 0.0) & (sigmas <= 1.0))]
+    if len(outside):
         raise ValueError(
-            f"FLUX.1's sigmas lie between 0 and 1, got {float(outside):.4g}; "
+            f"FLUX.1's sigmas lie between 0 and 1, got {float(outside[0]):.4g}; "
             "this schedule belongs to another kind of model, use Rectified-Flow Schedule"
         )
+    sigmas = sigmas.unique_consecutive()
     if not bool((sigmas[1:] < sigmas[:-1]).all()):
-        index = int((sigmas[1:] >= sigmas[:-1]).nonzero()[0])
+        index = int((sigmas[1:] > sigmas[:-1]).nonzero()[0])
         raise ValueError(
             f"sigmas must descend, got {float(sigmas[index]):.4g} before {float(sigmas[index + 1]):.4g}; "
             "use Rectified-Flow Schedule"
@@ -113,10 +144,10 @@ def checked_conditioning(entries: Entries, role: str) -> Entries:
     """The CONDITIONING itself. Raises ValueError when it lacks what FLUX.1 reads; `role` names the input."""
     if not entries:
         raise ValueError(f"the {role} conditioning is empty; connect FLUX Prompt")
-    for txt, extra in entries:
-        if not isinstance(txt, Tensor) or extra.get("pooled_output") is None:
+    for txt, _ in entries:
+        if not isinstance(txt, Tensor):
             raise ValueError(
-                f"the {role} conditioning has no pooled CLIP vector, so it is not FLUX.1's; "
+                f"the {role} conditioning must hold a tensor of encoded text, got a {type(txt).__name__}; "
                 "encode the prompt with FLUX.1's text encoders"
             )
     return entries
@@ -140,7 +171,8 @@ def core_conditioning(entries: Entries, role: str) -> Conditioning:
                 f"the {role} conditioning has the entry {key!r}, which FLUX Sampler does not support here; "
                 "remove the node that sets it, or run this workflow in ComfyUI"
             )
-    return Conditioning(txt.float(), extra["pooled_output"].float(), extra.get("guidance"))
+    pooled = extra.get("pooled_output")  # none counts as zeros, as in ComfyUI
+    return Conditioning(txt.float(), None if pooled is None else pooled.float(), extra.get("guidance"))
 
 
 def _is_read_or_neutral(key: str, value: Any) -> bool:
@@ -183,10 +215,9 @@ def checked_image(image: Tensor) -> Tensor:
         )
     height, width = image.shape[1:3]
     if height % 16 or width % 16:
-        nearest = f"{max(16, width // 16 * 16)}x{max(16, height // 16 * 16)}"
         raise ValueError(
             f"the image's sides must be multiples of 16 to be encoded, got {width}x{height}; "
-            f"resize or crop it to {nearest}"
+            f"{sizes_near(width, height)}: resize or crop it"
         )
     return image[..., :3]
 
@@ -213,7 +244,7 @@ def checked_finite(tensor: Tensor, what: str, remedy: str) -> Tensor:
 
 @dataclass(frozen=True)
 class SamplerInputs:
-    """What FLUX Sampler receives; `raw_latent` and `sigmas` are checked when it is created."""
+    """What FLUX Sampler receives; `latent` and `sigmas` are checked when it is created."""
 
     model: Any
     positive: Entries
@@ -227,10 +258,34 @@ class SamplerInputs:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a latent or sigmas of another model."""
-        raw_latent_of(self.latent)
+        object.__setattr__(self, "latent", with_raw_latent(self.latent, sampled_latent_of(self.latent)))
         object.__setattr__(self, "sigmas", checked_sigmas(self.sigmas))
 
     @property
     def raw_latent(self) -> Tensor:
         """The raw latent [B, 16, h, w] to start from."""
-        return raw_latent_of(self.latent)
+        return self.latent["samples"]
+
+    @property
+    def noise_mask(self) -> Tensor | None:
+        """The noise mask [B, H, W] of any sides; one of another batch is repeated or cut, as in ComfyUI."""
+        mask = self.latent.get("noise_mask")
+        if mask is None:
+            return None
+        mask, batch = mask.reshape(-1, *mask.shape[-2:]), len(self.raw_latent)
+        return mask.repeat(-(-batch // len(mask)), 1, 1)[:batch]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps; 0 where a split schedule leaves nothing to sample."""
+        return max(0, len(self.sigmas) - 1)
+
+    def drawn_noise(self) -> Tensor:
+        """The NOISE for the latent, of its shape. Raises ValueError where a NOISE gives another one."""
+        noise = self.noise.generate_noise(self.latent)
+        if noise.shape != self.raw_latent.shape:
+            raise ValueError(
+                f"the noise must have the latent's shape {[*self.raw_latent.shape]}, got {[*noise.shape]}; "
+                "connect Noise from Seed, and a LATENT whose batch_index lists each of its images"
+            )
+        return noise

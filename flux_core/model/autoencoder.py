@@ -322,7 +322,7 @@ class AutoEncoder(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Raw latent [B, 16, h, w] (the posterior's mean, as in BFL) of images [B, 3, H, W] in -1..1.
 
-        Raises ValueError when a side is not a multiple of 16, or there are not 3 channels.
+        Raises ValueError when a side is not a multiple of 8, or there are not 3 channels.
         """
         self.check_image(image)
         return self.posterior(image)[0]
@@ -342,9 +342,9 @@ class AutoEncoder(nn.Module):
             raise ValueError(
                 f"an image must have {self.spec.in_channels} channels to be encoded, got {channels}"
             )
-        if height % (2 * self.factor) or width % (2 * self.factor):
+        if height % self.factor or width % self.factor:
             raise ValueError(
-                f"the image's sides must be multiples of {2 * self.factor} to be encoded, "
+                f"the image's sides must be multiples of {self.factor} to be encoded, "
                 f"got {width}x{height}; resize or crop it first"
             )
 

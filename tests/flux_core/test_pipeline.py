@@ -154,7 +154,10 @@ def test_an_interrupt_leaves_the_models_usable() -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"width": 40}, "width and height must be positive multiples of 16, got 40x32; 32x32 is near"),
+        (
+            {"width": 40},
+            "width and height must be positive multiples of 16, got 40x32; 32x32 and 48x32 are near",
+        ),
         ({"height": 0}, "positive multiples of 16, got 32x0; 32x16 is near"),
         ({"width": -16}, "positive multiples of 16, got -16x32; 16x32 is near"),
         ({"steps": 0}, "at least 1 step, got 0"),

@@ -36,10 +36,15 @@ def model(embedded: Folders) -> Any:
 
 @pytest.mark.parametrize(
     ("shape", "got"),
-    [((1, 4, 8, 8), "4 channels"), ((1, 16, 3, 8, 8), r"\[1, 16, 3, 8, 8\]"), ((1, 16, 9, 8), "64x72")],
+    [
+        ((1, 4, 8, 8), "4 channels"),
+        ((1, 16, 3, 8, 8), r"\[1, 16, 3, 8, 8\]"),
+        ((1, 16, 0, 8), r"\[1, 16, 0, 8\]"),
+        ((1, 16), r"\[1, 16\]"),
+    ],
 )
 def test_latents_of_other_models(wires: dict[str, Any], shape: tuple[int, ...], got: str) -> None:
-    wrong = {"samples": torch.zeros(shape)}
+    wrong = {"samples": torch.ones(shape)}
     for node in (
         lambda: call("RectifluxSampler", **{**wires, "latent": wrong}),
         lambda: call("RectifluxSchedule", latent=wrong, steps=4, denoise=1.0, shift="by size", mu=1.15),
@@ -53,12 +58,12 @@ def test_latents_of_other_models(wires: dict[str, Any], shape: tuple[int, ...], 
 @pytest.mark.parametrize(
     ("sigmas", "got"),
     [
-        ([1.0], "0 steps"),
-        ([], "0 steps"),
+        ([14.6], "14.6"),
         ([14.6, 3.0, 0.0], "14.6"),
         ([0.5, -0.1], "-0.1"),
+        ([1.0, float("nan"), 0.0], "nan"),
         ([0.0, 0.5, 1.0], "0 before 0.5"),
-        ([1.0, 0.5, 0.5, 0.0], "0.5 before 0.5"),
+        ([[1.0, 0.0]], r".* of shape \[1, 2\]"),
     ],
 )
 def test_sigmas_of_other_models(wires: dict[str, Any], sigmas: list[float], got: str) -> None:
@@ -67,7 +72,7 @@ def test_sigmas_of_other_models(wires: dict[str, Any], sigmas: list[float], got:
 
 
 CONDITIONINGS = {
-    "no pooled CLIP vector": [[TXT, {}]],
+    "a tensor of encoded text, got a NoneType": [[None, POOLED]],
     "is empty": [],
     "combines 2 prompts": [[TXT, POOLED]] * 2,
 }
