@@ -31,7 +31,7 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "fp8": torch.bfloat16,
 }
 """Data types of the weights, None for the file's own; int8 and fp8 quantize the layers that dominate the
-time, and the rest is in bf16."""
+time, and the rest is in bf16, or in fp32 on CPUs without bf16."""
 
 MEMORY_LIMITS = tuple(LIMITS)
 T5_LENGTHS: dict[str, int | None] = {"auto": None, "512": 512, "256": 256, "128": 128, "prompt": NO_PADDING}

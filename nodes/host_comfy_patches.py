@@ -37,19 +37,6 @@ from ..flux_core.model.ops import Rope
 Options = dict[str, Any]
 
 PATCHES = {"post_input", "attn1_patch", "attn1_output_patch", "double_block", "single_block"}
-IGNORED_PATCHES = {
-    "attn2_patch",
-    "attn2_output_patch",
-    "middle_patch",
-    "input_block_patch",
-    "input_block_patch_after_skip",
-    "output_block_patch",
-    "emb_patch",
-    "forward_timestep_embed_patch",
-    "middle_block_after_patch",
-    "noise_refiner",
-}
-"""Patches of other architectures, which ComfyUI's own FLUX does not call either."""
 
 OPTIONS = {
     "patches",
@@ -137,12 +124,12 @@ def hooks_of(
     return Hooks(tuple(blocks), qkv, attention, output)
 
 
-def _told(options: Options, at: Place, length: int | None = None) -> Options:
+def _block_options(options: Options, at: Place, length: int | None = None) -> Options:
     """The options as ComfyUI's blocks pass them on to patches."""
-    told = {**options, "block_index": at.index, "block_type": at.kind, "total_blocks": at.count}
+    block_options = {**options, "block_index": at.index, "block_type": at.kind, "total_blocks": at.count}
     if length is not None:
-        told["img_slice"] = [at.txt_length, length]
-    return told
+        block_options["img_slice"] = [at.txt_length, length]
+    return block_options
 
 
 def _controlled(control: dict[str, list[Tensor | None]]) -> BlockHook:
@@ -168,7 +155,7 @@ def _patched_after(after: dict[str, list[Any]], options: Options) -> BlockHook:
         out = block(streams)
         for patch in after.get(at.kind, []):
             values = {"img": out.img, "txt": out.txt, "block_index": at.index}
-            found = patch({**values, "transformer_options": _told(options, at)})
+            found = patch({**values, "transformer_options": _block_options(options, at)})
             out = Streams(found.get("img", out.img), found.get("txt", out.txt))
         return out
 
@@ -197,7 +184,7 @@ def _replaced(replaced: dict[Any, Any], options: Options) -> BlockHook:
         args: dict[str, Any] = {"img": streams.img, "vec": None, "pe": pe, "attn_mask": mask}
         if streams.txt is not None:
             args["txt"] = streams.txt
-        args["transformer_options"] = _told(options, at)
+        args["transformer_options"] = _block_options(options, at)
         found = patch(args, {"original_block": original})
         return Streams(found["img"], found.get("txt", streams.txt))
 
@@ -215,9 +202,9 @@ def _qkv_hook(patch: Any, options: Options) -> Any:
         )
 
     def hook(at: Place, state: QKV) -> QKV:
-        told = _told(options, at, state.q.shape[2])
+        block_options = _block_options(options, at, state.q.shape[2])
         pe = None if state.rope is None else _to_pe(state.rope)
-        out = patch(state.q, state.k, state.v, pe=pe, attn_mask=state.bias, extra_options=told)
+        out = patch(state.q, state.k, state.v, pe=pe, attn_mask=state.bias, extra_options=block_options)
         new = out.get("pe", pe)
         rope = state.rope if new is pe else None if new is None else _from_pe(new)
         bias = out.get("attn_mask", state.bias)
@@ -228,7 +215,7 @@ def _qkv_hook(patch: Any, options: Options) -> Any:
 
 def _output_hook(patch: Any, options: Options) -> Any:
     def hook(at: Place, out: Tensor) -> Tensor:
-        return patch(out, _told(options, at, out.shape[1]))
+        return patch(out, _block_options(options, at, out.shape[1]))
 
     return hook
 
@@ -240,9 +227,9 @@ def _overridden(options: Options) -> Callable[[Place, Attention], Attention]:
         from comfy.ldm.modules.attention import optimized_attention
 
         def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-            told = _told(options, at)
+            block_options = _block_options(options, at)
             return optimized_attention(
-                q, k, v, q.shape[1], skip_reshape=True, mask=bias, transformer_options=told
+                q, k, v, q.shape[1], skip_reshape=True, mask=bias, transformer_options=block_options
             )
 
         return attend

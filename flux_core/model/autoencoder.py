@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..backends import cpu_attention
 from .group_norm import GroupNorm
-from .spec import Shaped
+from .spec import Shaped, count_blocks
 
 SCALE = 0.3611
 SHIFT = 0.1159
@@ -77,7 +77,10 @@ class AutoEncoderSpec:
                 )
         conv_in = state_dict["encoder.conv_in.weight"].shape
         ch = conv_in[0]
-        levels, blocks = _count(state_dict, "encoder.down."), _count(state_dict, "encoder.down.0.block.")
+        levels, blocks = (
+            count_blocks(state_dict, "encoder.down."),
+            count_blocks(state_dict, "encoder.down.0.block."),
+        )
         if max(levels, blocks) > MAX_LEVELS:  # building them would take minutes
             raise ValueError(
                 f"FLUX.1's autoencoder has 4 levels of 2 blocks, got {levels} of {blocks}; "
@@ -96,10 +99,6 @@ class AutoEncoderSpec:
             z_channels=state_dict["decoder.conv_in.weight"].shape[1],
             in_channels=conv_in[1],
         )
-
-
-def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
-    return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
 
 
 def channels_last(model: nn.Module) -> None:

@@ -221,7 +221,7 @@ class Residuals:
         count = min(residual.shape[1], at.generated)
         img = out.img.clone()
         img[:, start : start + count] += residual[:, :count]
-        return replace_img(out, img)
+        return Streams(img, out.txt)
 
     def _of(self, residuals: Sequence[Tensor | None], at: Place) -> Tensor | None:
         if not residuals:
@@ -234,11 +234,6 @@ class Residuals:
         if self.cyclic:
             return residuals[at.index % len(residuals)]
         return residuals[at.index // math.ceil(at.count / len(residuals))]
-
-
-def replace_img(streams: Streams, img: Tensor) -> Streams:
-    """The streams with other image tokens (in a single block: the joint sequence)."""
-    return Streams(img, streams.txt)
 
 
 def with_attention_at(shared: Shared, hooks: Hooks, place: Place) -> Shared:

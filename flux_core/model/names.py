@@ -161,7 +161,6 @@ _BLOCKS = {
 """Layers of each kind of block by their underscored names, and BFL's name of that kind."""
 
 _IN_BLOCK = re.compile(rf"({'|'.join(_BLOCKS)})[._](0|[1-9]\d{{0,3}})[._](.+)", re.ASCII)
-_QK_NORM = re.compile(r"((?:.+\.)?norm\.(?:query|key)_norm)\.weight")
 
 
 def find_layer(name: str) -> LayerName | None:
@@ -203,12 +202,3 @@ def fused_parts(module: str) -> int:
 def is_qk_norm(module: str) -> bool:
     """Whether a module with this BFL name is one of the norms of queries and keys."""
     return module.endswith((".query_norm", ".key_norm"))
-
-
-def from_comfyui(parameter: str) -> str:
-    """BFL's name of a parameter that ComfyUI 0.33 or later saved: a q/k norm's `.weight` becomes `.scale`.
-
-    ComfyUI renames these when it loads a FLUX model (comfy/supported_models.py, Flux.process_unet_state_dict)
-    and ModelSave, CheckpointSave and LoraSave write them so. Every other name is returned unchanged.
-    """
-    return _QK_NORM.sub(r"\1.scale", parameter) if parameter.endswith("_norm.weight") else parameter

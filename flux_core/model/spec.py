@@ -111,8 +111,8 @@ class FluxSpec:
         return cls(
             hidden_size=hidden,
             num_heads=hidden // head_dim,
-            depth=_count(state_dict, "double_blocks."),
-            depth_single=_count(state_dict, "single_blocks."),
+            depth=count_blocks(state_dict, "double_blocks."),
+            depth_single=count_blocks(state_dict, "single_blocks."),
             context_in=state_dict["txt_in.weight"].shape[1],
             vec_in=state_dict["vector_in.in_layer.weight"].shape[1],
             in_channels=img_in[1],
@@ -122,7 +122,7 @@ class FluxSpec:
         )
 
 
-def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
+def count_blocks(state_dict: Mapping[str, Shaped], prefix: str) -> int:
     """How many numbered blocks the state dict holds under `prefix`."""
     return len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .spec import Conditioning, Shaped
+from .spec import Conditioning, Shaped, count_blocks
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, T5EncoderModel
@@ -183,7 +183,7 @@ def t5_from_shapes(state_dict: Mapping[str, Shaped]) -> T5EncoderModel:
     config = T5Config(
         vocab_size=shared[0],
         d_model=shared[1],
-        num_layers=_count(state_dict, "encoder.block."),
+        num_layers=count_blocks(state_dict, "encoder.block."),
         num_heads=heads,
         d_kv=state_dict[f"{attention}.q.weight"].shape[0] // heads,
         d_ff=state_dict[f"{mlp}.wi_0.weight"].shape[0],
@@ -212,7 +212,7 @@ def clip_from_shapes(state_dict: Mapping[str, Shaped], eos_token_id: int | None 
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        num_hidden_layers=_count(state_dict, "encoder.layers."),
+        num_hidden_layers=count_blocks(state_dict, "encoder.layers."),
         num_attention_heads=width // 64,
         intermediate_size=state_dict[mlp].shape[0],
         max_position_embeddings=length,
@@ -227,13 +227,3 @@ def clip_from_shapes(state_dict: Mapping[str, Shaped], eos_token_id: int | None 
     inner = getattr(model, "text_model", model)  # transformers 4 wraps it, 5 does not
     inner.embeddings.register_buffer("position_ids", torch.arange(length)[None], persistent=False)
     return model
-
-
-def _count(state_dict: Mapping[str, Shaped], prefix: str) -> int:
-    """The number of layers that the names show. Raises ValueError for more than MAX_LAYERS."""
-    count = len({name[len(prefix) :].split(".", 1)[0] for name in state_dict if name.startswith(prefix)})
-    if count > MAX_LAYERS:
-        raise ValueError(
-            f"it has {count:,} layers, at most {MAX_LAYERS:,} are supported; choose another file"
-        )
-    return count

@@ -130,14 +130,5 @@ def device_of(layer: nn.Module) -> torch.device:
     return layer.device if isinstance(layer, OpaqueWeightLinear) else _weight(layer).device
 
 
-def weight_count(module: nn.Module) -> int:
-    """The number of weights of a module, quantized and packed ones included, those on the meta device not."""
-    count = sum(p.numel() for p in module.parameters() if not p.is_meta)
-    layers = (layer for layer in module.modules() if isinstance(layer, OpaqueWeightLinear))
-    return count + sum(
-        layer.in_features * layer.out_features for layer in layers if layer.device.type != "meta"
-    )
-
-
 def _weight(layer: Any) -> Tensor:
     return layer.weight

@@ -16,7 +16,7 @@ from rectiflux.flux_core.backends.cpu_int8 import Int8Linear, quantize_int8
 from rectiflux.flux_core.backends.cpu_linear import PackedLinear
 from rectiflux.flux_core.backends.onednn import can_pack
 from rectiflux.flux_core.lora import AdaptedLinear, dense_weight
-from rectiflux.flux_core.quant.linear import compute_dtype, device_of, weight_count
+from rectiflux.flux_core.quant.linear import compute_dtype, device_of
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -86,7 +86,6 @@ def test_the_weight_can_be_read_saved_and_copied(qkv_dim: int | None, either_lay
     assert torch.equal(layer.state_dict()["weight"], weight) and torch.equal(layer.state_dict()["bias"], bias)
     assert torch.equal(copy.deepcopy(layer).dense_weight(torch.float32), weight)
     assert (compute_dtype(layer), device_of(layer)) == (torch.float32, CPU)
-    assert weight_count(layer) == 48 * 64 + 48
     assert layer.weight.is_meta and layer.weight.shape == weight.shape
 
 
@@ -95,7 +94,7 @@ def test_it_changes_dtype_and_device() -> None:
     assert layer.packed and "packed" in repr(layer)
     assert layer.half().dtype == torch.float16 and not layer.packed
     assert torch.equal(layer.float().dense_weight(torch.float32), weight.half().float()) and layer.packed
-    assert device_of(layer.to("meta")).type == "meta" and weight_count(layer) == 0
+    assert device_of(layer.to("meta")).type == "meta"
 
 
 def test_gradients_reach_the_inputs() -> None:

@@ -14,7 +14,7 @@ from rectiflux.flux_core.backends import fp8 as module
 from rectiflux.flux_core.backends.fp8 import FP8, Fp8Linear, can_multiply, quantize_rows_fp8, to_fp8
 from rectiflux.flux_core.lora import AdaptedLinear, LoRA, Part
 from rectiflux.flux_core.quant.formats import ConcatenatedWeight, DenseWeight, ScaledWeight
-from rectiflux.flux_core.quant.linear import compute_dtype, device_of, weight_count
+from rectiflux.flux_core.quant.linear import compute_dtype, device_of
 from torch import Tensor
 
 from .test_cpu_linear import CPU, randn
@@ -148,13 +148,13 @@ def test_it_changes_dtype_and_device() -> None:
     codes = layer.quantized.codes
     assert layer.bfloat16().dtype == compute_dtype(layer) == BF16 and layer.bias.dtype == BF16
     assert layer.quantized.codes is codes and layer.quantized.scale.dtype == torch.float32
-    assert (device_of(layer), weight_count(layer)) == (CPU, 48 * 64 + 48)
+    assert device_of(layer) == CPU
     assert torch.equal(copy.deepcopy(layer)(randn(3, 64)), layer(randn(3, 64)))
     assert "64, 48, fp8 e4m3fn scaled" in repr(layer) and layer.weight.is_meta
     other = layer_of()[0]
     other.load_state_dict(layer.float().state_dict())
     assert torch.equal(other(randn(3, 64)), layer(randn(3, 64)))
-    assert device_of(layer.to("meta")).type == "meta" and weight_count(layer) == 0
+    assert device_of(layer.to("meta")).type == "meta"
 
 
 def test_gradients_reach_the_inputs() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rectiflux.flux_core.model.layers import RMSNorm
-from rectiflux.flux_core.model.names import LayerName, find_layer, from_comfyui, fused_parts, layer_names
+from rectiflux.flux_core.model.names import LayerName, find_layer, fused_parts, layer_names
 from rectiflux.flux_core.model.spec import FLUX_DEV, FLUX_SCHNELL, FluxSpec
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from torch import nn
@@ -57,11 +57,3 @@ def test_fused_parts() -> None:
     assert fused_parts("double_blocks.0.txt_attn.qkv") == 3
     assert fused_parts("single_blocks.5.linear1") == 4
     assert fused_parts("single_blocks.5.linear2") == fused_parts("img_in") == 1
-
-
-def test_comfyui_s_norms() -> None:
-    for place in ("double_blocks.0.img_attn.norm", "single_blocks.7.norm"):
-        assert from_comfyui(f"{place}.query_norm.weight") == f"{place}.query_norm.scale"
-        assert from_comfyui(f"{place}.key_norm.weight") == f"{place}.key_norm.scale"
-    for other in ("img_in.weight", "double_blocks.0.img_attn.norm.key_norm.scale", "norm_out.linear.weight"):
-        assert from_comfyui(other) == other

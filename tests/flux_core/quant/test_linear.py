@@ -16,7 +16,6 @@ from rectiflux.flux_core.quant.linear import (
     compute_dtype,
     dequantize_layers,
     device_of,
-    weight_count,
 )
 from torch import Tensor, nn
 
@@ -71,13 +70,11 @@ def test_a_state_dict_restores_the_weight(weight: QuantizedWeight, values: Tenso
     assert torch.equal(layer.dense_weight(torch.float32), values) and bool((layer.bias == 1).all())
 
 
-def test_a_layer_on_the_meta_device_has_no_weights() -> None:
+def test_a_layer_on_the_meta_device_is_there() -> None:
     layer = QuantizedLinear(nf4(weights())[0], torch.zeros(48), torch.float32)
     assert device_of(layer) == torch.device("cpu")
-    assert weight_count(nn.Sequential(layer, nn.Linear(3, 2))) == 48 * 64 + 48 + 3 * 2 + 2
     layer.to("meta")
     assert device_of(layer) == torch.device("meta")
-    assert weight_count(layer) == 0
 
 
 def test_a_layer_without_a_bias() -> None:
