@@ -21,7 +21,11 @@
   stock_nodes.py   LoadImage, SaveImage, PreviewImage, PreviewAny
   files.py         folders, path checks, atomic writes
   json_reader.py   JSON from outside, with limits
-  workflow.py      workflow files in, prompts out; graph.py reads the editor's format
+  workflow.py      workflow files in, prompts out
+  graph.py         the editor's graph to a prompt, as its Run button does
+  saved_graph.py   nodes, links and widget values of a saved graph
+  promoted.py      widgets that a subgraph's node shows
+  placeholders.py  dates and widget values in file name prefixes
 
 Other node packs, list inputs, lazy inputs and several users need ComfyUI itself.
 """

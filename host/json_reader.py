@@ -78,9 +78,13 @@ def quoted(value: Any, limit: int = 200) -> str:
         value = value[:limit]
     elif isinstance(value, dict):
         value = dict(islice(value.items(), limit))
-    text = repr(value).encode(errors="replace").decode()
-    text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return one_line(repr(value), limit)
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """A text on one line, at most `limit` characters, without lone surrogates."""
+    cut = " ".join(text[: 2 * limit].encode(errors="replace").decode().split())
+    return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 3]}..."
 
 
 def _check_size(data: bytes, what: str, max_bytes: int) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from ..flux_core.weights.safetensors_file import PICKLES
 from . import context
-from .graph import WIDGET_TYPES
 from .registry import Registry
+from .saved_graph import WIDGET_TYPES
 
 MAX_LISTED = 20  # choices listed in a message
 

@@ -15,17 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from .graph import (
-    FlatNode,
-    Graph,
-    Info,
-    WorkflowError,
-    parse_errors,
-    widget_positions,
-    widget_specs,
-    widget_value,
-)
-from .json_reader import MAX_BYTES, JsonError, read_json
+from .graph import SAVE_NODES, Graph
+from .json_reader import MAX_BYTES, JsonError, one_line, quoted, read_json
+from .saved_graph import Info, WorkflowError, parse_errors, store_value, widget_specs
 from .validation import explain_choice
 
 __all__ = ["Document", "WorkflowError", "apply_settings", "read_document", "to_prompt"]
@@ -124,27 +116,17 @@ def apply_settings(document: Document, settings: list[str], info: Info) -> Docum
     wrong type.
     """
     prompt = to_prompt(document, info)
-    if not settings or document.graph is None:
-        graph, reader, flat_nodes = document.graph, None, {}
-    else:
-        graph = copy.deepcopy(document.graph)
-        with parse_errors():
-            reader = Graph(graph, info)
-            flat_nodes = {node.id: node for node in reader.flat_nodes()}
+    graph = copy.deepcopy(document.graph)
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
-            raise WorkflowError(f"--set must be NAME=VALUE, got {setting!r}")
+            raise WorkflowError(f"--set must be NAME=VALUE, got {quoted(setting)}")
         node_id, widget = _find(prompt, name.strip(), info)
         value = read_value(text, *widget_specs(info[prompt[node_id]["class_type"]])[widget], name.strip())
         prompt[node_id]["inputs"][widget] = value
-        if reader is not None and node_id in flat_nodes:
-            if sum(other.node is flat_nodes[node_id].node for other in flat_nodes.values()) > 1:
-                raise WorkflowError(
-                    f"--set {name}: node {node_id} is in a subgraph used several times; set it in the editor"
-                )
+        if graph is not None:
             with parse_errors():
-                _store(reader, flat_nodes[node_id], widget, value)
+                _store(graph, info, prompt, (node_id, widget))
     return Document(graph, prompt)
 
 
@@ -218,26 +200,47 @@ def read_value(text: str, kind: Any, options: dict[str, Any], name: str) -> Any:
     return text
 
 
-def _store(reader: Graph, flat_node: FlatNode, widget: str, value: Any) -> None:
-    """Write a widget's value into the saved graph (a copy), where the editor reads it."""
-    source = reader.sources(flat_node).get(widget)
-    if source is not None and source.holder is not None:  # stored in a PrimitiveNode or a subgraph's node
-        source.holder["widgets_values"][source.index] = value
-        named = source.holder.get("widgets_values_named")
-        if isinstance(named, dict) and len(named) > source.index:
-            named[list(named)[source.index]] = value
+def _store(graph: dict[str, Any], info: Info, prompt: Prompt, key: tuple[str, str]) -> None:
+    """Write a value of the prompt into the saved graph, where the editor reads it.
+
+    Texts of the prompt that contain the value are written again. Raises WorkflowError if the editor would
+    then send another prompt than this one.
+    """
+    node_id, widget = key
+    value = prompt[node_id]["inputs"][widget]
+    reader = Graph(graph, info)
+    nodes = {node.id: node for node in reader.flat_nodes()}
+    if node_id not in nodes:
         return
-    node = flat_node.node
-    if isinstance(node.get("widgets_values_named"), dict):
-        node["widgets_values_named"][widget] = value
-    if node.get("widgets_values") is None:
-        node["widgets_values"] = []
-    values = node["widgets_values"]
-    if isinstance(values, dict):
-        values[widget] = value
-        return
-    positions = widget_positions(flat_node.info, values)
-    for earlier, index in positions.items():
-        if len(values) <= min(index, positions[widget]):  # the file is older than these widgets
-            values.append(widget_value(flat_node, earlier))
-    values[positions[widget]] = value
+    node, before = nodes[node_id], reader.prompt()
+    source = reader.sources(node).get(widget) or reader.own_values(node.scope, node.node)[widget]
+    if source.wire is not None:
+        raise WorkflowError(
+            f"--set {widget}: in the saved graph it is connected to a wire; set it in the editor"
+        )
+    if source.store is None:
+        store_value(node.node, info[node.node["type"]], widget, value)
+    else:
+        source.store(value)
+    changed = {
+        (other, name): (before[other]["inputs"].get(name), new)
+        for other, entry in Graph(graph, info).prompt().items()
+        for name, new in entry["inputs"].items()
+        if new != before[other]["inputs"].get(name)
+    }
+    for (other, name), (old, new) in changed.items():
+        if nodes[other].node["type"] in SAVE_NODES and name == "filename_prefix":
+            if (other, name) == key or prompt.get(other, {}).get("inputs", {}).get(name) == old:
+                prompt[other]["inputs"][name] = new
+        elif (other, name) != key:
+            shared = (
+                "is in a subgraph used several times"
+                if other != node_id and nodes[other].node is node.node
+                else f"shares this value with {one_line(name, 80)} of node {one_line(other, 80)}"
+            )
+            raise WorkflowError(f"--set {widget}: node {node_id} {shared}; set it in the editor")
+        elif new != value:
+            raise WorkflowError(
+                f"--set {widget}: the editor would read {quoted(new)} instead of {quoted(value)}; "
+                "set it in the editor"
+            )

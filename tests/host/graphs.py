@@ -67,7 +67,7 @@ def subgraph(instance_values: list[Any] | None = None, **properties: Any) -> dic
     definition = {
         "id": "uuid",
         "name": "Group",
-        "inputs": [{"name": "a"}, {"name": "words"}],
+        "inputs": [{"name": "a", "linkIds": [1]}, {"name": "words", "linkIds": [2]}],
         "outputs": [{"name": "out"}],
         "nodes": [inner],
         "links": [
