@@ -118,6 +118,7 @@ def _patched(
 ) -> tuple[Any, Report]:
     """A clone of a MODEL or CLIP with the patches of its parts, and a report on the keys."""
     misfits: list[Misfit] = []
+    applied: list[Entry] = []
     by_strength: dict[float, list[dict[Any, Any]]] = {}
     for entry in lora.entries:
         if entry.part not in parts:
@@ -129,11 +130,13 @@ def _patched(
         if why is not None or weight is None:
             misfits.append(Misfit(entry.part, entry.keys, why or ""))
         elif (strength := strength_of(entry.module)) != 0.0:
+            applied.append(entry)
             patches = by_strength.setdefault(strength, [])
             for key, patch in _patches(entry, main, f"{stem}.bias", weight[-1]):
                 if not patches or key in patches[-1]:
                     patches.append({})
                 patches[-1][key] = patch
+    lora.check_finite(applied)
     clone = target.clone()
     for strength, groups in by_strength.items():
         for patches in groups:

@@ -5,6 +5,7 @@
                   differences), dora.py, rotation.py (OFT, BOFT)
   entry.py        one layer's tensors -> its adapter; whether it fits a module
   file.py         a file -> LoraFile; foreign.py: which other model a file is for
+  metadata.py     alpha in a file's metadata
   linear.py       a linear layer with adapters, whatever format its weight has
   attach.py       a model and LoRAs -> a copy that shares the model's parameters
   blocks.py       strengths of single blocks, as text

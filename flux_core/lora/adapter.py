@@ -107,6 +107,15 @@ def scalar(tensor: Tensor) -> float:
     return float(tensor.float())
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or inf."""
+    if not tensor.is_floating_point():
+        return True
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # fp8 has no sum
+    # a finite sum has finite terms, and needs no tensor of booleans
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
 def alpha_of(roles: Roles) -> float | None:
     """alpha, or None where the file has none."""
     return scalar(roles["alpha"]) if "alpha" in roles else None

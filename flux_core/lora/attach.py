@@ -94,7 +94,7 @@ def _attached(
     plans: dict[str, dict[str, _Plan]] = {part: {} for part in models}
     files = []
     for use in loras:
-        misfits = []
+        misfits, applied = [], []
         for entry in use.file.entries:
             if entry.part in models:
                 inside = modules[entry.part]
@@ -104,7 +104,9 @@ def _attached(
                 if why is not None:
                     misfits.append(Misfit(entry.part, entry.keys, why))
                 elif (strength := strength_of(use, entry.module)) != 0.0:
+                    applied.append(entry)
                     _plan(entry, inside[name], strength, plans[entry.part].setdefault(name, _Plan()))
+        use.file.check_finite(applied)
         files.append(FileReport(use.file, frozenset(models), tuple(misfits)).checked())
     return [_changed(model, plans[part]) for part, model in models.items()], Report(tuple(files))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..model.names import Rows
-from .adapter import Adapter, Roles, alpha_of, need, swap_halves
+from .adapter import Adapter, Roles, alpha_of, is_finite, need, swap_halves
 from .additive import FullDifference, LoHa, LoKr, LoRA
 from .conventions import TRANSFORMER, Target
 from .dora import DoRA
@@ -23,7 +23,8 @@ class Entry:
     """The change of one module, all of it or `rows`, and the file's keys that it was read from.
 
     `adapter` changes the weight, or a norm's scale (a full difference with one dim), `bias` is added to the
-    bias at strength 1, `replacement` replaces the weight at any strength but 0.
+    bias at strength 1, `replacement` replaces the weight at any strength but 0. `not_finite` are the keys
+    whose tensors contain NaN or inf.
     """
 
     part: str
@@ -33,11 +34,13 @@ class Entry:
     adapter: Adapter | None = None
     bias: Tensor | None = None
     replacement: Tensor | None = None
+    not_finite: tuple[str, ...] = ()
 
 
 def read_entry(target: Target, roles: Roles, keys: Sequence[str]) -> Entry | None:
     """The entry of a layer's tensors, or None where they make nothing that can be applied whole.
 
+    `keys` are the names of the first `roles`; an alpha that the file's metadata gave may follow those.
     Half an adapter would change the image in a way that nobody trained.
     """
     try:
@@ -52,7 +55,10 @@ def read_entry(target: Target, roles: Roles, keys: Sequence[str]) -> Entry | Non
     nothing = adapter is None and bias is None and replacement is None
     if nothing or (replacement is not None and target.rows is not None):
         return None
-    return Entry(target.part, target.module, target.rows, tuple(keys), adapter, bias, replacement)
+    not_finite = tuple(
+        key for key, tensor in zip(keys, roles.values(), strict=False) if not is_finite(tensor)
+    )
+    return Entry(target.part, target.module, target.rows, tuple(keys), adapter, bias, replacement, not_finite)
 
 
 def read_adapter(roles: Roles) -> Adapter | None:

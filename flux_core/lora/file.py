@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +13,41 @@ from ..model.names import layer_names
 from ..model.spec import FluxSpec
 from ..weights import Checkpoint
 from .conventions import TRANSFORMER, find_target, label_of, parse_key
+from .dora import DoRA
 from .entry import Entry, read_entry
 from .foreign import describe_contents, foreign_model
+from .metadata import CONFIG_FILE, TrainerSettings
+
+MAX_CONFIG_BYTES = 1 << 20
+_RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+"""Tensors whose first dim is the rank that alpha is divided by."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """A LoRA as changes of modules; `unmatched` are the keys that mean nothing in FLUX.1."""
+    """A LoRA as changes of modules; `unmatched` are the keys that mean nothing in FLUX.1.
+
+    `notices` say which settings in its metadata were used, and which cannot be.
+    """
 
     name: str
     convention: str
     entries: tuple[Entry, ...]
     unmatched: tuple[str, ...]
+    notices: tuple[str, ...] = ()
 
     def parts(self) -> set[str]:
         """The parts that it changes: "transformer", "clip_l", "t5xxl"."""
         return {entry.part for entry in self.entries}
+
+    def check_finite(self, applied: Sequence[Entry]) -> None:
+        """Raise ValueError where entries that are to be applied contain NaN or inf."""
+        damaged = [entry.not_finite[0] for entry in applied if entry.not_finite]
+        if damaged:
+            raise ValueError(
+                f"{self.name} has NaN or inf in {len(damaged)} of its {len(self.entries)} layers, first in "
+                f"{damaged[0][:120]}: its training diverged or the file is damaged; choose another LoRA"
+            )
 
 
 def read_lora(
@@ -50,17 +66,18 @@ def read_lora(
     else:
         file = Checkpoint.open(source).part()
         tensors = {key: tensor for key, tensor in file.tensors.items() if isinstance(tensor, Tensor)}
-        metadata, name = file.metadata, name or file.name
+        metadata, name = _peft_config(Path(source)) | file.metadata, name or file.name
     if (other := foreign_model(tensors, spec)) is not None:
         raise ValueError(f"{name} is {other}, not for FLUX.1; choose a LoRA that was made for FLUX.1")
     layers, unmatched = _by_layer(tensors)
-    settings, modules = _peft_settings(metadata or {}), frozenset(layer_names(spec))
+    settings, modules = TrainerSettings(metadata or {}), frozenset(layer_names(spec))
     entries: list[Entry] = []
     for layer, keys in layers.items():
-        roles = _with_peft_alpha({role: tensors[key] for role, key in keys.items()}, layer, settings)
         target = find_target(layer, spec)
         entry = None
         if target is not None and (target.part != TRANSFORMER or target.module in modules):
+            roles = {role: tensors[key] for role, key in keys.items()}
+            roles = _with_metadata_alpha(roles, layer, target.part, settings)
             entry = read_entry(target, roles, [*keys.values()])
         if entry is None:
             unmatched += keys.values()
@@ -74,7 +91,10 @@ def read_lora(
         )
     order = {key: i for i, key in enumerate(tensors)}
     unmatched.sort(key=order.__getitem__)
-    return LoraFile(name, label_of(tensors), tuple(entries), tuple(unmatched))
+    for part in sorted({entry.part for entry in entries}):
+        has_magnitudes = any(isinstance(e.adapter, DoRA) for e in entries if e.part == part)
+        settings.note_of_part(part, has_magnitudes)
+    return LoraFile(name, label_of(tensors), tuple(entries), tuple(unmatched), settings.notices())
 
 
 def _is_more_than_norms(entries: list[Entry]) -> bool:
@@ -98,45 +118,21 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, str]],
     return layers, unknown
 
 
-# PEFT's settings, in a file's metadata
-
-
-def _peft_settings(metadata: Mapping[str, str]) -> dict[str, object]:
-    """PEFT's settings as diffusers stores them, by name after the part's ("transformer.lora_alpha")."""
-    try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
-
-
-def _with_peft_alpha(
-    roles: dict[str, Tensor], layer: str, settings: Mapping[str, object]
+def _with_metadata_alpha(
+    roles: dict[str, Tensor], layer: str, part: str, settings: TrainerSettings
 ) -> dict[str, Tensor]:
-    """The roles with the alpha of PEFT's settings, where no tensor gives one."""
-    down = roles.get("lora_down.weight")
-    if settings and "alpha" not in roles and down is not None and down.ndim:
-        alpha = _peft_alpha(layer, down.shape[0], settings)
-        if alpha is not None:
-            return {**roles, "alpha": torch.tensor(alpha)}
-    return roles
+    """The roles with the alpha of the file's metadata, where no tensor gives one."""
+    factor = next((roles[role] for role in _RANKED if role in roles), None)
+    if "alpha" in roles or factor is None or not factor.ndim:
+        return roles
+    alpha = settings.alpha_of(layer, part, factor.shape[0])
+    return roles if alpha is None else {**roles, "alpha": torch.tensor(alpha)}
 
 
-def _peft_alpha(layer: str, rank: int, settings: Mapping[str, object]) -> float | None:
-    """alpha of a layer, such that alpha / rank is PEFT's scale, or None where the settings give none."""
-    part = next(
-        (p for p in ("transformer", "text_encoder_2", "text_encoder") if layer.startswith(f"{p}.")), ""
-    )
-    part = part or ("transformer" if re.match(r"(single_)?transformer_blocks\.", layer) else "")
-
-    def get(name: str) -> object:
-        return settings.get(f"{part}.{name}", settings.get(name) if part in ("", "transformer") else None)
-
-    alpha, pattern = get("lora_alpha"), get("alpha_pattern")
-    if isinstance(pattern, dict):
-        for name, own in pattern.items():
-            if layer == name or layer.endswith(f".{name}"):
-                alpha = own
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        return None
-    return float(alpha) * (math.sqrt(rank) if get("use_rslora") is True else 1.0)
+def _peft_config(file: Path) -> dict[str, str]:
+    """PEFT's settings beside the file that it writes, under the key that metadata has for them."""
+    config = file.with_name(CONFIG_FILE)
+    if file.name != "adapter_model.safetensors" or not config.is_file():
+        return {}
+    with config.open("rb") as stream:
+        return {"adapter_config": stream.read(MAX_CONFIG_BYTES).decode(errors="replace")}

@@ -60,6 +60,9 @@ class FileReport:
         ]
         if self.misfits:
             lines.append(f"does not fit: {self.misfits[0].why}")
+        lines += [f"note: {notice}" for notice in self.file.notices[:MAX_KEYS]]
+        if (more := len(self.file.notices) - MAX_KEYS) > 0:
+            lines.append(f"note: and {more} more")
         for part in sorted(self.file.parts() - self.attached):
             count = _count(entry for entry in self.file.entries if entry.part == part)
             lines.append(f"not connected: {count} keys for {_PARTS[part]}")

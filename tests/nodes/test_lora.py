@@ -178,3 +178,26 @@ def test_the_tiny_lora_is_as_wide_as_the_tiny_encoders() -> None:
     """Otherwise the tests above would test less than they say."""
     widths = {t.shape[1] for key, t in TEXT_ONLY.items() if "down" in key}
     assert widths == {POOLED_WIDTH, TXT_WIDTH}
+
+
+def test_alpha_in_the_metadata_is_used_and_reported(embedded: Folders) -> None:
+    """Without its alpha tensors, 3 for rank 4, the file has scale 1, which metadata of alpha 3 mends."""
+    folder = embedded.models[0] / "loras"
+    bare = {key: tensor for key, tensor in lora_tensors().items() if not key.endswith(".alpha")}
+    save_file(bare, folder / "bare.safetensors")
+    save_file(bare, folder / "flat.safetensors", {"network_alpha": "3"})
+    expected = image(with_loras({}))
+    assert torch.equal(image(with_loras({"lora_name": "flat.safetensors"})), expected)
+    assert not torch.equal(image(with_loras({"lora_name": "bare.safetensors"})), expected)
+    report = graphs.run(with_loras({"lora_name": "flat.safetensors"}), "lora0")[2]
+    assert re.search(r"^note: network_alpha 3 of the metadata used for \d+ layers", report, re.MULTILINE)
+
+
+def test_nan_in_a_lora_names_its_file_and_strength_0_ignores_it(embedded: Folders) -> None:
+    damaged = lora_tensors()
+    damaged["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"][0, 0] = float("nan")
+    save_file(damaged, embedded.models[0] / "loras" / "nan-up.safetensors")
+    with pytest.raises(ValueError, match=r"nan-up\.safetensors has NaN or inf in 1 of"):
+        image(with_loras({"lora_name": "nan-up.safetensors"}))
+    off = {"lora_name": "nan-up.safetensors", "strength_model": 0.0, "strength_clip": 0.0}
+    assert torch.equal(image(with_loras(off)), image(graphs.text_to_image(FILES)))
