@@ -88,16 +88,20 @@ def fixed_step_loop(
 ) -> Result:
     """The loop of the methods whose steps are those of the schedule.
 
-    `advance` returns x at the next sigma from (x, velocity at x, sigma, next sigma).
+    `advance` returns x at the next sigma from (x, velocity at x, sigma, next sigma). A repeated sigma, as
+    float32 leaves them where a schedule is shifted far, is no step.
     """
-    steps = len(path) - 1
+    steps, taken = len(path) - 1, 0
     for index, (sigma, sigma_next) in enumerate(zip(path[:-1], path[1:], strict=True)):
+        if sigma == sigma_next:
+            continue
+        taken += 1
         v = velocity(x, sigma)
         x_next = advance(x, v, sigma, sigma_next)
         if on_step is not None:
             on_step(Step(index, steps, sigma, x, x - sigma * v, v, sigma_next))
         x = x_next
-    return Result(x, steps)
+    return Result(x, taken)
 
 
 @dataclass(frozen=True)
