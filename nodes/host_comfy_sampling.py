@@ -15,7 +15,7 @@ from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.sampling.solver import Report, Solver, Step, integrate, seeded_noise
 from .host_comfy_network import ComfyNetwork
 from .run_report import Stopwatch, report_text, skipped
-from .wires import SamplerInputs, checked_conditioning, with_guidance
+from .wires import SamplerInputs, checked_conditioning, checked_finite, with_guidance
 
 
 def make_sampler(solver: Solver) -> Any:
@@ -92,6 +92,7 @@ def sample(inputs: SamplerInputs) -> tuple[Tensor, str]:
     network = model.model.diffusion_model
     attention = network.attention_name(model.load_device) if isinstance(network, ComfyNetwork) else None
     text = report_text(report, watch.seconds, skipped(getattr(network, "caches", [])), attention)
+    checked_finite(raw_latent, "the sampled values", "choose bf16 or fp32 as weight_dtype")
     return raw_latent.to(management.intermediate_device()), text
 
 
