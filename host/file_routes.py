@@ -1,4 +1,4 @@
-"""The server's routes that read and write files: images, uploads, saved workflows, settings.
+"""The server's routes that read and write files: saved workflows, settings, and those of image_routes.py.
 
 Every path in a request is checked to stay in its folder (files.contained); every file is written atomically
 (files.write).
@@ -6,7 +6,6 @@ Every path in a request is checked to stay in its folder (files.contained); ever
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from .files import IMAGE_SUFFIXES, Folders, contained, write
+from .files import Folders, contained, write
+from .image_routes import ImageRoutes
 from .request_reading import json_body, json_object
 
 log = logging.getLogger(__name__)
@@ -43,15 +41,13 @@ class FileRoutes:
 
     def __init__(self, folders: Folders) -> None:
         self.folders = folders
+        self.images = ImageRoutes(folders)
         self.settings_file = folders.user / "comfy.settings.json"
 
     def routes(self) -> list[web.RouteDef]:
         """All routes of this class."""
         return [
-            web.get("/view", self.view),
-            web.get("/internal/files/{kind}", self.list_images),
-            web.post("/upload/image", self.upload_image),
-            web.post("/upload/mask", self.upload_mask),
+            *self.images.routes(),
             web.get("/{file:user.css}", self.read_user_file),
             web.get("/userdata", self.list_user_files),
             web.post("/userdata/{file:.+}/move/{target:.+}", self.move_user_file),
@@ -63,76 +59,6 @@ class FileRoutes:
             web.get("/settings/{name:.+}", self.read_setting),
             web.post("/settings/{name:.+}", self.write_setting),
         ]
-
-    # Images
-
-    async def view(self, request: web.Request) -> web.StreamResponse:
-        """An image, converted with `channel` (rgb, a) or `preview` (webp;90)."""
-        query = request.query
-        path = self._existing(
-            query.get("filename", ""), query.get("subfolder", ""), query.get("type", "output")
-        )
-        headers = {"Content-Disposition": "inline", "Cache-Control": "no-cache"}
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            headers = {"Content-Disposition": "attachment", "Content-Type": "application/octet-stream"}
-        elif query.get("channel", "rgba") != "rgba" or "preview" in query:
-            kind, body = _converted(path, query.get("channel", "rgba"), query.get("preview", ""))
-            return web.Response(body=body, content_type=kind, headers=headers)
-        return web.FileResponse(path, headers=headers)
-
-    async def list_images(self, request: web.Request) -> web.Response:
-        """Names of the images directly in a folder, newest first, as `image.png [input]`."""
-        kind = request.match_info["kind"]
-        paths = [self.folders.locate(name, kind=kind) for name in self.folders.images(kind)]
-        paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        return web.json_response([f"{path.name} [{kind}]" for path in paths])
-
-    def _existing(self, name: str, subfolder: str, kind: str) -> Path:
-        """The path of an existing file, else 404. `name` may state its folder: `image.png [input]`."""
-        annotated = name.endswith("]")
-        path = self.folders.annotated(name) if annotated else self.folders.locate(name, subfolder, kind)
-        if not path.is_file():
-            raise web.HTTPNotFound
-        return path
-
-    async def upload_image(self, request: web.Request) -> web.Response:
-        """Save an uploaded image under its name; under a new name where another image has it."""
-        post = await request.post()
-        data = _uploaded(post)
-        return self._save_upload(post, data)
-
-    async def upload_mask(self, request: web.Request) -> web.Response:
-        """Save the image named by `original_ref` with the alpha channel of the uploaded one."""
-        post = await request.post()
-        data = _uploaded(post)
-        reference = json.loads(str(post.get("original_ref", "{}")))
-        kind = reference.get("type") or "output"
-        path = self._existing(str(reference.get("filename", "")), reference.get("subfolder") or "", kind)
-        with Image.open(path) as original, Image.open(io.BytesIO(data)) as mask:
-            texts = PngInfo()
-            for name, value in getattr(original, "text", {}).items():
-                texts.add_text(name, str(value))
-            masked = original.convert("RGBA")
-            if masked.size != mask.size:
-                raise ValueError(f"the mask must have the image's size {masked.size}, got {mask.size}")
-            masked.putalpha(mask.convert("RGBA").getchannel("A"))
-        buffer = io.BytesIO()
-        masked.save(buffer, "PNG", pnginfo=texts, compress_level=4)
-        return self._save_upload(post, buffer.getvalue())
-
-    def _save_upload(self, post: Any, data: bytes) -> web.Response:
-        name = Path(str(post["image"].filename).replace("\\", "/")).name
-        subfolder, kind = str(post.get("subfolder", "")), str(post.get("type") or "input")
-        path = self.folders.locate(name, subfolder, kind)
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise ValueError(f"{name} is not an image; upload one of {', '.join(IMAGE_SUFFIXES)}")
-        first, copies = path, 0
-        if post.get("overwrite") not in ("true", "1"):
-            while path.exists() and path.read_bytes() != data:
-                copies += 1
-                path = first.with_name(f"{first.stem} ({copies}){first.suffix}")
-        write(path, data)
-        return web.json_response({"name": path.name, "subfolder": subfolder, "type": kind})
 
     # Saved workflows and other files of the user
 
@@ -234,35 +160,3 @@ def _entry(root: Path, path: Path) -> dict[str, Any]:
     stat = path.stat()
     times = {"modified": int(stat.st_mtime * 1000), "created": int(stat.st_ctime * 1000)}
     return {"path": path.relative_to(root).as_posix(), "size": stat.st_size, **times}
-
-
-def _uploaded(post: Any) -> bytes:
-    """The bytes of the field `image`. Raises ValueError unless they are a readable image."""
-    field = post.get("image")
-    if not isinstance(field, web.FileField):
-        raise ValueError("the upload has no file in its field image")
-    data = field.file.read()
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{field.filename} is not a readable image; save it again as PNG or JPEG") from error
-    return data
-
-
-def _converted(path: Path, channel: str, preview: str) -> tuple[str, bytes]:
-    """(media type, bytes) of an image's colors, of its alpha channel, or of a compressed preview."""
-    kind, _, quality = preview.partition(";")
-    with Image.open(path) as image:
-        if channel == "a":
-            alpha = image.convert("RGBA").getchannel("A")
-            image = Image.new("RGBA", image.size)
-            image.putalpha(alpha)
-        elif channel == "rgb" or kind == "jpeg":
-            image = image.convert("RGB")
-        buffer = io.BytesIO()
-        if kind in ("webp", "jpeg"):
-            image.save(buffer, kind.upper(), quality=int(quality) if quality.isdigit() else 90)
-            return f"image/{kind}", buffer.getvalue()
-        image.save(buffer, "PNG", compress_level=1)
-        return "image/png", buffer.getvalue()

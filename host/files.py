@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from .images import MEDIA_TYPES
+
 PACK = Path(__file__).resolve().parent.parent
 KINDS = ("input", "output", "temp")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 PROBE_BYTES = 64 * 1024  # about a small image, so that a full disk is noticed
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = tuple(MEDIA_TYPES)
 _ANNOTATED = re.compile(r"^(.*?) \[(input|output|temp)\]$")
 
 

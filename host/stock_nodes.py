@@ -15,12 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from . import context, files
+from .images import decode
+from .json_reader import quoted
 
 MAX_NAME_BYTES = 200  # before the image's index; file systems allow 255 in all
 
@@ -30,30 +31,10 @@ def read_image(path: Path) -> tuple[Tensor, Tensor]:
 
     An animation gives one image per frame. Raises ValueError for a file that is not a readable image.
     """
-    images, masks = [], []
-    try:
-        with Image.open(path) as file:
-            for raw in ImageSequence.Iterator(file):
-                frame = ImageOps.exif_transpose(raw)
-                if frame.mode == "I" or frame.mode.startswith("I;16"):  # 16 bits per pixel, grayscale
-                    frame = Image.fromarray((np.asarray(frame) >> 8).clip(0, 255).astype(np.uint8))
-                rgba = np.asarray(frame.convert("RGBA"), dtype=np.float32) / 255
-                has_alpha = "A" in frame.getbands() or "transparency" in frame.info
-                if images and images[0].shape != rgba[..., :3].shape:
-                    continue
-                images.append(rgba[..., :3])
-                masks.append(1 - rgba[..., 3] if has_alpha else np.zeros((64, 64), np.float32))
-    except FileNotFoundError as error:
-        raise ValueError(f"the image {path.name} no longer exists; choose or upload one") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path.name} is not a readable image; save it again as PNG or JPEG") from error
-    same = [mask for mask in masks if mask.shape == masks[0].shape]
-    if len(same) < len(masks):  # only some frames of an animation have alpha
-        masks = [
-            mask if mask.shape == images[0].shape[:2] else np.zeros(images[0].shape[:2], np.float32)
-            for mask in masks
-        ]
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
+    decoded = decode(path, path.name)
+    for note in decoded.notes:
+        context.notice(note)
+    return decoded.tensors()
 
 
 class LoadImage:
@@ -76,16 +57,22 @@ class LoadImage:
 
     @classmethod
     def VALIDATE_INPUTS(cls, image):
+        if not isinstance(image, str) or not image:
+            return f"image must be the name of an image, got {quoted(image)}; choose or upload one"
         folders = context.folders()
         try:
             found = folders.annotated(image).is_file()
-        except ValueError:
+        except (ValueError, OSError):  # outside the folder, or a name that the disk cannot have
             found = False
-        return found or f"the image {image} is not in {folders.input}; choose or upload one"
+        return found or f"the image {quoted(image)} is not in {folders.input}; choose or upload one"
 
     @classmethod
     def IS_CHANGED(cls, image):
-        return hashlib.sha256(context.folders().annotated(image).read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        with context.folders().annotated(image).open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
 
     def load_image(self, image):
         return read_image(context.folders().annotated(image))

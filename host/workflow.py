@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from .graph import SAVE_NODES, Graph
 from .json_reader import MAX_BYTES, JsonError, one_line, quoted, read_json
+from .png_file import SIGNATURE, DamagedPng, LargeMetadata, read_png
 from .saved_graph import Info, WorkflowError, parse_errors, store_value, widget_specs
 from .validation import explain_choice
 
 __all__ = ["Document", "WorkflowError", "apply_settings", "read_document", "to_prompt"]
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 Prompt = dict[str, dict[str, Any]]
@@ -43,13 +41,13 @@ def read_document(path: str | Path) -> Document:
         if path.is_dir():
             raise WorkflowError(f"{path} is a folder; give a workflow (.json) or an image (.png)")
         with path.open("rb") as file:
-            signature = file.read(len(PNG_SIGNATURE))
-            data = b"" if signature == PNG_SIGNATURE else signature + file.read(MAX_BYTES + 1)
+            signature = file.read(len(SIGNATURE))
+            data = b"" if signature == SIGNATURE else signature + file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise WorkflowError(f"the file {path} does not exist") from error
     except OSError as error:
         raise WorkflowError(f"cannot read {path}: {error.strerror}") from error
-    if signature == PNG_SIGNATURE:
+    if signature == SIGNATURE:
         return _read_png(path)
     return classify(_parse(data, str(path)), str(path))
 
@@ -80,12 +78,17 @@ def _parse(data: bytes | str, where: str) -> Any:
 
 def _read_png(path: Path) -> Document:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.verify()  # checks every chunk, so that a truncated file is found before anything runs
-        with Image.open(path, formats=["PNG"]) as image:
-            text = {key: str(value) for key, value in image.text.items()}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise WorkflowError(f"{path} is damaged or truncated; use the original PNG") from error
+        with path.open("rb") as file:
+            png = read_png(file)
+        if not png.has_end:  # what is missing may be the workflow
+            raise DamagedPng("it ends before its chunk IEND")
+    except LargeMetadata as error:
+        raise WorkflowError(f"{path} {error}") from error
+    except DamagedPng as error:
+        raise WorkflowError(f"{path} is damaged or truncated ({error}); use the original PNG") from error
+    except OSError as error:
+        raise WorkflowError(f"cannot read {path}: {error.strerror}") from error
+    text = png.texts
     found = [
         classify(_parse(text[key], f"{path} ({key})"), f"{path} ({key})")
         for key in ("prompt", "workflow")

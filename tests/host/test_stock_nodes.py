@@ -102,7 +102,7 @@ def test_exif_orientation_16_bits_and_animations(tmp_path: Path) -> None:
     Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg")[0].shape == (1, 6, 4, 3)
     Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(tmp_path / "deep.png")
-    assert read_image(tmp_path / "deep.png")[0][0, 0, 0].tolist() == pytest.approx([128 / 255] * 3)
+    assert read_image(tmp_path / "deep.png")[0][0, 0, 0].tolist() == pytest.approx([0x8000 / 65535] * 3)
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "a.gif")[0][:, 0, 0].tolist() == [[1, 0, 0], [0, 0, 1]]
