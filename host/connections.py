@@ -19,7 +19,7 @@ KEEP_ALIVE = 75.0
 """Seconds without a complete request after which a used connection is closed."""
 
 
-LINGERING = 2.0
+LINGERING = 1.0
 """Seconds for the rest of a body that a refused request still sends."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .jobs import ACTIVE, ENDED, Job, Jobs
+from .jobs import ACTIVE, ENDED, Job, Jobs, QueueFull
 from .json_reader import quoted
 from .json_writer import json_response, to_json
 from .registry import Registry
@@ -67,7 +67,10 @@ class QueueRoutes:
             for sentence in error.sentences():
                 log.error("the workflow was refused: %s", sentence)
             return json_response({"error": error.error, "node_errors": error.node_errors}, status=400)
-        job = self.jobs.submit(checked, _extra_data(body), **options)
+        try:
+            job = self.jobs.submit(checked, _extra_data(body), **options)
+        except QueueFull as error:
+            raise web.HTTPTooManyRequests(text=str(error)) from error
         accepted = {"prompt_id": job.id, "number": job.priority, "node_errors": checked.node_errors}
         return json_response(accepted)
 

@@ -40,7 +40,8 @@ class _Editor:
         if self._waiting > WAITING_LIMIT and self._transport is not None:
             log.warning("an editor does not read its messages; its connection is closed")
             self._transport.abort()
-            self._queue = asyncio.Queue()
+            while not self._queue.empty():
+                self._queue.get_nowait()
             data = None
         self._queue.put_nowait(data)
 

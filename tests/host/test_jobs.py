@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from rectiflux.host import jobs
 from rectiflux.host.execution import Executor, Result
 from rectiflux.host.jobs import Job, Jobs
 from rectiflux.host.registry import Registry
@@ -134,6 +136,33 @@ def test_history_is_bounded_and_can_be_cleared(make_queue: Callable[..., Queue])
     assert queue.ids("completed") == left[1:]
     queue.jobs.clear_history()
     assert queue.ids("completed") == []
+
+
+def test_history_is_bounded_in_bytes(make_queue: Callable[..., Queue]) -> None:
+    """A request is compressed once its job has ended, so incompressible text is needed."""
+    queue = make_queue(history_bytes=200_000)
+    text = "".join(hashlib.sha256(str(number).encode()).hexdigest() for number in range(4000))
+    for job_id in "abc":
+        queue.submit(job_id, extra={"text": text})
+    queue.run()
+    assert len(queue.ids("completed")) == 1 and queue.ids("completed") == ["c"]
+    found = queue.jobs.find("c")
+    assert found is not None and found.request() == (queue.prompts.image(), {"text": text})
+
+
+def test_a_prompts_number_is_its_place_in_the_queue(queue: Queue) -> None:
+    for job_id, priority in (("a", None), ("b", None), ("c", 1.5), ("d", -3)):
+        queue.submit(job_id, priority=priority)
+    assert queue.ids("pending") == ["d", "a", "c", "b"]
+
+
+def test_a_full_queue_refuses_more(make_queue: Callable[..., Queue], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "QUEUE_SIZE", 2)
+    queue = make_queue()
+    for job_id in "ab":
+        queue.submit(job_id)
+    with pytest.raises(jobs.QueueFull, match="2 jobs wait already"):
+        queue.submit("c")
 
 
 def test_a_failed_job_is_kept_and_the_next_one_runs(queue: Queue) -> None:

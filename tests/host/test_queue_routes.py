@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -24,11 +25,104 @@ def test_a_malformed_request_is_refused(client: Client, text: str) -> None:
     assert response.status == 400 and response.json["error"]
 
 
-@pytest.mark.parametrize("fields", [{"prompt_id": "../x"}, {"extra_data": "text"}, {"extra_data": [1]}])
-def test_a_prompt_with_malformed_fields_is_refused(
-    client: Client, prompts: Any, fields: dict[str, Any]
-) -> None:
-    assert client.post("/api/prompt", {"prompt": prompts.image(), **fields}).status == 400
+def ended(client: Client, count: int) -> list[str]:
+    """The ids in the history, oldest first, once there are so many."""
+    deadline = time.monotonic() + 60
+    while len(ids := list(client.get_json("/api/history"))) < count:
+        assert time.monotonic() < deadline
+        client.sleep(0.02)
+    return ids
+
+
+MALFORMED: list[tuple[str, Any]] = [
+    *[("prompt", value) for value in (None, 7, "x", [], {}, {"1": None}, {"1": {"class_type": []}})],
+    *[
+        ("extra_data", value)
+        for value in (["x"], "x", 1, True, {"extra_pnginfo": "x"}, {"preview_method": []})
+    ],
+    ("extra_data", {"extra_pnginfo": {"workflow": ["x"]}}),
+    *[("client_id", value) for value in (7, ["x"], {})],
+    *[("prompt_id", value) for value in ("../x", 7, ["x"], "{1E0D0B6E-9F0A-4A3B-8C5D-2F6A7B8C9D0E}", "")],
+    *[("number", value) for value in ("1", [], True)],
+    *[("front", value) for value in ("yes", 1, [])],
+    *[("partial_execution_targets", value) for value in (5, "5", [5], [["5"]], {"5": 1})],
+]
+
+
+def test_malformed_fields_are_refused_and_the_next_prompt_runs(client: Client, prompts: Any) -> None:
+    """Comfy-Org/ComfyUI#16312 and #11513: one such prompt stopped the queue."""
+    for name, value in MALFORMED:
+        response = client.post("/api/prompt", {"prompt": prompts.image(), name: value})
+        assert response.status == 400, (name, value)
+        error = response.json["error"]
+        sentence = error["message"] if isinstance(error, dict) else error
+        assert len(sentence.split()) > 3 and "\n" not in sentence
+        for path in ("/queue", "/history", "/jobs"):
+            client.get_json(path)
+    job = client.post_json("/api/prompt", {"prompt": prompts.image()})["prompt_id"]
+    assert ended(client, 1) == [job]
+    assert client.get_json(f"/history/{job}")[job]["status"]["status_str"] == "success"
+
+
+def test_fields_of_other_requests_are_checked(client: Client) -> None:
+    for path, name in (("/queue", "delete"), ("/history", "delete"), ("/jobs/cancel", "job_ids")):
+        for value in (5, "x", {"a": 1}, [5], [None], [["x"]]):
+            response = client.post(path, {name: value})
+            assert response.status == 400 and response.json["error"].startswith(f"{name} must be a list")
+    for path, body in (
+        ("/queue", {"clear": "yes"}),
+        ("/history", {"clear": 1}),
+        ("/interrupt", {"prompt_id": 5}),
+        ("/free", {"unload_models": "yes"}),
+        ("/queue", []),
+        ("/free", 7),
+    ):
+        response = client.post(path, body)
+        assert response.status == 400 and " must be " in response.json["error"]
+    for query in ("offset=x", "offset=1.5", "limit=" + "9" * 5000, "status=done", "limit=٣"):
+        response = client.get(f"/api/jobs?{query}")
+        assert response.status == 400 and response.json["error"].startswith(
+            f"{query.partition('=')[0]} must be "
+        )
+        assert len(response.json["error"]) < 400
+
+
+def test_the_history_can_be_read_in_parts(client: Client) -> None:
+    """As ComfyUI 0.33 answers these queries; SillyTavern/SillyTavern#5790."""
+    show = {"class_type": "PreviewAny", "inputs": {"source": ""}}
+    sent = []
+    for number in range(151):
+        show["inputs"]["source"] = f"text {number}"
+        sent.append(client.post_json("/prompt", {"prompt": {"1": show}})["prompt_id"])
+    assert ended(client, 151) == sent
+    entry = client.get_json(f"/history/{sent[0]}")[sent[0]]
+    assert (
+        entry["outputs"]["1"]["text"] == ["text 0"]
+        and entry["prompt"][2]["1"]["inputs"]["source"] == "text 0"
+    )
+    for query, expected in (
+        ("offset=3", sent[3:]),
+        ("offset=99999", []),
+        ("max_items=-1", []),
+        ("max_items=0", []),
+        ("max_items=5", sent[-5:]),
+        ("max_items=5&offset=3", sent[3:8]),
+        ("max_items=999", sent),
+        ("offset=-1", sent),
+        ("max_items=5&offset=-1", sent[-5:]),
+    ):
+        assert list(client.get_json(f"/history?{query}")) == expected, query
+    assert client.get("/history?offset=x").status == client.get("/history?max_items=1e3").status == 400
+    assert client.get_json("/history/unknown") == {}
+    client.post_json("/history", {"delete": [sent[0], "unknown"]})
+    assert ended(client, 150) == sent[1:]
+
+
+def test_secrets_are_not_kept(client: Client, prompts: Any) -> None:
+    extra = {"api_key_comfy_org": "secret", "auth_token_comfy_org": "secret", "other": 1}
+    client.post_json("/prompt", {"prompt": prompts.image(), "extra_data": extra})
+    (job,) = ended(client, 1)
+    assert client.get_json(f"/history/{job}")[job]["prompt"][3] == {"other": 1}
 
 
 def test_queue_history_and_cancelling(client: Client, prompts: Any) -> None:
