@@ -65,6 +65,13 @@ class Host(Protocol):
         """What is wrong with a model's name, in half a sentence, or None: for VALIDATE_INPUTS."""
         return model_files.path_error(self.model_roots(folder), folder, name)
 
+    def file_state(self, folder: str, name: str | None) -> str:
+        """A text that changes when that file or folder does, empty without one: for IS_CHANGED."""
+        try:
+            return "" if name is None else model_files.file_state(self.model_path(folder, name))
+        except (OSError, ValueError):
+            return ""
+
     # Loading
 
     def load_model(self, source: Source, weight_dtype: str, memory_limit: str) -> Any:

@@ -29,7 +29,10 @@ from ..flux_core.model.tokens import pack, pad_to_even, unpack
 from ..flux_core.model.transformer import Evaluation, FluxTransformer
 from ..flux_core.sampling.step_cache import Caching, StepCache
 from ..flux_core.tools.references import RopeScale, latent_ids, place_references
+from ..flux_core.weights import check_unchanged
+from ..flux_core.weights.source_files import files_of, remember_files
 from .host_comfy_patches import check_options, hooks_of, patch_inputs
+from .wires import checked_finite
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +92,7 @@ class ComfyNetwork(nn.Module):
         for name, part in network.named_children():
             self.add_module(name, part)
         self._network = (network,)  # in a tuple, so that its parameters are not registered twice
+        remember_files(self, files_of(network))
         self._patcher: Any = None
         self._prompts: list[Prompt] = []
         self._ropes: dict[tuple[int, Layout], Rope] = {}
@@ -108,9 +112,17 @@ class ComfyNetwork(nn.Module):
         """The attention back end on a device, in a few words."""
         return attention_backend_name(self._network[0], device)
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError when the file that the weights are mapped from has changed."""
+        check_unchanged(self)
+
     def begin(self, patcher: Any) -> None:
-        """A sampling run begins: its results may be kept from step to step."""
+        """A sampling run begins: its results may be kept from step to step.
+
+        Raises ValueError when the model's file has changed.
+        """
         self.end()
+        self.check_unchanged()
         self._patcher = patcher
         self.caches = []
         self._warned.clear()
@@ -312,11 +324,18 @@ class TextModule(nn.Module):
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """FLUX.1 reads CLIP's last layer, whatever layer is asked for (as ComfyUI's own FLUX encoders do)."""
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError when a file that the weights are mapped from has changed."""
+        check_unchanged(self.encoders.t5, self.encoders.clip)
+
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(txt [1, L, C], pooled [1, P]), on the CPU, of the output of `PromptTokens`."""
+        self.check_unchanged()
         length = tokens.get("t5_length")
         encoded = self.encoders.encode([tokens["t5xxl"]], [tokens["l"]], self.on_notice, length)
         assert encoded.pooled is not None  # text encoders always give one
+        for values, encoder in ((encoded.txt, self.encoders.t5), (encoded.pooled, self.encoders.clip)):
+            checked_finite(values, "the text encoders' values", "load other text encoders", encoder)
         return encoded.txt.cpu(), encoded.pooled.cpu()
 
 
@@ -338,8 +357,15 @@ class VAEModule(nn.Module):
         self.encoder, self.decoder = network.encoder, network.decoder
         self._network = (network,)  # in a tuple, so that its parameters are not registered twice
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError when the file that the weights are mapped from has changed."""
+        check_unchanged(self._network[0])
+
     def encode(self, image: Tensor) -> Tensor:
+        self.check_unchanged()
         return self._network[0].encode(image)
 
     def decode(self, raw: Tensor) -> Tensor:
-        return self._network[0].decode(raw)
+        self.check_unchanged()
+        image = self._network[0].decode(raw)
+        return checked_finite(image, "the image's values", "load another VAE", self._network[0])

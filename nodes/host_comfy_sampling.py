@@ -72,6 +72,9 @@ def sample(inputs: SamplerInputs) -> tuple[Tensor, str]:
 
     model, sampler = inputs.model, inputs.sampler
     check_model(model)
+    network = model.model.diffusion_model
+    if isinstance(network, ComfyNetwork):
+        network.check_unchanged()
     guider = _guider(inputs)
     reports: list[Report] = []
     if getattr(sampler, "sampler_function", None) is solve:
@@ -89,7 +92,7 @@ def sample(inputs: SamplerInputs) -> tuple[Tensor, str]:
         seed=inputs.noise.seed,
     )
     report = reports[0] if reports else foreign_report(sampler, guider.evaluations, len(watch.seconds))
-    network = model.model.diffusion_model
+    checked_finite(raw_latent, "the sampled values", "choose bf16 or fp32 as weight_dtype", network)
     attention = network.attention_name(model.load_device) if isinstance(network, ComfyNetwork) else None
     text = report_text(report, watch.seconds, skipped(getattr(network, "caches", [])), attention)
     checked_finite(raw_latent, "the sampled values", "choose bf16 or fp32 as weight_dtype")

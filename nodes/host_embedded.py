@@ -25,7 +25,7 @@ from ..flux_core.pipeline import sample as core_sample
 from ..flux_core.sampling import preview
 from ..flux_core.sampling.solver import Report, Solver, Step
 from ..flux_core.sampling.step_cache import Caching, StepCache
-from ..flux_core.weights import Source
+from ..flux_core.weights import Source, check_unchanged
 from ..host import context
 from . import host_embedded_loading as loading
 from .host import Host
@@ -72,6 +72,7 @@ class EmbeddedHost(Host):
         self, model: Any, clip: Any, path: Path, strength_model: float, strength_clip: float, blocks: str
     ) -> tuple[EmbeddedModel, TextEncoders | None, str]:
         model = _expected(model, EmbeddedModel, "MODEL", "Load FLUX Model")
+        check_unchanged(model.network)
         uses = [LoraUse(read_lora(path, model.network.spec), strength_model, strength_clip, blocks)]
         network, report = with_lora(model.network, uses)
         if clip is not None:
@@ -97,7 +98,10 @@ class EmbeddedHost(Host):
         self, clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
     ) -> Entries:
         encoders = _expected(clip, TextEncoders, "CLIP", "Load FLUX Text Encoders")
+        check_unchanged(encoders.t5, encoders.clip)
         encoded = encoders.encode([prompt], [clip_prompt], context.notice, length)
+        for values, encoder in ((encoded.txt, encoders.t5), (encoded.pooled, encoders.clip)):
+            checked_finite(values, "the text encoders' values", "load other text encoders", encoder)
         extra: dict[str, Any] = {"pooled_output": encoded.pooled.cpu()}
         if guidance is not None:
             extra["guidance"] = guidance
@@ -109,6 +113,7 @@ class EmbeddedHost(Host):
     def sample(self, inputs: SamplerInputs) -> tuple[Tensor, str]:
         model = _expected(inputs.model, EmbeddedModel, "MODEL", "Load FLUX Model")
         solver = _expected(inputs.sampler, Solver, "SAMPLER", "ODE Solver")
+        check_unchanged(model.network)
         negative = None if inputs.negative is None else core_conditioning(inputs.negative, "negative")
         reports: list[Report] = []
         caches: list[StepCache] = []
@@ -136,7 +141,8 @@ class EmbeddedHost(Host):
         )
         # a path that stops early is divided by 1 - sigma, as in ComfyUI, so that samplers can be chained
         raw_latent = to_vae_space(latent / (1 - float(inputs.sigmas[-1]))).float().cpu()
-        checked_finite(raw_latent, "the sampled values", "choose bf16 or fp32 as weight_dtype")
+        remedy = "choose bf16 or fp32 as weight_dtype"
+        checked_finite(raw_latent, "the sampled values", remedy, model.network)
         attention = attention_backend_name(model.network)
         return raw_latent, report_text(reports[0], watch.seconds, skipped(caches), attention)
 
@@ -144,13 +150,15 @@ class EmbeddedHost(Host):
     def decode(self, vae: Any, raw_latent: Tensor) -> Tensor:
         """An image that needs more memory than is free is decoded in strips, with a progress bar."""
         autoencoder = _expected(vae, AutoEncoder, "VAE", "Load FLUX VAE")
+        check_unchanged(autoencoder)
         image = tiling.decode(autoencoder, raw_latent.to(autoencoder.device), loading.progress())
-        return from_core_image(checked_finite(image, "the image's values", "load another VAE"))
+        return from_core_image(checked_finite(image, "the image's values", "load another VAE", autoencoder))
 
     @torch.no_grad()
     def encode(self, vae: Any, image: Tensor) -> Tensor:
         """In strips as `decode`."""
         autoencoder = _expected(vae, AutoEncoder, "VAE", "Load FLUX VAE")
+        check_unchanged(autoencoder)
         core_image = to_core_image(image).to(autoencoder.device)
         return tiling.encode(autoencoder, core_image, loading.progress()).float().cpu()
 

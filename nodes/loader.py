@@ -33,6 +33,11 @@ def validated(folder, **names):
     return next((f"{field}: {error}" for field, error in errors.items() if error is not None), True)
 
 
+def changed(folder, *names):
+    """A text that changes when one of the files does, so that it is loaded anew: for IS_CHANGED."""
+    return "".join(current_host().file_state(folder, name) for name in names)
+
+
 class ModelLoader:
     """Loads a FLUX.1 model: [dev], [schnell], a finetune, or the miniature that comes with Rectiflux."""
 
@@ -57,6 +62,10 @@ class ModelLoader:
     @classmethod
     def VALIDATE_INPUTS(cls, model_name):
         return validated("diffusion_models", model_name=model_name)
+
+    @classmethod
+    def IS_CHANGED(cls, model_name=None, **_):
+        return changed("diffusion_models", model_name)
 
     def run(self, model_name, weight_dtype, memory_limit="auto"):
         checkpoint = Checkpoint.open(current_host().model_path("diffusion_models", model_name))
@@ -93,6 +102,10 @@ class TextEncoderLoader:
     def VALIDATE_INPUTS(cls, clip_name, t5_name):
         return validated("text_encoders", clip_name=clip_name, t5_name=t5_name)
 
+    @classmethod
+    def IS_CHANGED(cls, clip_name=None, t5_name=None, **_):
+        return changed("text_encoders", clip_name, t5_name)
+
     def run(self, clip_name, t5_name):
         clip, t5 = (
             Checkpoint.open(current_host().model_path("text_encoders", name)) for name in (clip_name, t5_name)
@@ -122,6 +135,10 @@ class VAELoader:
     @classmethod
     def VALIDATE_INPUTS(cls, vae_name):
         return validated("vae", vae_name=vae_name)
+
+    @classmethod
+    def IS_CHANGED(cls, vae_name=None, **_):
+        return changed("vae", vae_name)
 
     def run(self, vae_name):
         checkpoint = Checkpoint.open(current_host().model_path("vae", vae_name))
@@ -154,6 +171,10 @@ class CheckpointLoader:
     @classmethod
     def VALIDATE_INPUTS(cls, checkpoint_name):
         return validated("checkpoints", checkpoint_name=checkpoint_name)
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint_name=None, **_):
+        return changed("checkpoints", checkpoint_name)
 
     def run(self, checkpoint_name, weight_dtype, memory_limit="auto"):
         checkpoint = Checkpoint.open(current_host().model_path("checkpoints", checkpoint_name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .host import current_host
-from .loader import validated
+from .loader import changed, validated
 from .widgets import choice, real, text, wire
 
 
@@ -47,6 +47,10 @@ class LoraLoader:
     @classmethod
     def VALIDATE_INPUTS(cls, lora_name):
         return validated("loras", lora_name=lora_name)
+
+    @classmethod
+    def IS_CHANGED(cls, lora_name=None, **_):
+        return changed("loras", lora_name)
 
     def run(self, model, lora_name, strength_model, strength_clip, blocks, clip=None):
         path = current_host().model_path("loras", lora_name)

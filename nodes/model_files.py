@@ -51,6 +51,13 @@ def path_of(roots: Sequence[Path], folder: str, name: str) -> Path:
     raise FileNotFoundError(f"there is no {name} in models/{folder}; put it there, or choose another file")
 
 
+def file_state(path: Path) -> str:
+    """Names, sizes and times of a model's files, its tokenizer included, which change when they do."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path, path.with_suffix(".tokenizer.json")]
+    states = [(file.name, file.stat()) for file in files if file.is_file()]
+    return repr([(name, status.st_size, status.st_mtime_ns) for name, status in states])
+
+
 def path_error(roots: Sequence[Path], folder: str, name: str | None) -> str | None:
     """What is wrong with a model's name, in half a sentence, or None: for VALIDATE_INPUTS."""
     if name is None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..flux_core.model.spec import Conditioning
 from ..flux_core.pipeline import LATENT_CHANNELS, draw_noise, sizes_near
+from ..flux_core.weights import not_finite_weight
 
 LatentWire = dict[str, Any]
 """A LATENT."""
@@ -232,9 +233,15 @@ def from_core_image(image: Tensor) -> Tensor:
     return rearrange((image.float() / 2 + 0.5).clamp(0, 1), "b c h w -> b h w c").cpu().contiguous()
 
 
-def checked_finite(tensor: Tensor, what: str, remedy: str) -> Tensor:
-    """The tensor itself. Raises ValueError when it contains NaN or inf; `what` names it in the plural."""
+def checked_finite(tensor: Tensor, what: str, remedy: str, *modules: nn.Module) -> Tensor:
+    """The tensor itself. Raises ValueError when it contains NaN or inf; `what` names it in the plural.
+
+    The sentence names the first weight of the modules that does so too.
+    """
     if not torch.isfinite(tensor).all():
+        weight = not_finite_weight(*modules)
+        if weight is not None:
+            raise ValueError(f"{what} contain NaN or inf, as does {weight}; choose another file")
         raise ValueError(f"{what} contain NaN or inf: the weights are damaged or too large; {remedy}")
     return tensor
 

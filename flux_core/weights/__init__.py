@@ -9,15 +9,19 @@
   kinds.py             ModelKind: which model a file holds
   loaders.py           file -> FluxTransformer, AutoEncoder; assign.py: without a random initialization
   text.py              two files -> TextEncoders; tokenizer.py finds tokenizers, sentencepiece.py builds them
+  layouts.py           weight layouts that are not supported, by name
+  finite.py            NaN and inf in weights; source_files.py: files that changed after they were loaded
   describe.py          one line on a file
 
 Weights stay in the mapped file as long as possible, and no pickle is ever opened.
 """
 
 from .checkpoint import Checkpoint, Source, describe, read_metadata, read_weights
+from .finite import not_finite_weight
 from .kinds import ModelKind, kind_of
 from .loaders import load_autoencoder, load_transformer
 from .safetensors_file import read_state_dict
+from .source_files import check_unchanged
 from .text import load_text_encoders
 from .weight_file import Part
 
@@ -26,11 +30,13 @@ __all__ = [
     "ModelKind",
     "Part",
     "Source",
+    "check_unchanged",
     "describe",
     "kind_of",
     "load_autoencoder",
     "load_text_encoders",
     "load_transformer",
+    "not_finite_weight",
     "read_metadata",
     "read_state_dict",
     "read_weights",

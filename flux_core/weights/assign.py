@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..quant.formats import FP8, ConcatenatedWeight, DenseWeight, QuantizedWeight
 from ..quant.linear import QuantizedLinear
+from .finite import check_small_weights
 from .weight_file import Weight
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def assign_weights(
     """
     tensors = dict(tensors)
     _check_match(model, tensors, file)
+    check_small_weights(tensors, file)
     dtype = choose_dtype(tensors, file, dtype)
     linear = {f"{name}.weight" for name, layer in model.named_modules() if type(layer) is nn.Linear}
     copied = sum(

@@ -17,6 +17,7 @@ from .assign import assign_weights
 from .checkpoint import Checkpoint, Source
 from .kinds import ModelKind, expect
 from .shape_errors import blame_file
+from .source_files import remember_files
 from .weight_file import Part
 
 LATENT_CHANNELS = 16
@@ -50,6 +51,7 @@ def load_transformer(
         model = FluxTransformer(spec)
     place = device if limit is None or weights.nbytes <= limit else "cpu"
     assign_weights(model, weights.tensors, weights.name, dtype, place, on_progress)
+    remember_files(model, weights.file.states)
     return stream(model, device, limit)
 
 
@@ -76,5 +78,6 @@ def load_autoencoder(
     with blame_file(weights.name, ModelKind.VAE, weights.tensors), torch.device("meta"):
         model = AutoEncoder(spec)
     assign_weights(model, weights.tensors, weights.name, dtype, device, on_progress)
+    remember_files(model, weights.file.states)
     channels_last(model)
     return model

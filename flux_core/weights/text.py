@@ -20,6 +20,7 @@ from .assign import assign_weights
 from .checkpoint import Checkpoint, PartWeights, Source
 from .kinds import ModelKind, expect
 from .shape_errors import blame_file
+from .source_files import remember_files
 from .tokenizer import CLIP_ENCODER, EMBEDDED, T5_ENCODER, find_tokenizer
 from .weight_file import Part, WeightFile
 
@@ -78,6 +79,7 @@ def _load_t5(
         model = t5_from_shapes(tensors)
     model = assign_weights(model, tensors, weights.name, dtype, device, on_progress)
     model.tie_weights()
+    remember_files(model, weights.file.states)
     return model
 
 
@@ -94,7 +96,9 @@ def _load_clip(weights: PartWeights, dtype: torch.dtype | None, device: torch.de
         model = clip_from_shapes(tensors, eos_token_id)
     if hasattr(model, "text_model"):  # transformers before 5
         tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
-    return assign_weights(model, tensors, weights.name, dtype, device)
+    model = assign_weights(model, tensors, weights.name, dtype, device)
+    remember_files(model, weights.file.states)
+    return model
 
 
 def _positive_integer(file: WeightFile, key: str) -> int | None:

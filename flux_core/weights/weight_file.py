@@ -12,6 +12,7 @@ from torch import Tensor
 from ..quant.formats import QuantizedWeight
 from .gguf_file import is_gguf, read_gguf
 from .safetensors_file import TRANSFORMER_PREFIXES, check_path, read_safetensors
+from .source_files import FileState
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -66,7 +67,8 @@ class WeightFile:
     """The tensors of a file, or of all shards of a model, without `prefix`; and the metadata as text.
 
     `format` is "safetensors" or "GGUF", `size` the bytes on disk of all `paths`, `gguf` the open reader of a
-    GGUF file, `folder` the folder that was chosen in place of a file.
+    GGUF file, `folder` the folder that was chosen in place of a file, `states` the files
+    as they were when they were opened.
     """
 
     paths: tuple[Path, ...]
@@ -77,6 +79,7 @@ class WeightFile:
     prefix: str = ""
     gguf: GGUFReader | None = None
     folder: Path | None = None
+    states: tuple[FileState, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,12 +105,16 @@ def open_file(path: Path) -> WeightFile:
     short, damaged or of another format.
     """
     path = check_path(path)
-    size = path.stat().st_size
+    state = FileState.of(path)
     if is_gguf(path):
         tensors, metadata, reader = read_gguf(path)
-        return WeightFile((path,), "GGUF", size, dict(tensors), metadata, gguf=reader)
-    plain, metadata = read_safetensors(path)
-    return WeightFile((path,), "safetensors", size, dict(plain), metadata)
+        file = WeightFile((path,), "GGUF", state.size, dict(tensors), metadata, gguf=reader)
+    else:
+        plain, metadata = read_safetensors(path)
+        file = WeightFile((path,), "safetensors", state.size, dict(plain), metadata)
+    if not state.is_current():
+        raise ValueError(f"{path.name} is being written; wait until it is complete, and load it again")
+    return replace(file, states=(state,))
 
 
 def merge(shards: list[WeightFile]) -> WeightFile:
@@ -126,5 +133,6 @@ def merge(shards: list[WeightFile]) -> WeightFile:
             size=whole.size + shard.size,
             tensors={**whole.tensors, **shard.tensors},
             metadata={**shard.metadata, **whole.metadata},
+            states=(*whole.states, *shard.states),
         )
     return whole
