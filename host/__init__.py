@@ -14,6 +14,7 @@
   sockets.py       WebSocket messages, previews, the Console panel
   jobs.py          the queue, its worker thread and the history
   validation.py    checks a prompt before anything runs
+  prompt_graph.py  a prompt's wires, and the order in which it runs
   execution.py     runs a prompt: order, result cache, progress, interruption
   run_events.py    the events of a run, as the editor receives them
   context.py       what a running node can call: progress, preview, notice

@@ -19,9 +19,10 @@ import torch
 
 from . import context
 from .files import SaveError
+from .prompt_graph import Prompt, links, order
 from .registry import Registry
 from .run_events import PROGRESS_INTERVAL, NodeError, OnEvent, RunEvents
-from .validation import Checked, Prompt, links, order
+from .validation import Checked
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from .files import Folders, contained, write
 from .image_routes import ImageRoutes
+from .json_reader import read_json
 from .request_reading import json_body, json_object
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class FileRoutes:
     def settings(self) -> dict[str, Any]:
         """The saved settings; a damaged file is renamed and replaced by empty settings."""
         try:
-            found = json.loads(self.settings_file.read_text(encoding="utf-8"))
+            found = read_json(self.settings_file.read_bytes())
             if isinstance(found, dict):
                 return found
         except FileNotFoundError:

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import context
-from .validation import Prompt
+from .prompt_graph import Prompt
 
 log = logging.getLogger(__name__)
 
 OnEvent = Callable[[str, dict[str, Any]], None]
+MAX_STATES = 64
+"""Nodes in one progress_state; each message has them all, so their number is bounded."""
 PROGRESS_INTERVAL = 0.1  # seconds; with more messages than this the browser lags behind
 
 
@@ -126,6 +128,9 @@ class RunEvents:
         )
 
     def _set_state(self, node_id: str, value: float, total: float, state: str) -> None:
+        """Send the states of the last MAX_STATES nodes."""
+        if node_id not in self._states and len(self._states) >= MAX_STATES:
+            del self._states[next(iter(self._states))]
         self._states[node_id] = {
             "value": total if state == "finished" else value,
             "max": total,

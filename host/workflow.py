@@ -49,6 +49,8 @@ def read_document(path: str | Path) -> Document:
         raise WorkflowError(f"cannot read {path}: {error.strerror}") from error
     if signature == SIGNATURE:
         return _read_png(path)
+    if b"\0" in data[:64]:
+        raise WorkflowError(f"{path} is neither JSON nor a PNG; give a workflow (.json) or an image (.png)")
     return classify(_parse(data, str(path)), str(path))
 
 

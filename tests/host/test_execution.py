@@ -67,6 +67,22 @@ def test_only_the_targets_run_and_the_others_keep_their_results(executor: Execut
     assert run(executor, prompt).executed == []
 
 
+def test_a_long_chain_sends_events_in_proportion_to_its_length(registry: Registry) -> None:
+    def sent(count: int) -> int:
+        """Bytes of all events of a chain of preview nodes."""
+        sources = ["text", *([str(index), 0] for index in range(count - 1))]
+        prompt = {
+            str(index): {"class_type": "PreviewAny", "inputs": {"source": source}}
+            for index, source in enumerate(sources)
+        }
+        sizes: list[int] = []
+        found = run(Executor(registry), prompt, on_event=lambda _, data: sizes.append(len(json.dumps(data))))
+        assert found.status == "success" and len(found.outputs) == count
+        return sum(sizes)
+
+    assert sent(600) < 2.5 * sent(300)
+
+
 def test_events_are_sent_in_comfyuis_order(executor: Executor, prompts: Any) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
     run(executor, prompts.image(), on_event=lambda *event: events.append(event), prompt_id="p", previews=True)

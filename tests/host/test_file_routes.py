@@ -162,3 +162,17 @@ def test_settings_are_kept_and_a_damaged_file_is_renamed(client: Client, folders
     (folders.user / "comfy.settings.json").write_text('{"a": 1')
     assert client.get_json("/api/settings") == defaults
     assert (folders.user / "comfy.settings.damaged").read_text() == '{"a": 1'
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"[" + b"[]," * 300_000 + b"[]]", b"[1]", b"\xff", b'{"a": 1e999']
+)
+def test_settings_of_any_content_leave_the_editor_usable(
+    content: bytes, client: Client, folders: Folders
+) -> None:
+    assert client.request("POST", "/api/userdata/comfy.settings.json", data=content).status == 200
+    assert client.get("/").status in (200, 302)
+    defaults = client.get_json("/api/settings")
+    client.post_json("/api/settings", {"a": 1})
+    assert client.get_json("/api/settings") == defaults | {"a": 1}
+    assert (folders.user / "comfy.settings.damaged").read_bytes() == content

@@ -181,3 +181,121 @@ def test_a_node_validates_its_own_values(registry: Registry, folders: Folders) -
     assert validate(prompt("made.png [output]"), registry).outputs == ["5"]
     for name in ("made.png", "../user/secret.png", "../user/secret.png [output]"):
         assert name in refused(prompt(name), registry, "1", "custom_validation_failed")
+
+
+# Large and malformed prompts
+
+
+def chain(count: int, first: Any = "text") -> dict[str, Any]:
+    """Preview nodes, each wired to the one before it."""
+    sources = [first, *([str(index), 0] for index in range(count - 1))]
+    return {
+        str(index): {"class_type": "PreviewAny", "inputs": {"source": source}}
+        for index, source in enumerate(sources)
+    }
+
+
+def test_a_long_chain_of_outputs_is_validated_in_linear_time(registry: Registry) -> None:
+    assert len(validate(chain(5_000), registry).outputs) == 5_000
+    with pytest.raises(InvalidPrompt) as caught:
+        validate(chain(5_000, first=["lost", 0]), registry)
+    (entry,) = caught.value.node_errors.values()
+    assert entry["dependent_outputs"] == [str(index) for index in range(20)], "the first twenty"
+
+
+def test_many_errors_give_a_short_answer(registry: Registry) -> None:
+    for prompt in (
+        chain(3_000, first=["2999", 0]),
+        {**chain(3_000), "0": chain(1, first=["lost", 0])["0"]},
+    ):
+        for node in prompt.values():
+            if isinstance(source := node["inputs"]["source"], list):
+                source[1] = 7
+        with pytest.raises(InvalidPrompt) as caught:
+            validate(prompt, registry)
+        assert len(caught.value.node_errors) == 3_000 and len(caught.value.sentences()) == 51
+        assert len(str(caught.value)) < 20_000 and len(caught.value.error["details"]) < 20_000
+
+
+def test_outputs_beside_a_cycle_run(registry: Registry, prompts: Any) -> None:
+    prompt = prompts.image() | {
+        "8": {"class_type": "PreviewAny", "inputs": {"source": ["9", 0]}},
+        "9": {"class_type": "PreviewAny", "inputs": {"source": ["8", 0]}},
+        "10": {"class_type": "PreviewAny", "inputs": {"source": ["9", 0]}},
+    }
+    checked = validate(prompt, registry)
+    assert checked.outputs == ["5"] and checked.node_errors.keys() == {"8", "9"}
+    assert checked.node_errors["8"]["dependent_outputs"] == ["8", "9", "10"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ({str(n): {} for n in range(10_001)}, "too many nodes: the limit is 10,000, got 10,001"),
+        ({"x" * 1001: {}}, "a node's id must have at most 1000 characters, got 'xxx"),
+        ({"a\nb": 5}, "node a b is not an object"),
+        ({"1": {"class_type": "Nope\n" * 9999}}, "node 1 is a Nope Nope"),
+        ({"1": {"class_type": ["Add"] * 9999}}, "node 1 is a ['Add', 'Add'"),
+        ({"1": {"class_type": None}}, "node 1 is a None"),
+    ],
+)
+def test_a_malformed_prompt_is_refused_in_one_short_line(prompt: Any, says: str, registry: Registry) -> None:
+    with pytest.raises(InvalidPrompt) as caught:
+        validate(prompt, registry)
+    message = caught.value.error["message"]
+    assert says in message and len(message) < 400 and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "value", [{}, {"a": "b" * 9999}, [1, 2, 3], {"__value__": ["1", 0]}, "x\n" * 9999, 10**400]
+)
+@pytest.mark.parametrize("widget", ["value", "scale", "mode", "sure"])
+def test_a_value_of_any_kind_is_refused_in_one_short_line(
+    value: Any, widget: str, registry: Registry, prompts: Any
+) -> None:
+    prompt = prompts.image()
+    prompt["1"]["inputs"][widget] = value
+    with pytest.raises(InvalidPrompt) as caught:
+        validate(prompt, registry)
+    (found,) = caught.value.node_errors["1"]["errors"]
+    assert (
+        found["details"].startswith(widget) and len(found["details"]) < 400 and "\n" not in found["details"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [(None, "got None"), ({"a": 1}, "got {'a': 1}"), ({"__value__": [1]}, "must be a single STRING")],
+)
+def test_text_is_no_table_and_not_null(value: Any, says: str, registry: Registry, prompts: Any) -> None:
+    prompt = prompts.image()
+    prompt["1"]["inputs"]["label"] = value
+    assert says in refused(prompt, registry, "1", "invalid_input_type")
+
+
+@pytest.mark.parametrize(
+    "name", [5, 1.5, True, "", "x" * 300, "a/" * 2000, "\0", "\ud83d", "x.png [nowhere]", "../x.png", "CON"]
+)
+def test_an_image_name_of_any_kind_is_refused(name: Any, registry: Registry, prompts: Any) -> None:
+    prompt = {"1": {"class_type": "LoadImage", "inputs": {"image": name}}} | {
+        "5": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}}
+    }
+    details = refused(prompt, registry, "1", "custom_validation_failed")
+    assert "image" in details and len(details) <= 1000 and "\n" not in details
+
+
+@pytest.mark.parametrize("prefix", ["", "..", "\0", "x" * 300, "a\n/../../b", "\ud83d", "/etc/x"])
+def test_a_prefix_of_any_kind_is_refused(prefix: Any, registry: Registry, prompts: Any) -> None:
+    prompt = prompts.image()
+    prompt["5"]["inputs"]["filename_prefix"] = prefix
+    details = refused(prompt, registry, "5", "custom_validation_failed")
+    assert "\n" not in details and len(details) < 400
+
+
+def test_node_ids_of_any_kind_run(registry: Registry, prompts: Any) -> None:
+    for name in ("ü🦊", "__proto__", " ", "a\nb", "\ud83d", "%s{}", "-10", "1:2:3", "x" * 1000):
+        prompt = prompts.image()
+        prompt[name] = prompt.pop("3")
+        prompt["4"]["inputs"]["number"] = [name, 0]
+        checked = validate(prompt, registry)
+        assert name in order(checked.prompt, checked.outputs)

@@ -47,7 +47,7 @@ def test_a_png_gives_the_prompt_that_made_it_and_the_graph(tmp_path: Path) -> No
     ("content", "says"),
     [
         (b"", "is empty"),
-        (b"\xff\xfe\x00junk", "is not JSON: it must be text in UTF-8"),
+        (b"\xff\xfe\x00junk", "is neither JSON nor a PNG"),
         (json.dumps(pair())[:-40].encode(), "is not valid JSON (line 1, column"),
         (b"[1, 2]", "has no workflow: neither the editor's format"),
         (b"{}", "has no workflow"),
