@@ -19,7 +19,7 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from .json_reader import quoted
+from .json_reader import one_line
 from .png_file import SIGNATURE, DamagedPng, LargeMetadata, PngFile, read_png
 
 MEDIA_TYPES = {
@@ -136,7 +136,7 @@ def decode(source: Path | bytes, name: str, first_only: bool = False) -> Decoded
 
     Raises ValueError, one sentence, for a file that is missing, damaged, too large or of another format.
     """
-    name = quoted(name)[1:-1]
+    name = one_line(name)
     data = source if isinstance(source, bytes) else _read(source, name)
     kind = _supported_format(data, name)
     try:

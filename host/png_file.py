@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import BinaryIO
@@ -18,9 +19,9 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_METADATA = 2 * MAX_BYTES
 """Bytes of a file's texts, profile and EXIF data, decompressed: two workflows of the largest size."""
 MAX_CHUNKS = 200_000
-PIXEL_CHUNKS = (b"PLTE", b"tRNS", b"fcTL", b"fdAT", b"IDAT", b"IEND")
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+ANIMATION_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
 METADATA_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")
-MAX_FRAMES = 2**31
 
 
 class DamagedPng(ValueError):
@@ -56,7 +57,6 @@ def read_png(file: BinaryIO) -> PngFile:
     reader = _Reader(file)
     if file.read(len(SIGNATURE)) != SIGNATURE:
         raise DamagedPng("it has no PNG signature")
-    reader.png.pixels.write(SIGNATURE)
     for _ in range(MAX_CHUNKS):
         if not reader.read_chunk():
             break
@@ -64,6 +64,7 @@ def read_png(file: BinaryIO) -> PngFile:
         raise DamagedPng(f"it has more than {MAX_CHUNKS:,} chunks")
     if b"IDAT" not in reader.seen:
         raise DamagedPng("it has no pixels: the chunk IDAT is missing")
+    reader.write_pixels()
     return reader.png
 
 
@@ -71,7 +72,9 @@ class _Reader:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.png = PngFile()
-        self.seen: set[bytes] = set()
+        self.seen: Counter[bytes] = Counter()
+        self.kept: list[tuple[bytes, bytes]] = []
+        self.frames = b""
         self.metadata_left = MAX_METADATA
         start = file.tell()
         self.size = file.seek(0, 2)
@@ -91,7 +94,7 @@ class _Reader:
             self._take(length)
         if self.file.tell() + length + 4 > self.size:
             raise DamagedPng(f"it ends within its chunk {shown}")
-        if kind not in (b"IHDR", b"acTL", *PIXEL_CHUNKS, *METADATA_CHUNKS):
+        if kind not in (*PIXEL_CHUNKS, *ANIMATION_CHUNKS, *METADATA_CHUNKS):
             self.file.seek(length + 4, 1)
             return True
         data, checksum = self.file.read(length), self.file.read(4)
@@ -99,13 +102,25 @@ class _Reader:
             raise DamagedPng(f"its chunk {shown} has a wrong checksum")
         if kind in METADATA_CHUNKS:
             self._read_metadata(kind, data)
-        elif kind != b"acTL" or self._is_animation(data):
-            self.png.pixels.write(head + data + checksum)
-        self.seen.add(kind)
+        else:
+            self.kept.append((kind, head + data + checksum))
+        self.seen[kind] += 1
         if kind == b"IHDR":
             self._read_header(data)
+        elif kind == b"acTL":
+            self.frames = data[:4]
         self.png.has_end = kind == b"IEND"
         return not self.png.has_end
+
+    def write_pixels(self) -> None:
+        """Write the chunks of the pixels; an animation with missing or extra frames becomes a still image."""
+        count = self.seen[b"fcTL"]
+        is_animation = count > 0 and self.seen[b"acTL"] == 1 and self.frames == struct.pack(">I", count)
+        self.png.pixels.write(SIGNATURE)
+        for kind, chunk in self.kept:
+            if is_animation or kind not in ANIMATION_CHUNKS:
+                self.png.pixels.write(chunk)
+        self.png.pixels.seek(0)
 
     def _check_order(self, kind: bytes, shown: str) -> None:
         if not self.seen and kind != b"IHDR":
@@ -121,11 +136,6 @@ class _Reader:
         self.png.width, self.png.height, self.png.bit_depth = struct.unpack(">IIB", data[:9])
         if not (0 < self.png.width < 2**31 and 0 < self.png.height < 2**31):
             raise DamagedPng(f"its size is {self.png.width} x {self.png.height}")
-
-    def _is_animation(self, data: bytes) -> bool:
-        """Whether acTL is valid; else the file is a still image, which Pillow would warn about."""
-        frames = struct.unpack(">I", data[:4])[0] if len(data) == 8 else 0
-        return b"acTL" not in self.seen and 0 < frames < MAX_FRAMES
 
     def _take(self, count: int) -> None:
         self.metadata_left -= count
