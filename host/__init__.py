@@ -2,7 +2,7 @@
 
   serve.py         the command `python3 run.py [serve]`
   render.py        the command `python3 run.py render`: a workflow file without the editor
-  arguments.py     command-line options that both share
+  arguments.py     command-line options that both share; terminal.py: text for the terminal
   server.py        the web application: page, WebSocket, and the routes of the next three
   queue_routes.py  prompts, queue, history and jobs
   info_routes.py   node definitions, templates, the log and the system
@@ -21,6 +21,7 @@
   registry.py      the node classes and their `object_info`
   stock_nodes.py   LoadImage, SaveImage, PreviewImage, PreviewAny
   files.py         folders, path checks, atomic writes
+  unfinished.py    hidden files of writes in progress, locks between programs
   json_reader.py   JSON from outside, with limits
   workflow.py      workflow files in, prompts out
   graph.py         the editor's graph to a prompt, as its Run button does

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from ..flux_core.weights.file_names import is_encodable
+from ..flux_core.weights.messages import quoted
 from .guard import HOST_NAME
 
 
@@ -45,4 +47,6 @@ def host_name(text: str) -> str:
 def _folder(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"the folder {text} does not exist")
+    if not is_encodable(str(Path(text).absolute())):
+        raise argparse.ArgumentTypeError(f"the name {quoted(text)} is not valid Unicode (UTF-8); rename it")
     return Path(text).absolute()

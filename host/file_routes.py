@@ -6,15 +6,19 @@ Every path in a request is checked to stay in its folder (files.contained); ever
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from .files import Folders, contained, write
+from ..flux_core.weights.file_names import walk_visible
+from . import unfinished
+from .files import Folders, contained, reporting, write
 from .image_routes import ImageRoutes
 from .json_reader import read_json
 from .request_reading import json_body, json_object
@@ -74,16 +78,14 @@ class FileRoutes:
 
     def _describe(self, request: web.Request, path: Path) -> web.Response:
         """The name of a file; with `full_info` also its size and times."""
-        entry = _entry(self.folders.user.resolve(), path)
+        entry = _entry(self.folders.user, path)
         return web.json_response(entry if request.query.get("full_info") == "true" else entry["path"])
 
     async def list_user_files(self, request: web.Request) -> web.Response:
         """The files in the folder `dir`: their names, or descriptions with `full_info`."""
         query = request.query
         root = self._user_path(query.get("dir", ""))
-        found = root.rglob("*") if query.get("recurse") == "true" else root.glob("*")
-        paths = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
-        entries = [_entry(root, path) for path in paths]
+        entries = [_entry(root, path) for path in _files_in(root, query.get("recurse") == "true")]
         if query.get("full_info") == "true":
             return web.json_response(entries)
         names = [entry["path"] for entry in entries]
@@ -108,7 +110,9 @@ class FileRoutes:
 
     async def delete_user_file(self, request: web.Request) -> web.Response:
         """Delete a user file."""
-        self._user_file(request).unlink()
+        path = self._user_file(request)
+        with reporting(path):
+            path.unlink()
         return web.Response(status=204)
 
     async def move_user_file(self, request: web.Request) -> web.Response:
@@ -116,8 +120,9 @@ class FileRoutes:
         path, target = self._user_file(request), self._user_path(request.match_info["target"])
         if request.query.get("overwrite") != "true" and target.exists():
             raise web.HTTPConflict(text=f"the file {target.name} exists already")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+        with reporting(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
         return self._describe(request, target)
 
     # Settings
@@ -132,13 +137,19 @@ class FileRoutes:
             return {}
         except (OSError, ValueError) as error:
             log.warning("the settings in %s cannot be read (%s)", self.settings_file, error)
-        os.replace(self.settings_file, self.settings_file.with_suffix(".damaged"))
+        with suppress(OSError):  # on a read-only disk it stays
+            os.replace(self.settings_file, self.settings_file.with_suffix(".damaged"))
         return {}
 
-    def _change_settings(self, changes: dict[str, Any]) -> web.Response:
-        text = json.dumps(self.settings() | changes, indent=2, ensure_ascii=False)
-        write(self.settings_file, text.encode())
+    async def _change_settings(self, changes: dict[str, Any]) -> web.Response:
+        await asyncio.to_thread(self.merge_settings, changes)
         return web.Response()
+
+    def merge_settings(self, changes: dict[str, Any]) -> None:
+        """Write the saved settings with the changes; another host on the same folder waits meanwhile."""
+        with reporting(self.settings_file), unfinished.locked(self.settings_file.with_suffix(".lock")):
+            text = json.dumps(self.settings() | changes, indent=2, ensure_ascii=False)
+            write(self.settings_file, text.encode())
 
     async def read_settings(self, request: web.Request) -> web.Response:
         """All settings."""
@@ -150,11 +161,21 @@ class FileRoutes:
 
     async def write_settings(self, request: web.Request) -> web.Response:
         """Change several settings."""
-        return self._change_settings(await json_object(request))
+        return await self._change_settings(await json_object(request))
 
     async def write_setting(self, request: web.Request) -> web.Response:
         """Change one setting."""
-        return self._change_settings({request.match_info["name"]: await json_body(request)})
+        return await self._change_settings({request.match_info["name"]: await json_body(request)})
+
+
+def _files_in(root: Path, recurse: bool) -> list[Path]:
+    """The visible files in a folder, with `recurse` also below it, sorted; links are followed."""
+    found: list[Path] = []
+    for place, folders, files in walk_visible(root):
+        found += [place / name for name in files]
+        if not recurse:
+            folders.clear()
+    return sorted(found)
 
 
 def _entry(root: Path, path: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class ImageRoutes:
         """Names of the images directly in a folder, newest first, as `image.png [input]`."""
         kind = request.match_info["kind"]
         paths = [self.folders.locate(name, kind=kind) for name in self.folders.images(kind)]
-        paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        paths.sort(key=_modified, reverse=True)
         return web.json_response([f"{path.name} [{kind}]" for path in paths])
 
     def _existing(self, name: str, subfolder: str, kind: str) -> Path:
@@ -133,6 +133,14 @@ def _write_upload(upload: _Upload) -> str:
 
 def _has_content(path: Path, data: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+
+
+def _modified(path: Path) -> float:
+    """When a file was written; 0 for one that was deleted since it was listed."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _text(post: Any, name: str, default: str) -> str:

@@ -10,8 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any
+
+from ..flux_core.weights.messages import one_line, quoted
+
+__all__ = ["JsonError", "one_line", "quoted", "read_json", "read_json_object"]
 
 MAX_BYTES = 16 * 2**20
 """Bytes of a document; half as many with characters outside ASCII, which take up to four bytes in memory.
@@ -68,23 +72,6 @@ def read_json_object(
     if not isinstance(value, dict):
         raise JsonError(f"{what} must be a JSON object of names and values, got {quoted(value)}")
     return value
-
-
-def quoted(value: Any, limit: int = 200) -> str:
-    """A value for an error message: on one line, at most `limit` characters, without lone surrogates."""
-    if isinstance(value, (str, bytes)):
-        value = value[: limit + 1]
-    elif isinstance(value, (list, tuple)):
-        value = value[:limit]
-    elif isinstance(value, dict):
-        value = dict(islice(value.items(), limit))
-    return one_line(repr(value), limit)
-
-
-def one_line(text: str, limit: int = 200) -> str:
-    """A text on one line, at most `limit` characters, without lone surrogates."""
-    cut = " ".join(text[: 2 * limit].encode(errors="replace").decode().split())
-    return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 3]}..."
 
 
 def _check_size(data: bytes, what: str, max_bytes: int) -> None:

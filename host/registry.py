@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -70,6 +71,11 @@ class Registry:
                 log.exception("INPUT_TYPES of %s failed; the node is left out", class_type)
         return table
 
+    def checked_by_node(self, class_type: str) -> set[str]:
+        """Names of the inputs whose values the node checks itself, in its VALIDATE_INPUTS."""
+        own_check = getattr(self.classes[class_type], "VALIDATE_INPUTS", None)
+        return set(inspect.signature(own_check).parameters) if own_check else set()
+
     def describe(self, class_type: str) -> dict[str, Any]:
         """The entry of one class in `object_info`."""
         node, inputs = self.classes[class_type], self.inputs(class_type)
@@ -88,6 +94,7 @@ class Registry:
             "category": getattr(node, "CATEGORY", ""),
             "output_node": self.is_output(class_type),
             "search_aliases": list(getattr(node, "SEARCH_ALIASES", [])),
+            "checked_by_node": sorted(self.checked_by_node(class_type)),
         }
         for attribute in ("OUTPUT_TOOLTIPS", "DEPRECATED", "EXPERIMENTAL", "ESSENTIALS_CATEGORY"):
             if getattr(node, attribute, None):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import terminal
 from .arguments import Parser
 from .execution import Executor, Result
 from .files import Folders, SaveError, check_writable
@@ -30,10 +31,10 @@ PREVIEWS = ("PreviewImage", "PreviewAny")
 class ProgressBar:
     """Prints a run's progress: one redrawn line on a terminal, else one line for each node with steps."""
 
-    def __init__(self, stream: TextIO, title: Callable[[str], str]) -> None:
+    def __init__(self, stream: TextIO | None, title: Callable[[str], str]) -> None:
         self.stream = stream
         self.title = title
-        self.redraws = stream.isatty()
+        self.redraws = stream is not None and stream.isatty()
         self.drawn = 0
         self.node = ""
         self.steps = ""
@@ -52,28 +53,30 @@ class ProgressBar:
             self._draw(f"{self.node} {self.steps}")
         elif kind == "notice":
             self.clear()
-            self.stream.write(f"note: {data['text']}\n")
+            self._write(f"note: {data['text']}\n")
 
     def finish_node(self) -> None:
         """Print the final line of a node with steps, with its seconds."""
         self.clear()
         if self.steps:
-            self.stream.write(f"{self.node} {self.steps} {time.monotonic() - self.started:.1f} s\n")
+            self._write(f"{self.node} {self.steps} {time.monotonic() - self.started:.1f} s\n")
         self.steps = ""
-        self.stream.flush()
 
     def clear(self) -> None:
         """Erase the line that is drawn."""
         if self.drawn:
-            self.stream.write("\r" + " " * self.drawn + "\r")
+            self._write("\r" + " " * self.drawn + "\r")
             self.drawn = 0
 
     def _draw(self, text: str) -> None:
         if self.redraws:
             self.clear()
-            self.stream.write(text)
-            self.stream.flush()
+            self._write(text)
             self.drawn = len(text)
+
+    def _write(self, text: str) -> None:
+        if self.stream is not None:
+            terminal.report(text, self.stream)
 
 
 def render(
@@ -178,13 +181,11 @@ def _log_to_stderr(verbose: bool) -> Iterator[None]:
 def _print_result(result: Result, folders: Folders) -> int:
     """Print texts to stderr and paths of images to stdout; returns the exit code."""
     for output in result.outputs.values():
-        sys.stderr.writelines(f"{text}\n" for text in output.get("text", ()))
+        terminal.report("".join(f"{text}\n" for text in output.get("text", ())))
     try:
         for image in result.images():
-            sys.stdout.write(f"{folders.locate(image['filename'], image['subfolder'])}\n")
-        sys.stdout.flush()
-    except (OSError, UnicodeError) as error:  # a closed pipe, a full disk, or an encoding without a character
-        sys.stdout = None  # or Python would flush it again at exit and fail again
+            terminal.write(sys.stdout, f"{folders.locate(image['filename'], image['subfolder'])}\n")
+    except OSError as error:  # a closed pipe or a full disk
         return _fail([f"the images are in {folders.output}, but their paths cannot be printed: {error}"])
     if result.error is not None:
         return _fail([f"node {result.error.node_id} ({result.error.class_type}): {result.error.message}"])
@@ -197,6 +198,6 @@ def _fail(sentences: list[str]) -> int:
     for sentence in sentences:
         message = sentence.partition("): ")[2] or sentence
         if message not in reported:  # every node of a cycle has the same error
-            sys.stderr.write(f"render: {sentence}\n")
+            terminal.report(f"render: {sentence}\n")
         reported.add(message)
     return 1

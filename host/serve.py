@@ -7,12 +7,12 @@ import asyncio
 import errno
 import importlib.util
 import signal
-import sys
 import webbrowser
 from pathlib import Path
 
 from aiohttp import web
 
+from . import terminal
 from .arguments import Parser, host_name, port_number
 from .connections import Runner
 from .files import Folders, SaveError
@@ -126,5 +126,4 @@ def _stop_event() -> asyncio.Event:
 
 
 def _print(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
-    sys.stderr.flush()
+    terminal.report(f"{message}\n")

@@ -128,7 +128,7 @@ def write_images(
         except files.SaveError as error:
             saved_so_far = f" ({index} of {len(images)} images are saved)" if index else ""
             raise files.SaveError(f"{error}{saved_so_far}") from error
-        subfolder = written.parent.relative_to(getattr(context.folders(), kind).resolve()).as_posix()
+        subfolder = written.parent.relative_to(context.folders().root(kind)).as_posix()
         saved.append(
             {"filename": written.name, "subfolder": "" if subfolder == "." else subfolder, "type": kind}
         )

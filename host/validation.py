@@ -8,7 +8,6 @@ and integers must match their widget's step.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError
 from typing import Any
 
-from ..flux_core.weights.safetensors_file import PICKLES
+from ..flux_core.weights.file_names import PICKLES, has_ending
 from . import context
 from .json_reader import one_line, quoted
 from .prompt_graph import Prompt, dependents, downstream, listed, order, upstream
@@ -172,7 +171,7 @@ def _check_node(
     """The errors of one node's inputs; values are converted to their types in place."""
     node = prompt[node_id]
     own_check = getattr(registry[node["class_type"]], "VALIDATE_INPUTS", None)
-    exempt = set(inspect.signature(own_check).parameters) if own_check else set()
+    exempt = registry.checked_by_node(node["class_type"])
     problems = []
     for name, (kind, options, required) in specs.items():
         if name not in node["inputs"]:
@@ -282,7 +281,7 @@ def _near(below: int, step: int, options: dict[str, Any]) -> str:
 
 def explain_choice(value: Any, choices: Sequence[Any]) -> str:
     """Why a combo does not accept a value, as the second half of a sentence."""
-    if str(value).lower().endswith(PICKLES):
+    if has_ending(str(value), PICKLES):
         return f"{quoted(value)} is a pickle file, which can execute code; convert it to safetensors"
     if not choices:
         return f"{quoted(value)} is not available; its folder has no such files"

@@ -127,7 +127,10 @@ def apply_settings(document: Document, settings: list[str], info: Info) -> Docum
         if not equals or not name.strip():
             raise WorkflowError(f"--set must be NAME=VALUE, got {quoted(setting)}")
         node_id, widget = _find(prompt, name.strip(), info)
-        value = read_value(text, *widget_specs(info[prompt[node_id]["class_type"]])[widget], name.strip())
+        described = info[prompt[node_id]["class_type"]]
+        kind, options = widget_specs(described)[widget]
+        is_name = isinstance(kind, (list, tuple)) and widget in described.get("checked_by_node", ())
+        value = text if is_name else read_value(text, kind, options, name.strip())
         prompt[node_id]["inputs"][widget] = value
         if graph is not None:
             with parse_errors():

@@ -57,11 +57,11 @@ class Host(Protocol):
         """Names of the models of one kind, the user's before the pack's."""
         return [path.as_posix() for path in model_files.names_in(self.model_roots(folder), folder)]
 
-    def model_path(self, folder: str, name: str) -> Path:
-        """The file or folder of a listed name. Raises FileNotFoundError, and ValueError for ../x."""
+    def model_path(self, folder: str, name: Any) -> Path:
+        """The file or folder of a name. Raises as model_files.path_of."""
         return model_files.path_of(self.model_roots(folder), folder, name)
 
-    def path_error(self, folder: str, name: str | None) -> str | None:
+    def path_error(self, folder: str, name: Any) -> str | None:
         """What is wrong with a model's name, in half a sentence, or None: for VALIDATE_INPUTS."""
         return model_files.path_error(self.model_roots(folder), folder, name)
 

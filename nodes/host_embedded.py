@@ -30,6 +30,7 @@ from ..host import context
 from . import host_embedded_loading as loading
 from .host import Host
 from .host_embedded_loading import EmbeddedModel
+from .model_files import folders_below
 from .run_report import Stopwatch, report_text, skipped
 from .wires import (
     Entries,
@@ -53,7 +54,7 @@ class EmbeddedHost(Host):
     # Files
 
     def model_folders(self, name: str) -> list[Path]:
-        return [Path(root) / name for root in context.model_folders()]
+        return [path for root in context.model_folders() for path in folders_below(Path(root), name)]
 
     # Loading
 

@@ -12,6 +12,7 @@
   layouts.py           weight layouts that are not supported, by name
   finite.py            NaN and inf in weights; source_files.py: files that changed after they were loaded
   describe.py          one line on a file
+  file_names.py        endings, names that are listed or refused; messages.py: values in messages
 
 Weights stay in the mapped file as long as possible, and no pickle is ever opened.
 """

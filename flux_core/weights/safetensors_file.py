@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, UntypedStorage
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+from .file_names import PICKLES, check_encodable, has_ending
+
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What the transformer's names start with in all-in-one checkpoints."""
 
@@ -120,13 +121,14 @@ def _mapped(path: Path, file: Any) -> dict[str, Tensor]:
 def check_path(path: str | Path) -> Path:
     """The path, unless it cannot be a model file. Raises as `read_state_dict`."""
     path = Path(path)
+    check_encodable(path)
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder (diffusers' layout?); choose a single .safetensors file with BFL's names"
         )
     if not path.exists():
         raise FileNotFoundError(f"model file {path} does not exist; check its name and folder")
-    if path.suffix.lower() in PICKLES:
+    if has_ending(path, PICKLES):
         raise ValueError(
             f"{path.name} is a pickle ({path.suffix}), which could run code; convert it to safetensors"
         )

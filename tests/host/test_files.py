@@ -13,7 +13,8 @@ from rectiflux.host.files import Folders, SaveError, contained
 
 
 @pytest.mark.parametrize(
-    "name", ["../a", "a/../../b", "/etc/passwd", "..\\..\\a", "", ".", "a/..", "sub/../../output/x", "a\0b"]
+    "name",
+    ["../a", "a/../../b", "/etc/passwd", "..\\..\\a", "", ".", "a/..", "sub/../../output/x", "a\0b", "C:a"],
 )
 def test_no_path_leaves_its_folder(folders: Folders, name: str) -> None:
     with pytest.raises(ValueError):
@@ -22,12 +23,6 @@ def test_no_path_leaves_its_folder(folders: Folders, name: str) -> None:
         folders.locate(name, kind="input")
     with pytest.raises(ValueError):
         folders.annotated(f"{name} [input]")
-
-
-def test_no_symbolic_link_leads_out_of_a_folder(folders: Folders) -> None:
-    (folders.input / "out").symlink_to(folders.user)
-    with pytest.raises(ValueError, match="'out/secret' does not name a file in the folder input"):
-        contained(folders.input, "out/secret")
 
 
 def test_names_are_located_and_images_listed(folders: Folders) -> None:
