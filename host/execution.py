@@ -117,7 +117,9 @@ class Executor:
         except context.Interrupted:
             events.interrupted(node_id, executed)
             return Result("interrupted", outputs, executed)
-        except Exception as error:  # a node may raise anything; the host continues
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # also what no Exception is: a panic of the tokenizers library
             failure, is_full = self._describe(events, node_id, error), is_out_of_memory(error)
             events.failed(failure, executed)
         else:
@@ -212,7 +214,7 @@ class Executor:
             key: cached for key, cached in self._cache.items() if key in current or cached.node_id in idle
         }
 
-    def _describe(self, events: RunEvents, node_id: str, error: Exception) -> NodeError:
+    def _describe(self, events: RunEvents, node_id: str, error: BaseException) -> NodeError:
         """The error as one sentence; an unexpected one is logged with its traceback."""
         class_type = events.prompt[node_id]["class_type"]
         kind = type(error).__qualname__
@@ -233,7 +235,7 @@ class Executor:
         return NodeError(node_id, class_type, message, kind)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation on a device or in main memory failed."""
     failed = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return failed or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -163,7 +163,8 @@ def opened(served: tuple[str, Path]) -> Iterator[Editor]:
     """A new browser profile at the editor's address."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        editor = Editor(browser.new_page(viewport={"width": 1600, "height": 900}), *served)
+        tabs = browser.new_context(viewport={"width": 1600, "height": 900})
+        editor = Editor(tabs.new_page(), *served)
         editor.page.goto(editor.address)
         editor.page.wait_for_function("window.app?.graph?.nodes.length > 1")
         yield editor
@@ -310,3 +311,41 @@ def test_the_help_page_of_a_node(editor: Editor) -> None:
     text = (ROOT / "web" / "docs" / "RectifluxSampler" / "en.md").read_text()
     first = re.sub(r"[*`]", "", next(line for line in text.splitlines() if line and not line.startswith("#")))
     expect(editor.page.locator("body")).to_contain_text(first[:40])
+
+
+def test_a_duplicated_tab_and_its_original_stay_connected(editor: Editor) -> None:
+    """A duplicated tab has its original's session, and with it the client id."""
+    session = editor.page.evaluate("Object.entries(sessionStorage)")
+    client_id = dict(session)["clientId"]
+    copy = Editor(editor.page.context.new_page(), editor.address, editor.data)
+    copy.page.add_init_script(
+        f"for (const [name, value] of {json.dumps(session)}) sessionStorage.setItem(name, value)"
+    )
+    sockets: list[str] = []
+    for page in (editor.page, copy.page):
+        page.on("websocket", lambda socket: sockets.append(socket.url))
+    copy.page.goto(editor.address)
+    copy.page.wait_for_function("window.app?.graph?.nodes.length > 1")
+    copy.page.wait_for_timeout(3000)
+    assert len(sockets) == 1 and client_id in sockets[0], "neither tab connects again"
+    copy.show_demo()
+    editor.heard.clear()
+    assert SAVE in copy.run()
+    assert editor.received("execution_success"), "both hear of it"
+    copy.page.close()
+    assert editor.run() == [] and copy.faults == []
+
+
+def test_a_link_on_another_site_opens_the_editor(editor: Editor) -> None:
+    page = editor.page.context.new_page()
+    link = f'<a href="{editor.address}?template=text_to_image&source=rectiflux">editor</a>'
+    frame = f'<iframe src="{editor.address}"></iframe>'
+    page.route(
+        "http://wiki.example/", lambda route: route.fulfill(body=link + frame, content_type="text/html")
+    )
+    with page.expect_response(lambda response: response.url == editor.address) as framed:
+        page.goto("http://wiki.example/")
+    assert framed.value.status == 403
+    page.get_by_role("link").click()
+    page.wait_for_function("window.app?.graph?.nodes.length > 1")
+    page.close()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rectiflux.host import jobs
 from rectiflux.host.execution import Executor, Result
+from rectiflux.host.files import Folders
 from rectiflux.host.jobs import Job, Jobs
 from rectiflux.host.registry import Registry
 from rectiflux.host.validation import validate
@@ -219,6 +220,30 @@ def test_no_error_outside_the_nodes_ends_the_worker(
     assert type(fault).__name__ in error["exception_message"]
     assert first.summary()["messages"][-1][0] == "execution_error"
     assert "execution_error" in [kind for job_id, kind in queue.events if job_id == "a"] or place == "events"
+
+
+class Panicking:
+    """A node in whose library something panics."""
+
+    RETURN_TYPES = ("NUMBER",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def run(self) -> tuple[float]:
+        raise Panic("half an emoji: \ud83e")
+
+
+def test_a_panic_in_a_node_is_shown_on_the_node(
+    make_queue: Callable[..., Queue], registry: Registry, folders: Folders
+) -> None:
+    queue = make_queue(Executor(Registry({**registry.classes, "Number": Panicking}, {}, folders)))
+    job = queue.submit("a")
+    queue.run()
+    error = job.describe()["execution_error"]
+    assert error["node_id"] in ("1", "2") and "failed with Panic: half an emoji" in error["exception_message"]
 
 
 EVENTS = (
