@@ -137,7 +137,7 @@ class FileRoutes:
             return {}
         except (OSError, ValueError) as error:
             log.warning("the settings in %s cannot be read (%s)", self.settings_file, error)
-        with suppress(OSError):  # on a read-only disk it stays
+        with suppress(OSError):  # on a read-only disk it stays, and the page opens without settings
             os.replace(self.settings_file, self.settings_file.with_suffix(".damaged"))
         return {}
 

@@ -142,7 +142,9 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
             )
         raise
     except SaveError as error:
-        return _error_response(_file_status(error.__cause__), str(error))
+        reason = NAME_ERRORS.get(getattr(error.__cause__, "errno", 0))
+        sentence = f"the file cannot be saved: {reason}" if reason else str(error)
+        return _error_response(_file_status(error.__cause__), sentence)
     except (ConnectionError, asyncio.TimeoutError):
         raise
     except OSError as error:

@@ -176,3 +176,39 @@ def test_settings_of_any_content_leave_the_editor_usable(
     client.post_json("/api/settings", {"a": 1})
     assert client.get_json("/api/settings") == defaults | {"a": 1}
     assert (folders.user / "comfy.settings.damaged").read_bytes() == content
+
+
+def test_no_content_of_the_settings_breaks_the_page(client: Client, folders: Folders) -> None:
+    damaged = (b"[" * 100_000, b"\xff\xfe", b"[]", b"", b"9" * 5000, b'{"a": "\\ud83e"')
+    for content in damaged:
+        assert client.post("/userdata/comfy.settings.json", data=content).status == 200
+        assert client.get("/?x").status == client.get("/settings").status == 200
+    for _ in range(2):  # a folder in the file's place, also where a damaged file is put aside
+        client.post("/userdata/comfy.settings.json%2Fa", data=b"x")
+        client.post("/userdata/comfy.settings.damaged%2Fa", data=b"x")
+        assert client.get("/", allow_redirects=False).status in (200, 302)
+        assert client.get("/settings").status == 200
+        assert client.post("/settings", {"a": 1}).status < 500
+
+
+def test_names_that_cannot_be_used_are_refused_in_a_sentence(client: Client) -> None:
+    client.post("/userdata/folder%2Fa.json", data=b"{}")
+    client.post("/userdata/b.json", data=b"{}")
+    for method, path, status in (
+        ("POST", f"/userdata/{'n' * 300}.json", 400),
+        ("POST", f"/userdata/{'n/' * 3000}", 400),
+        ("POST", "/userdata/folder", 400),
+        ("POST", "/userdata/b.json%2Fc", 400),
+        ("POST", "/userdata/a%00b", 400),
+        ("POST", "/userdata/..%2F..%2Fx", 400),
+        ("GET", f"/userdata/{'n' * 300}.json", 400),
+        ("GET", "/userdata/folder", 404),
+        ("DELETE", "/userdata/folder", 404),
+        ("POST", "/userdata/b.json/move/folder?overwrite=true", 400),
+        ("POST", f"/userdata/b.json/move/{'n' * 300}", 400),
+        ("POST", "/userdata/b.json/move/b.json%2Fc", 400),
+        ("POST", "/userdata/b.json/move/folder", 409),
+    ):
+        response = client.request(method, path, data=b"{}" if method == "POST" else None)
+        assert response.status == status, (method, path, response.status, response.text)
+        assert 3 <= len(response.text.split()) and len(response.text) < 700 and "\n" not in response.text
