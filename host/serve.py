@@ -8,6 +8,7 @@ import errno
 import importlib.util
 import signal
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 
 from aiohttp import web
@@ -86,7 +87,8 @@ async def _serve(server: Server, args: argparse.Namespace) -> None:
             reason = f"port {args.port} is in use; stop the other program, or choose another --port"
         raise SaveError(reason) from error
     for preview in server.registry.folders.temp.glob("preview_*.png"):
-        preview.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk they stay
+            preview.unlink()
     address = _address(args.listen, runner.addresses[0][1])
     _announce(address, args.listen)
     stop = _stop_event()
