@@ -40,7 +40,7 @@ def port_number(text: str) -> int:
 def host_name(text: str) -> str:
     """A host name from the command line, without port or scheme, for argparse's `type`."""
     if not HOST_NAME.fullmatch(text.lower()):
-        raise argparse.ArgumentTypeError(f"must be a name such as studio.example, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a name such as x.example, got {text!r}")
     return text.lower()
 
 

@@ -125,13 +125,19 @@ class QueueRoutes:
         query = request.query
         statuses = tuple(filter(None, query.get("status", "").replace(" ", "").split(","))) or ALL_STATUSES
         for status in statuses:
-            if status not in ALL_STATUSES:
-                raise ValueError(f"status must be among {', '.join(ALL_STATUSES)}, got {quoted(status)}")
-        offset, limit = query_integer(request, "offset", 0) or 0, query_integer(request, "limit", 100)
+            _check_choice("status", status, ALL_STATUSES)
+        offset, limit = (
+            max(0, query_integer(request, "offset", 0) or 0),
+            query_integer(request, "limit", None),
+        )
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be a positive integer, got {limit}")
         jobs = self.jobs.listed(statuses)
         if "workflow_id" in query:
             jobs = [job for job in jobs if job.workflow_id == query["workflow_id"]]
-        page = jobs[max(0, offset) :][: max(0, limit or 0)]
+        if "sort_by" in query or "sort_order" in query:
+            jobs = _sorted(jobs, query.get("sort_by", "created_at"), query.get("sort_order", "desc"))
+        page = jobs[offset:] if limit is None else jobs[offset : offset + limit]
         pagination = {
             "offset": offset,
             "limit": limit,
@@ -184,6 +190,22 @@ def _window(jobs: list[Job], offset: int | None, max_items: int | None) -> list[
         offset = 0 if max_items is None else len(jobs) - max_items
     jobs = jobs[max(0, offset) :]
     return jobs if max_items is None else jobs[: max(0, max_items)]
+
+
+def _sorted(jobs: list[Job], sort_by: str, order: str) -> list[Job]:
+    """The jobs by their time of creation, or by how long they took."""
+    _check_choice("sort_by", sort_by, ("created_at", "execution_duration"))
+    _check_choice("sort_order", order, ("asc", "desc"))
+
+    def key(job: Job) -> int:
+        return job.created if sort_by == "created_at" else (job.ended or 0) - (job.started or 0)
+
+    return sorted(jobs, key=key, reverse=order == "desc")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {quoted(value)}")
 
 
 def _removal(body: dict[str, Any]) -> tuple[bool, list[str]]:

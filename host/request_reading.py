@@ -39,6 +39,7 @@ NAME_ERRORS = {
 @web.middleware
 async def read_body(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Read the body before the handler, so that a slow or malformed one costs nothing but its connection."""
+    _check_dates(request)
     is_form = False
     if request.body_exists and request.method != "GET" and request.match_info.http_exception is None:
         _check_encoding(request)
@@ -66,6 +67,16 @@ async def read_body(request: web.Request, handler: Handler) -> web.StreamRespons
         for value in (await request.post()).values() if is_form else ():
             if isinstance(value, web.FileField):
                 value.file.close()
+
+
+def _check_dates(request: web.Request) -> None:
+    """Refuse dates that aiohttp cannot convert; it would only notice while it sends a file."""
+    try:
+        _ = request.if_modified_since, request.if_unmodified_since, request.if_range
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            "a date in the request's headers is out of range; send it as HTTP wants it"
+        ) from error
 
 
 def _check_encoding(request: web.Request) -> None:

@@ -157,6 +157,7 @@ HEADERS = (
         "Range: bytes=0-99999999999",
     ),
     *(
+        "If-Unmodified-Since: Thu, 01 Jan 9999999999 00:00:00 GMT",
         "If-Modified-Since: yesterday",
         "If-Modified-Since: Thu, 99 Jan 99999 00:00:00 GMT",
         'If-None-Match: "',

@@ -127,6 +127,7 @@ RESPONSES = [
     (f"POST /api/prompt {HEAD}Content-Length: 1\r\nContent-Encoding: rot13\r\n", 415),
     (f"POST /api/prompt {HEAD}Content-Length: 1\r\nContent-Encoding: gzip\r\n", 400),
     (f"POST /api/prompt {HEAD}Content-Length: 1\r\nContent-Type: a/b; charset=none\r\n", 415),
+    (f"GET /?x {HEAD}If-Unmodified-Since: Thu, 01 Jan 9999999999 00:00:00 GMT\r\n", 400),
     (f"GET / {HEAD}Expect: something\r\n", 417),
     (f"GET /ws {HEAD}Sec-WebSocket-Version: 13\r\n", 400),
     (f"GET / {HEAD}Origin: http://evil.example\r\n", 403),

@@ -79,7 +79,16 @@ def test_fields_of_other_requests_are_checked(client: Client) -> None:
     ):
         response = client.post(path, body)
         assert response.status == 400 and " must be " in response.json["error"]
-    for query in ("offset=x", "offset=1.5", "limit=" + "9" * 5000, "status=done", "limit=٣"):
+    for query in (
+        "offset=x",
+        "offset=1.5",
+        "limit=" + "9" * 5000,
+        "status=done",
+        "limit=٣",
+        "limit=0",
+        "sort_by=x",
+        "sort_order=x",
+    ):
         response = client.get(f"/api/jobs?{query}")
         assert response.status == 400 and response.json["error"].startswith(
             f"{query.partition('=')[0]} must be "
@@ -114,6 +123,9 @@ def test_the_history_can_be_read_in_parts(client: Client) -> None:
         assert list(client.get_json(f"/history?{query}")) == expected, query
     assert client.get("/history?offset=x").status == client.get("/history?max_items=1e3").status == 400
     assert client.get_json("/history/unknown") == {}
+    found = client.get_json("/jobs?status=completed&sort_by=created_at&sort_order=asc&limit=2&offset=1")
+    assert [job["id"] for job in found["jobs"]] == sent[1:3] and found["pagination"]["total"] == 151
+    assert len(client.get_json("/jobs")["jobs"]) == 151
     client.post_json("/history", {"delete": [sent[0], "unknown"]})
     assert ended(client, 150) == sent[1:]
 

@@ -54,6 +54,10 @@ def test_a_port_in_use_and_wrong_options_are_reported_in_one_sentence(
         (["--port", "70000"], "argument --port: must be an integer from 0 to 65535, got '70000'"),
         (["--port", "many"], "argument --port: must be an integer from 0 to 65535, got 'many'"),
         (["--models", "missing"], "argument --models: the folder missing does not exist"),
+        (
+            ["--allow-host", "http://x"],
+            "argument --allow-host: must be a name such as x.example, got 'http://x'",
+        ),
         (["--frob"], "unrecognized arguments: --frob"),
     ):
         with pytest.raises(SystemExit) as ended:
