@@ -187,7 +187,13 @@ class Graph:
         if kind in self.definitions:
             use = Use(scope, node, self.definitions[kind])
             shown = self.shown(use).by_name
-            return {name: self._shown_source(use, name, widget) for name, widget in shown.items()}
+            found = {name: self._shown_source(use, name, widget) for name, widget in shown.items()}
+            for slot in node.get("inputs") or []:  # only placeholders read it, see _from_outside
+                link = scope.links.get(slot.get("link"))
+                origin = scope.nodes.get(link.origin, {}) if link is not None else {}
+                if origin.get("type") == PRIMITIVE and origin.get("widgets_values"):
+                    found[input_name(slot)] = Source(value=origin["widgets_values"][0])
+            return found
         if kind not in self.info:
             return {}
         specs = widget_specs(self.info[kind])

@@ -16,8 +16,8 @@ from typing import BinaryIO
 from .json_reader import MAX_BYTES
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_METADATA = 2 * MAX_BYTES
-"""Bytes of a file's texts, profile and EXIF data, decompressed: two workflows of the largest size."""
+MAX_METADATA = 3 * MAX_BYTES // 2
+"""Bytes of a file's texts, profile and EXIF data, decompressed: a prompt and a large workflow."""
 MAX_CHUNKS = 200_000
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 ANIMATION_CHUNKS = (b"acTL", b"fcTL", b"fdAT")

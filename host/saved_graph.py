@@ -160,17 +160,21 @@ def widget_positions(info: dict[str, Any], values: list[Any]) -> dict[str, int]:
 
 
 def saved_values(node: Node, info: dict[str, Any]) -> dict[str, Any]:
-    """{widget name: saved value} of a node, null included; defaults where the file is older than a widget."""
+    """{widget name: saved value} of a node; the default where the file is older, and for null in a combo."""
     values = node.get("widgets_values")
     values = [] if values is None else values
     by_name = isinstance(values, dict)
     positions = {} if by_name else widget_positions(info, values)
     found = {}
     for name, (kind, options) in widget_specs(info).items():
-        if by_name and name in values:
-            found[name] = values[name]
-        elif not by_name and positions[name] < len(values):
-            found[name] = values[positions[name]]
+        is_combo = kind == "COMBO" or isinstance(kind, (list, tuple))
+        if by_name:
+            is_saved, value = name in values, values.get(name)
+        else:
+            is_saved = positions[name] < len(values)
+            value = values[positions[name]] if is_saved else None
+        if is_saved and not (value is None and is_combo):
+            found[name] = value
         else:
             choices = kind if isinstance(kind, (list, tuple)) else options.get("options")
             found[name] = options.get("default", choices[0] if choices else None)

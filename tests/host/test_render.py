@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -354,3 +355,36 @@ def test_a_models_name_that_is_no_text(command: Command, models: Path, value: An
     path.write_text(json.dumps(prompt))
     message = command.refuses(path)
     assert message.startswith("node 1 (RectifluxModelLoader): model_name") and f"got {value!r}" in message
+
+
+def test_placeholders_in_the_prefix(command: Command) -> None:
+    """Comfy-Org/ComfyUI#7996: what Run in the editor saves; the API form of a workflow keeps them."""
+    prefix = "%date:yyyy-MM-dd%/fox_%RectifluxNoise.seed%_%RectifluxTextEncode.prompt%_%width%_%Nope.x%"
+    settings = ("--set", "seed=9", "--set", f"filename_prefix={prefix}")
+    (image,) = command(text_to_image(), *settings, "--set", "4.prompt=a red/blue: heart")
+    assert image.name == "fox_9_a red_blue_ heart_64_%Nope.x%_00001_.png"
+    assert image.parent.name == time.strftime("%Y-%m-%d")
+    prompt, workflow = metadata(image)
+    assert node_of(workflow, 12)["widgets_values"] == [prefix]
+    (again,) = command({"nodes": workflow["nodes"], "links": workflow["links"]})
+    assert again.name == "fox_9_a red_blue_ heart_64_%Nope.x%_00002_.png"
+    prompt["12"]["inputs"]["filename_prefix"] = "%RectifluxNoise.seed%"
+    (plain,) = command(prompt)
+    assert plain.name.startswith("%RectifluxNoise.seed%_")
+
+
+@pytest.mark.parametrize("kind", ["LoadImage", "SaveImage"])
+@pytest.mark.parametrize("name", [5, None, {"a": 1}, "x" * 300])
+def test_an_argument_of_any_kind_is_refused(command: Command, name: Any, kind: str) -> None:
+    """One sentence, never a traceback; a number is text for a prefix."""
+    inputs = command.folder / "pack" / "data" / "input"
+    inputs.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(inputs / "x.png")
+    is_load = kind == "LoadImage"
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": name if is_load else "x.png"}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}},
+    }
+    if not is_load:
+        prompt["3"]["inputs"]["filename_prefix"] = [] if name == 5 else name
+    assert command.refuses(prompt).startswith(f"node {'1' if is_load else '3'} ({kind}): ")

@@ -24,6 +24,11 @@ def test_values_are_named_by_position_and_the_seeds_control_is_skipped() -> None
         ("Number", [7, 2.5], {"seed": 7, "scale": 2.5}),  # a file without control_after_generate
         ("Number", {"scale": 3.0, "seed": 1}, {"seed": 1, "scale": 3.0}),  # values saved by name
         ("Load", ["x.png", "image"], {"image": "x.png"}),  # the upload button has a value, too
+        (
+            "Mix",
+            [None, None, None, 3],
+            {"mode": "add", "text": None, "flag": None, "n": 3},
+        ),  # null in a combo
         ("Mix", ["mul"], {"mode": "mul", "text": "-", "flag": False, "n": 4}),  # newer widgets: defaults
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,86 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         read_document(tmp_path / "nowhere.json")
     with pytest.raises(WorkflowError, match="is a folder; give a workflow"):
         read_document(tmp_path)
+
+
+UNICODE, LATIN = "红 fox ü 🦊", "a grün fox"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def texts(kind: str, text: str, encoding: str = "utf-8") -> bytes:
+    """The chunks of a prompt and a graph with this text."""
+    header = {"tEXt": b"", "iTXt": b"\0\0\0\0", "zTXt": b"\0"}[kind]
+    graph = pair(widgets_values=["mul", text])
+    prompt = {"2": {"class_type": "Mix", "inputs": {"text": text}}}
+    found = b""
+    for key, document in (("prompt", prompt), ("workflow", graph)):
+        data = json.dumps(document, ensure_ascii=False).encode(encoding)
+        data = zlib.compress(data) if kind == "zTXt" else data
+        found += chunk(kind.encode(), key.encode() + b"\0" + header + data)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (texts("tEXt", UNICODE), b"", UNICODE),
+        (b"", texts("tEXt", UNICODE), UNICODE),
+        (texts("iTXt", UNICODE), b"", UNICODE),
+        (texts("zTXt", UNICODE), b"", UNICODE),
+        (texts("tEXt", LATIN) + texts("iTXt", UNICODE), b"", UNICODE),
+        (texts("iTXt", UNICODE) + texts("tEXt", LATIN), b"", LATIN),
+        (texts("iTXt", UNICODE), texts("zTXt", LATIN), LATIN),
+        (texts("tEXt", LATIN, "latin-1"), b"", LATIN),
+        (texts("zTXt", LATIN, "latin-1"), b"", LATIN),
+    ],
+)
+def test_metadata_is_read_as_utf8_and_else_as_latin1(
+    tmp_path: Path, before: bytes, after: bytes, text: str
+) -> None:
+    """As the editor reads it. Comfy-Org/ComfyUI_frontend#8150, Comfy-Org/ComfyUI#2822."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0\0"))
+    data = b"\x89PNG\r\n\x1a\n" + header + before + pixels + after + chunk(b"IEND", b"")
+    found = read_document(saved(tmp_path, data, "w.png"))
+    assert found.prompt and found.prompt["2"]["inputs"]["text"] == text
+    assert found.graph and found.graph["nodes"][1]["widgets_values"][1] == text
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"",
+        chunk(b"IDAT", b"") + chunk(b"IHDR", bytes(13)),
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)) + texts("tEXt", LATIN),
+        texts("tEXt", LATIN) + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)),
+        chunk(b"IHDR", b"") + chunk(b"IDAT", b""),
+        struct.pack(">I", 2**31) + b"IHDR",
+    ],
+)
+def test_chunks_that_are_missing_or_out_of_order(tmp_path: Path, chunks: bytes) -> None:
+    data = b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+    with pytest.raises(WorkflowError, match="w.png is damaged"):
+        read_document(saved(tmp_path, data, "w.png"))
+
+
+def test_large_metadata_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    large = {**API, "2": {"class_type": "Mix", "inputs": {"text": "fox " * 750_000}}}
+    info = PngInfo()
+    info.add_text("prompt", json.dumps(large), zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "w.png", pnginfo=info)
+    assert read_document(tmp_path / "w.png").prompt == large
+    for key, zipped in (("prompt", False), ("prompt", True), ("comment", False)):
+        info = PngInfo()
+        info.add_text(key, "x" * 70_000_000, zip=zipped)
+        Image.new("RGB", (4, 4)).save(tmp_path / "w.png", pnginfo=info)
+        tracemalloc.start()
+        with pytest.raises(WorkflowError, match="too large"):
+            read_document(tmp_path / "w.png")
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+        tracemalloc.stop()
 
 
 def test_truncated_or_damaged_pngs_and_pngs_without_a_workflow(tmp_path: Path) -> None:
