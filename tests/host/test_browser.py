@@ -335,9 +335,12 @@ def test_a_duplicated_tab_and_its_original_stay_connected(editor: Editor) -> Non
 
 def test_a_link_on_another_site_opens_the_editor(editor: Editor) -> None:
     page = editor.page.context.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
     link = f'<a href="{editor.address}?template=text_to_image&source=rectiflux">editor</a>'
     page.route("http://wiki.example/", lambda route: route.fulfill(body=link, content_type="text/html"))
     page.goto("http://wiki.example/")
-    page.get_by_role("link").click()
+    with page.expect_response(lambda response: response.url.startswith(f"{editor.address}?")) as opened:
+        page.get_by_role("link").click()
+    assert opened.value.status == 200
     page.wait_for_function("window.app?.graph?.nodes.length > 1")
     page.close()
