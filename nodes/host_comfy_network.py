@@ -254,7 +254,8 @@ class ComfyNetwork(nn.Module):
         for prompt in self._prompts if self._keeps else ():
             if prompt.is_for(context, pooled, guidance):
                 return prompt
-        prompt = Prompt(context, pooled, guidance, self._network[0].project_text(context))
+        txt = self._network[0].project_text(context, context.dtype)  # that of ModelComputeDtype
+        prompt = Prompt(context, pooled, guidance, txt)
         if self._keeps:
             for old in self._prompts[:-3]:
                 if old.cache is not None:
@@ -289,7 +290,7 @@ class ComfyNetwork(nn.Module):
             guidance = guidance.expand(batch).repeat(times)
         pooled = None if pooled is None else pooled.repeat(times, 1)
         network = self._network[0]
-        return network.modulate(network.embed_time(sigma, guidance, pooled))
+        return network.modulate(network.embed_time(sigma, guidance, pooled, prompt.txt.dtype))
 
     def _groups(self, prompt: Prompt, layout: Layout, count: int) -> tuple[Group, ...]:
         """The `count` reference tokens with modulations as at sigma 0, where their method says so."""

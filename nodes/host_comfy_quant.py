@@ -101,8 +101,8 @@ class PatchedLinear(QuantizedLinear):
         y = F.linear(x, self.merged(x), bias) if self.patches else self.matmul(x, bias)
         if self.beside is None:
             return y
-        if self.beside.down.device != x.device:
-            self.beside.to(x.device)
+        if (self.beside.down.device, self.beside.down.dtype) != (x.device, x.dtype):
+            self.beside.to(x.device, x.dtype)  # not the layer's dtype under ModelComputeDtype
         return self.beside(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])).view(y.shape)
 
     @property

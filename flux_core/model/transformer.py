@@ -145,12 +145,19 @@ class FluxTransformer(nn.Module):
 
     # Once a run: what does not depend on the image
 
-    def embed_time(self, sigma: Tensor, guidance: Tensor | None, pooled: Tensor | None) -> Tensor:
+    def embed_time(
+        self,
+        sigma: Tensor,
+        guidance: Tensor | None,
+        pooled: Tensor | None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Conditioning vector [B, hidden] from sigma [B] in 0..1, guidance [B], pooled [B, P].
 
         Without guidance its embedding is left out; a missing pooled vector counts as zeros (both as ComfyUI).
+        Computed in `dtype`, by default that of the layers, which must otherwise cast their weights.
         """
-        dtype = dtype_of(self.time_in.in_layer)
+        dtype = dtype or dtype_of(self.time_in.in_layer)
         if pooled is None:
             pooled = sigma.new_zeros(len(sigma), self.spec.vec_in)
         vec = self.time_in(sinusoidal_embedding(sigma).to(dtype)) + self.vector_in(pooled.to(dtype))
@@ -168,14 +175,14 @@ class FluxTransformer(nn.Module):
             self.final_layer.modulate(vec),
         )
 
-    def project_text(self, txt: Tensor) -> Tensor:
-        """The text stream's first state [B, L, hidden] from a T5 sequence [B, L, C]."""
+    def project_text(self, txt: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The text stream's first state [B, L, hidden] from a T5 sequence [B, L, C], as `embed_time`."""
         if txt.shape[-1] != self.spec.context_in:
             raise ValueError(
                 f"the model reads text of width {self.spec.context_in}, got {txt.shape[-1]}; "
                 "choose the text encoders that belong to it"
             )
-        return self.txt_in(txt.to(self.dtype))
+        return self.txt_in(txt.to(dtype or self.dtype))
 
     def rope(self, txt_length: int, h: int, w: int, groups: Sequence[TokenGroup] = ()) -> Rope:
         """Rotary table for `txt_length` text tokens, an h x w latent and the groups behind it."""
