@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from ..flux_core.model.prompts import LITERAL, WEIGHTS
 from .host import T5_LENGTHS, current_host
 from .widgets import choice, real, text, wire
 
 CLIP = "FLUX.1's text encoders."
+WEIGHTS_TOOLTIP = "How (word:1.3) is read: literal takes it as plain text, comfy as ComfyUI's weights."
 
 
 class TextEncode:
-    """Encodes a prompt for the model. Write whole sentences: FLUX.1 reads them in full."""
+    """Encodes a prompt for the model. Write whole English sentences: FLUX.1 reads them in full."""
 
     NODE_ID = "RectifluxTextEncode"
     TITLE = "FLUX Prompt"
@@ -35,20 +37,22 @@ class TextEncode:
         return {
             "required": {
                 "clip": wire("CLIP", CLIP),
-                "prompt": text("What the image shows. It may be empty."),
+                "prompt": text("What the image shows, in English. It may be empty."),
                 "guidance": real(3.5, 0.0, 100.0, 0.1, guidance),
             },
             "optional": {
                 "clip_prompt": text(clip_prompt, advanced=True),
                 "t5_length": choice(T5_LENGTHS, length, default="auto", advanced=True),
                 "model": wire("MODEL", model),
+                "weights": choice(WEIGHTS, WEIGHTS_TOOLTIP, default=LITERAL, advanced=True),
             },
         }
 
-    def run(self, clip, prompt, guidance, clip_prompt="", t5_length="auto", model=None):
+    def run(self, clip, prompt, guidance, clip_prompt="", t5_length="auto", model=None, weights=LITERAL):
         by_model = t5_length == "auto" and model is not None
         length = current_host().t5_length(model) if by_model else T5_LENGTHS[t5_length]
-        return (current_host().encode_text(clip, prompt, clip_prompt or prompt, guidance, length),)
+        texts = prompt, clip_prompt or prompt
+        return (current_host().encode_text(clip, *texts, guidance, length, weights),)
 
 
 class NegativePrompt:
@@ -67,10 +71,14 @@ class NegativePrompt:
     @classmethod
     def INPUT_TYPES(cls):
         negative = "What to steer away from. Empty, the usual choice, steers away from the average image."
-        return {"required": {"clip": wire("CLIP", CLIP), "negative_prompt": text(negative)}}
+        return {
+            "required": {"clip": wire("CLIP", CLIP), "negative_prompt": text(negative)},
+            "optional": {"weights": choice(WEIGHTS, WEIGHTS_TOOLTIP, default=LITERAL, advanced=True)},
+        }
 
-    def run(self, clip, negative_prompt):
-        return (current_host().encode_text(clip, negative_prompt, negative_prompt, None, None),)
+    def run(self, clip, negative_prompt, weights=LITERAL):
+        texts = negative_prompt, negative_prompt
+        return (current_host().encode_text(clip, *texts, None, None, weights),)
 
 
 NODES = (TextEncode, NegativePrompt)

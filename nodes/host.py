@@ -124,12 +124,18 @@ class Host(Protocol):
         ...
 
     def encode_text(
-        self, clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
+        self,
+        clip: Any,
+        prompt: str,
+        clip_prompt: str,
+        guidance: float | None,
+        length: int | None,
+        weights: str,
     ) -> Entries:
-        """A CONDITIONING of one prompt: T5 reads `prompt`, CLIP reads `clip_prompt`.
+        """A CONDITIONING of one prompt: T5 reads `prompt`, CLIP reads `clip_prompt`, the same in every host.
 
-        `length` is the number of T5 tokens, at most the encoder's own, which None stands for. Raises
-        TypeError for a CLIP of another kind.
+        `length` is the number of T5 tokens, at most the encoder's own, which None stands for; `weights` is
+        one of flux_core.model.prompts.WEIGHTS. Raises TypeError for a CLIP of another kind.
         """
         ...
 

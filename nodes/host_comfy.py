@@ -81,9 +81,15 @@ class ComfyHost(Host):
         return text.t5_length(model)
 
     def encode_text(
-        self, clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
+        self,
+        clip: Any,
+        prompt: str,
+        clip_prompt: str,
+        guidance: float | None,
+        length: int | None,
+        weights: str,
     ) -> Entries:
-        return text.encode_text(clip, prompt, clip_prompt, guidance, length)
+        return text.encode_text(clip, prompt, clip_prompt, guidance, length, weights)
 
     def make_sampler(self, solver: Solver) -> Any:
         return sampling.make_sampler(solver)

@@ -1,4 +1,4 @@
-"""Our networks as ComfyUI calls them: transformer, text encoders, autoencoder.
+"""Our networks as ComfyUI calls them: transformer and autoencoder (encoders: host_comfy_encoders.py).
 
 ComfyUI calls the transformer step by step and passes prompt and sigma again each time. What does not depend
 on the image is still computed once per run: the modulations of all of the run's sigmas as one batch, the text
@@ -10,7 +10,6 @@ host_comfy_patches.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,6 @@ from ..flux_core.model.layers import Shared
 from ..flux_core.model.modulation import Group, Modulations, split_modulations
 from ..flux_core.model.ops import Rope, rope_table
 from ..flux_core.model.spec import FluxSpec
-from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.tokens import pack, pad_to_even, unpack
 from ..flux_core.model.transformer import Evaluation, FluxTransformer
 from ..flux_core.sampling.step_cache import Caching, StepCache
@@ -305,49 +303,6 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-
-
-class TextModule(nn.Module):
-    """`CLIP.cond_stage_model`: the encoders under the names that LoRA loaders know."""
-
-    def __init__(self, encoders: TextEncoders, dtype: torch.dtype, on_notice: Callable[[str], None]) -> None:
-        super().__init__()
-        self.encoders, self.on_notice = encoders, on_notice
-        self.dtypes = {dtype}
-        self.clip_l, self.t5xxl = nn.Module(), nn.Module()
-        nested = any(name.startswith("text_model.") for name in encoders.clip.state_dict())
-        self.clip_l.transformer = encoders.clip if nested else nn.ModuleDict({"text_model": encoders.clip})
-        self.t5xxl.transformer = encoders.t5
-
-    def reset_clip_options(self) -> None:
-        """Nothing to reset: see `set_clip_options`."""
-
-    def set_clip_options(self, options: dict[str, Any]) -> None:
-        """FLUX.1 reads CLIP's last layer, whatever layer is asked for (as ComfyUI's own FLUX encoders do)."""
-
-    def check_unchanged(self) -> None:
-        """Raise ValueError when a file that the weights are mapped from has changed."""
-        check_unchanged(self.encoders.t5, self.encoders.clip)
-
-    def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(txt [1, L, C], pooled [1, P]), on the CPU, of the output of `PromptTokens`."""
-        self.check_unchanged()
-        length = tokens.get("t5_length")
-        encoded = self.encoders.encode([tokens["t5xxl"]], [tokens["l"]], self.on_notice, length)
-        assert encoded.pooled is not None  # text encoders always give one
-        for values, encoder in ((encoded.txt, self.encoders.t5), (encoded.pooled, self.encoders.clip)):
-            checked_finite(values, "the text encoders' values", "load other text encoders", encoder)
-        return encoded.txt.cpu(), encoded.pooled.cpu()
-
-
-class PromptTokens:
-    """`CLIP.tokenizer`: keeps the texts, under ComfyUI's names, for the encoders to tokenize."""
-
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, str]:
-        return {"l": text, "t5xxl": text}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
 
 
 class VAEModule(nn.Module):

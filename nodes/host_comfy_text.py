@@ -1,7 +1,8 @@
 """ComfyUI's CLIP for FLUX.1: with its own text encoders where it can read the files, else with ours.
 
-Its own read plain and fp8 files of CLIP-L and T5-XXL, support prompt weights and embeddings, and are
-offloaded layer by layer. Ours read every size and format (GGUF, NF4), and files with their own tokenizers.
+Its own read plain and fp8 files of CLIP-L and T5-XXL, and are offloaded layer by layer. Ours read every size
+and format (GGUF, NF4), and files with their own tokenizers. Our text nodes read a prompt themselves, so that
+both give the embedded editor's tokens.
 What is relied on, as of ComfyUI 0.33: comfy/sd.py CLIP, load_clip and load_text_encoder_state_dicts, and the
 tokenizers' folders.
 """
@@ -9,25 +10,25 @@ tokenizers' folders.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from ..flux_core.model.prompts import PromptReader, as_unicode, fit, reading_notices, syntax_notices
 from ..flux_core.model.spec import FLUX_SCHNELL
+from ..flux_core.model.text_encoders import NO_PADDING, T5_LENGTH
 from ..flux_core.weights import Checkpoint, ModelKind, Part, Source
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import expect
 from ..flux_core.weights.weight_file import WeightFile
-from .host_comfy_network import ComfyNetwork, PromptTokens, TextModule
+from .host_comfy_encoders import PromptTokens, TextModule
+from .host_comfy_network import ComfyNetwork
 from .host_comfy_quant import follow_patches, make_patchable
 from .run_report import in_percent
 from .wires import Entries
-
-T5_PAD, T5_END = 0, 1
-"""T5's ids of padding and of the end of a text."""
 
 KNOWN_TO_COMFY = {
     "text_model.embeddings.token_embedding.weight": (49408, 768),
@@ -101,7 +102,7 @@ def _with_our_encoders(clip_checkpoint: Checkpoint, t5_checkpoint: Checkpoint) -
     import comfy.sd
 
     def module(device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]) -> TextModule:
-        if management.is_device_cpu(device):
+        if management.is_device_cpu(management.text_encoder_device()):
             dtype = torch.float32
         encoders = core_load_text_encoders(
             clip_checkpoint, t5_checkpoint, dtype, tokenizer_folders=_tokenizers(), on_progress=progress()
@@ -110,9 +111,12 @@ def _with_our_encoders(clip_checkpoint: Checkpoint, t5_checkpoint: Checkpoint) -
         wrapped.disable_offload = make_patchable(
             wrapped
         )  # ComfyUI then takes the plain patcher, as for a MODEL
-        return wrapped.to(device)
+        return wrapped.to(management.text_encoder_offload_device())
 
-    clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=module, tokenizer=_tokens))
+    target = SimpleNamespace(params={}, clip=module, tokenizer=lambda **_: None)
+    # on a device that nothing runs on: else it loads its patcher, which is replaced below
+    clip = comfy.sd.CLIP(target, model_options={"initial_device": torch.device("meta")})
+    clip.tokenizer = PromptTokens(clip.cond_stage_model.encoders)
     if not clip.patcher.is_dynamic():
         clip.patcher = _whole_patcher(clip.patcher)
     follow_patches(clip.patcher)
@@ -154,10 +158,6 @@ def _tokenizers() -> list[Path]:
     return [home / "sd1_tokenizer", home / "text_encoders" / "t5_tokenizer"]
 
 
-def _tokens(embedding_directory: Any = None, tokenizer_data: Any = None) -> PromptTokens:
-    return PromptTokens()
-
-
 def progress() -> Callable[[int, int], None]:
     """A callback for (done, total) that shows percents at the running node."""
     import comfy.utils
@@ -172,39 +172,78 @@ def t5_length(model: Any) -> int:
     return replace(FLUX_SCHNELL, in_channels=channels, guidance_embed=config["guidance_embed"]).txt_length
 
 
+@dataclass(frozen=True)
+class Readers:
+    """How a CLIP reads prompts for T5 and CLIP-L: at most so many tokens, T5's padded with `t5_pad`."""
+
+    t5: PromptReader
+    clip: PromptReader
+    t5_limit: int
+    clip_limit: int
+    t5_pad: int
+
+
 def encode_text(
-    clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
+    clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None, weights: str
 ) -> Entries:
     """A CONDITIONING by any CLIP of FLUX.1, ours or a stock loader's."""
-    tokens, t5_tokens = clip.tokenize(clip_prompt), clip.tokenize(prompt)
-    if "l" not in tokens or "t5xxl" not in t5_tokens:
+    tokens = clip.tokenize(as_unicode(clip_prompt))
+    if "l" not in tokens or "t5xxl" not in tokens:
         raise TypeError(
             f"FLUX.1 needs CLIP-L and T5, this CLIP has {', '.join(map(str, tokens)) or 'neither'}; "
             "connect Load FLUX Text Encoders"
         )
-    tokens["t5xxl"] = t5_tokens["t5xxl"]
-    if length is not None:
-        ours = isinstance(tokens["t5xxl"], str)
-        tokens |= {"t5_length": length} if ours else {"t5xxl": of_length(tokens["t5xxl"], length)}
+    readers = readers_of(clip.tokenizer)
+    t5, clip_l = readers.t5.read(prompt, weights), readers.clip.read(clip_prompt, weights)
+    size = _t5_size(t5.needed, length, readers.t5_limit, clip.tokenizer_options)
+    notices = syntax_notices([prompt, clip_prompt], weights)
+    notices += reading_notices((t5, clip_l), (size, readers.clip_limit))
+    if notices:
+        notice("\n".join(notices))
+    for name, reading, limit, filler in (
+        ("t5xxl", t5, size, readers.t5_pad),
+        ("l", clip_l, readers.clip_limit, clip_l.end[-1]),
+    ):
+        row = reading.rows(None if reading is t5 else limit)[0]
+        tokens[name] = [fit([token[:2] for token in row], limit, (filler, 1.0))]
     extra = {} if guidance is None else {"guidance": guidance}
     return clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
 
 
-def of_length(batches: list[list[tuple[Any, ...]]], length: int) -> list[list[tuple[Any, ...]]]:
-    """ComfyUI's T5 tokens, (id or embedding, weight), cut or padded to `length`, their own at NO_PADDING.
+def readers_of(tokenizer: Any) -> Readers:
+    """The readers of a CLIP's tokenizer, ours or ComfyUI's. Raises TypeError for another one."""
+    if isinstance(tokenizer, PromptTokens):
+        own = tokenizer.encoders
+        return Readers(own.t5_reader, own.clip_reader, own.txt_length, own.clip_length, own.t5_pad)
+    try:
+        t5, clip = tokenizer.t5xxl, tokenizer.clip_l
+        readers = _stock_reader("T5", t5), _stock_reader("CLIP", clip)
+        return Readers(*readers, T5_LENGTH, clip.max_length, t5.pad_token)
+    except AttributeError as error:
+        raise TypeError(
+            f"a prompt is read by ComfyUI's FluxTokenizer, this CLIP has {type(tokenizer).__name__}; "
+            "connect Load FLUX Text Encoders"
+        ) from error
 
-    The end token stays at the end.
-    """
-    result = []
-    for batch in batches:
-        ids = [token[0] if isinstance(token[0], int) else None for token in batch]
-        end = max((i for i, token in enumerate(ids) if token == T5_END), default=len(batch) - 1)
-        tokens = batch[: end + 1]
-        wanted = length or len(tokens)
-        if len(tokens) > wanted:
-            tokens = [*tokens[: wanted - 1], tokens[-1]]
-        result.append(tokens + [(T5_PAD, 1.0)] * (wanted - len(tokens)))
-    return result
+
+def _stock_reader(encoder: str, tokenizer: Any) -> PromptReader:
+    """A reader by ComfyUI's SDTokenizer, whose own method would parse weights and embeddings."""
+    library = tokenizer.tokenizer
+    if getattr(library, "backend_tokenizer", None) is not None:
+        return PromptReader.of(encoder, library.backend_tokenizer)
+    first, marks = tokenizer.tokens_start, library("")["input_ids"]  # Python's own, before transformers 5
+    return PromptReader(
+        encoder, lambda text: (library(text)["input_ids"][first:-1], []), marks[:first], marks[first:]
+    )
+
+
+def _t5_size(needed: int, length: int | None, limit: int, options: dict[str, Any]) -> int:
+    """The number of T5 tokens of a prompt; by default the encoder's, or what T5TokenizerOptions states."""
+    if length is None and "t5xxl_min_length" in options:
+        length = max(needed + options.get("t5xxl_min_padding", 0), options["t5xxl_min_length"])
+    if length is None:
+        return limit
+    return min(needed if length == NO_PADDING else length, limit)
 
 
 def notice(text: str) -> None:

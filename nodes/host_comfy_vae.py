@@ -63,7 +63,11 @@ def _flux_vae() -> Any:
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     class FluxVAE(comfy.sd.VAE):
-        """Crops images to multiples of 8, in the middle, and says so."""
+        """Crops images to multiples of 8, in the middle, and says so; its weights can be saved."""
+
+        def get_sd(self) -> dict[str, Tensor]:
+            """In the layout that files have; here convolutions are channels-last."""
+            return {name: tensor.contiguous() for name, tensor in super().get_sd().items()}
 
         def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
             height, width = (side // VAE_FACTOR * VAE_FACTOR for side in pixels.shape[1:3])

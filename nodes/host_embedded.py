@@ -96,11 +96,17 @@ class EmbeddedHost(Host):
 
     @torch.no_grad()
     def encode_text(
-        self, clip: Any, prompt: str, clip_prompt: str, guidance: float | None, length: int | None
+        self,
+        clip: Any,
+        prompt: str,
+        clip_prompt: str,
+        guidance: float | None,
+        length: int | None,
+        weights: str,
     ) -> Entries:
         encoders = _expected(clip, TextEncoders, "CLIP", "Load FLUX Text Encoders")
         check_unchanged(encoders.t5, encoders.clip)
-        encoded = encoders.encode([prompt], [clip_prompt], context.notice, length)
+        encoded = encoders.encode([prompt], [clip_prompt], context.notice, length, weights)
         for values, encoder in ((encoded.txt, encoders.t5), (encoded.pooled, encoders.clip)):
             checked_finite(values, "the text encoders' values", "load other text encoders", encoder)
         extra: dict[str, Any] = {"pooled_output": encoded.pooled.cpu()}

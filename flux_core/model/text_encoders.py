@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .prompts import LITERAL, PromptReader, Reading, Token, fit, reading_notices, syntax_notices
 from .spec import Conditioning, Shaped, count_blocks
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class TextEncoders:
         for tokenizer in (t5_tokenizer, clip_tokenizer):
             tokenizer.no_padding()
             tokenizer.no_truncation()
+        self.t5_reader, self.clip_reader = (
+            PromptReader.of("T5", t5_tokenizer),
+            PromptReader.of("CLIP", clip_tokenizer),
+        )
 
     def encode(
         self,
@@ -70,44 +75,50 @@ class TextEncoders:
         clip_prompts: list[str] | None = None,
         on_notice: Callable[[str], None] | None = None,
         txt_length: int | None = None,
+        weights: str = LITERAL,
     ) -> Conditioning:
         """Conditioning with txt [B, txt_length, C] and pooled [B, P], float32, of B prompts.
 
         CLIP encodes `clip_prompts` where given. `txt_length` is the number of T5 tokens: by default, and at
         most, `self.txt_length`. With NO_PADDING it is the prompt's own token count; padding is otherwise
-        visible to the transformer. A prompt that is too long is truncated, and a sentence with both token
-        counts is passed to `on_notice`, or else to the log. Raises ValueError when the lists differ in
-        length, for a negative length, and with NO_PADDING for prompts of different lengths, which do not
-        fit in one tensor.
+        visible to the transformer. With `weights` "comfy" T5's vectors of weighted words are scaled as in
+        ComfyUI; CLIP's vector has no weights. Whatever has no effect is passed to `on_notice`, or else to
+        the log, in sentences: the end of a prompt that is too long, characters that a tokenizer does not
+        know, tags of other programs, weights that are read literally. Raises ValueError when the lists
+        differ in length, for a negative length, and with NO_PADDING for prompts of different lengths, which
+        do not fit in one tensor.
         """
-        prompts = [_as_unicode(prompt) for prompt in prompts]
-        clip_prompts = prompts if clip_prompts is None else [_as_unicode(prompt) for prompt in clip_prompts]
+        clip_prompts = prompts if clip_prompts is None else clip_prompts
         if len(clip_prompts) != len(prompts):
             raise ValueError(
                 f"T5 and CLIP need the same number of prompts, got {len(prompts)} and {len(clip_prompts)}"
             )
-        txt_length = self.length_of(prompts, self.txt_length if txt_length is None else txt_length)
-        for prompt, clip_prompt in zip(prompts, clip_prompts, strict=True):
-            for count in self.token_counts(prompt, clip_prompt, txt_length):
-                if count.needed > count.limit:
-                    notice = (
-                        f"the prompt is too long for {count.encoder}: {count.needed} tokens, "
-                        f"of which it reads the first {count.limit}"
-                    )
-                    (on_notice or log.warning)(notice)
+        readings = [self.t5_reader.read(prompt, weights) for prompt in prompts]
+        clip_readings = [self.clip_reader.read(prompt, weights) for prompt in clip_prompts]
+        length = self._length([reading.needed for reading in readings], txt_length)
+        for texts, pair in zip(
+            zip(prompts, clip_prompts, strict=True), zip(readings, clip_readings, strict=True), strict=True
+        ):
+            notices = syntax_notices(texts, weights) + reading_notices(pair, (length, self.clip_length))
+            for notice in notices:
+                (on_notice or log.warning)(notice)
         with torch.no_grad():
             return Conditioning(
-                self.encode_t5(self.t5_ids(prompts, txt_length)),
-                self.encode_clip(self.clip_ids(clip_prompts)),
+                self.encode_tokens([reading.rows()[0] for reading in readings], length),
+                self.encode_clip(self._clip_ids(clip_readings)),
             )
 
     def length_of(self, prompts: list[str], txt_length: int) -> int:
         """Number of T5 tokens for these prompts: `txt_length`, or with NO_PADDING their own token count."""
+        return self._length([self.t5_reader.read(prompt).needed for prompt in prompts], txt_length)
+
+    def _length(self, needed: list[int], txt_length: int | None) -> int:
+        txt_length = self.txt_length if txt_length is None else txt_length
         if txt_length < 0:
             raise ValueError(f"txt_length must not be negative, got {txt_length}; {T5_LENGTH} is usual")
         if txt_length != NO_PADDING:
             return min(txt_length, self.txt_length)
-        lengths = sorted({len(self.t5_tokenizer.encode(prompt).ids) for prompt in prompts})
+        lengths = sorted(set(needed))
         if len(lengths) != 1:
             raise ValueError(
                 "prompts without padding must have the same token count, got "
@@ -122,40 +133,64 @@ class TextEncoders:
         clip_prompt = prompt if clip_prompt is None else clip_prompt
         limit = self.txt_length if txt_length is None else txt_length
         return (
-            TokenCount("T5", len(self.t5_tokenizer.encode(prompt).ids), limit),
-            TokenCount("CLIP", len(self.clip_tokenizer.encode(clip_prompt).ids), self.clip_length),
+            TokenCount("T5", self.t5_reader.read(prompt).needed, limit),
+            TokenCount("CLIP", self.clip_reader.read(clip_prompt).needed, self.clip_length),
         )
+
+    @property
+    def t5_pad(self) -> int:
+        """T5's id of padding."""
+        return self.t5.config.pad_token_id or 0
 
     def t5_ids(self, prompts: list[str], txt_length: int | None = None) -> Tensor:
         """Token ids [B, txt_length], truncated before the end mark, padded with T5's 0."""
-        return _pad(
-            [self.t5_tokenizer.encode(p).ids for p in prompts],
-            self.txt_length if txt_length is None else txt_length,
-            self.t5.config.pad_token_id or 0,
-        )
+        length = self.txt_length if txt_length is None else txt_length
+        rows = [_ids(self.t5_reader.read(prompt).rows()[0]) for prompt in prompts]
+        return torch.tensor([fit(row, length, self.t5_pad) for row in rows], dtype=torch.long)
 
     def clip_ids(self, prompts: list[str]) -> Tensor:
         """Token ids [B, CLIP's length], truncated before the end mark, padded with the end mark."""
-        return _pad([self.clip_tokenizer.encode(p).ids for p in prompts], self.clip_length, self.clip_end)
+        return self._clip_ids([self.clip_reader.read(prompt) for prompt in prompts])
 
-    def encode_t5(self, ids: Tensor) -> Tensor:
-        """T5's last hidden state [B, L, C], float32; padding is not masked, as FLUX was trained."""
-        return self.t5(input_ids=ids.to(self.t5.device)).last_hidden_state.float()
+    def _clip_ids(self, readings: list[Reading]) -> Tensor:
+        rows = [_ids(reading.rows(self.clip_length)[0]) for reading in readings]
+        return torch.tensor([fit(row, self.clip_length, self.clip_end) for row in rows], dtype=torch.long)
+
+    def encode_tokens(self, rows: list[list[Token]], length: int, layer: int = -1) -> Tensor:
+        """T5's hidden state [B, length, C], float32, of weighted tokens, truncated or padded to `length`.
+
+        A weight scales the difference to the state of an empty prompt, as in ComfyUI (sd1_clip.py,
+        ClipTokenWeightEncoder). `layer` as in `encode_t5`.
+        """
+        fitted = [fit(row, length, (self.t5_pad, 1.0, 0)) for row in rows]
+        state = self.encode_t5(torch.tensor([_ids(row) for row in fitted], dtype=torch.long), layer)
+        weights = torch.tensor([[token[1] for token in row] for row in fitted], device=state.device)[
+            ..., None
+        ]
+        if not bool((weights != 1.0).any()):
+            return state
+        marks = [*self.t5_reader.start, *self.t5_reader.end]
+        empty = self.encode_t5(torch.tensor([fit(marks, length, self.t5_pad)], dtype=torch.long), layer)
+        return torch.where(weights == 1.0, state, (state - empty) * weights + empty)
+
+    def encode_t5(self, ids: Tensor, layer: int = -1) -> Tensor:
+        """T5's last hidden state [B, L, C], float32; padding is not masked, as FLUX was trained.
+
+        `layer` -2 is the state before the last layer, normalized as the last one is, and so on.
+        """
+        ids = ids.to(self.t5.device)
+        if layer == -1:
+            return self.t5(input_ids=ids).last_hidden_state.float()
+        states = self.t5(input_ids=ids, output_hidden_states=True).hidden_states
+        return self.t5.encoder.final_layer_norm(states[layer]).float()
 
     def encode_clip(self, ids: Tensor) -> Tensor:
         """CLIP's hidden state at the first end mark [B, P], float32."""
         return self.clip(input_ids=ids.to(self.clip.device)).pooler_output.float()
 
 
-def _as_unicode(text: str) -> str:
-    """The text with U+FFFD for half an emoji (a lone surrogate), which a tokenizer does not accept."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _pad(rows: list[list[int]], length: int, pad_id: int) -> Tensor:
-    """Rows truncated to `length` before their last id, or padded to it."""
-    truncated = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
-    return torch.tensor([row + [pad_id] * (length - len(row)) for row in truncated], dtype=torch.long)
+def _ids(row: list[Token]) -> list[int]:
+    return [token[0] for token in row]
 
 
 def t5_from_shapes(state_dict: Mapping[str, Shaped]) -> T5EncoderModel:

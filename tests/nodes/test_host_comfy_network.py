@@ -12,10 +12,8 @@ import torch
 from rectiflux.flux_core.backends import attention
 from rectiflux.flux_core.model.layers import Shared
 from rectiflux.flux_core.model.spec import Conditioning, FluxSpec
-from rectiflux.flux_core.model.text_encoders import NO_PADDING
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
-from rectiflux.nodes import host_comfy_text as _comfy_text
 from rectiflux.nodes.host_comfy_network import RUNNER, ComfyNetwork
 
 from .tiny import random_weights
@@ -214,18 +212,6 @@ def test_this_file_stands_in_for_comfyui_only_here() -> None:
     assert Path(sys.modules["comfy"].__name__).name == "comfy" and not hasattr(
         sys.modules["comfy"], "__file__"
     )
-
-
-def test_a_stock_clips_tokens_take_another_length() -> None:
-    """Ids with their weights, 1 the end mark, 0 padding; an embedding stands where its word stood."""
-    embedding = torch.ones(4)
-    words = [(21, 1.0), (embedding, 1.0), (1031, 1.2), (1, 1.0)]
-    batches = [words + [(0, 1.0)] * 4]
-    assert _comfy_text.of_length(batches, NO_PADDING) == [words]
-    assert _comfy_text.of_length(batches, 6) == [words + [(0, 1.0)] * 2]
-    assert _comfy_text.of_length(batches, 3) == [[*words[:2], (1, 1.0)]]
-    without_end = [words[:3]]
-    assert _comfy_text.of_length(without_end, 4) == [[*words[:3], (0, 1.0)]]
 
 
 def test_what_it_attends_by_is_told_of_the_device_that_it_samples_on(monkeypatch: pytest.MonkeyPatch) -> None:
