@@ -61,6 +61,8 @@ SIGNATURES = (
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")
 """Formats whose frames become a batch; of the pages of others the first is used, as in ComfyUI."""
+COUNTED = ("PNG", "WEBP", "AVIF")
+"""Formats that have the number of frames in their header; a GIF's are counted while they are decoded."""
 MAX_PIXELS = 2**26
 """Pixels of all frames together: one image of 8192 x 8192, which takes 1 GB as IMAGE and MASK."""
 MAX_SIDE = 2**16 - 1
@@ -234,9 +236,9 @@ class _Decoder:
             )
         self.data = data
 
-    def count(self, width: int, height: int) -> None:
-        """Count a frame's pixels. Raises _Refused beyond the limits."""
-        self.pixels += max(width * height, MIN_FRAME)
+    def count(self, width: int, height: int, frames: int = 1) -> None:
+        """Count the pixels of frames. Raises _Refused beyond the limits."""
+        self.pixels += max(width * height, MIN_FRAME) * frames
         if self.pixels > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise _Refused(_too_large(self.name, f"{self.pixels:,} of {width} x {height}"))
 
@@ -248,6 +250,9 @@ class _Decoder:
             has_palette = image.mode == "P" or self.kind == "GIF"
             profile = image.info.get("icc_profile") or self.png.profile
             texts = self.png.texts
+            if self.kind in COUNTED and not first_only:
+                self.count(*image.size, frames=image.n_frames)
+                self.pixels = 0
             while True:
                 frame = self._frame(image)
                 if frames and frame.colors.shape != frames[0].colors.shape:
