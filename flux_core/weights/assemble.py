@@ -70,7 +70,7 @@ def _scaled(tensors: dict[str, Weight], layer: str, weight: Tensor, format: str 
                 f"{file} describes int8 weights, but {layer} is {weight.dtype}, not int8; {ADVICE}"
             )
     elif format is not None:
-        raise ValueError(f"{file} is quantized as {format} ({layer}), which is not supported; {ADVICE}")
+        raise ValueError(f"{file} is quantized as {format[:100]} ({layer}), which is not supported; {ADVICE}")
     name = next((f"{layer}.{scale}" for scale in SCALES if f"{layer}.{scale}" in tensors), None)
     if name is None or weight.dtype not in (*FLOAT8.values(), torch.int8):
         return weight

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..quant.formats import FP8, ConcatenatedWeight, DenseWeight, QuantizedWeight
 from ..quant.linear import QuantizedLinear
 from .finite import check_small_weights
+from .header_limits import MAX_QUOTED
 from .weight_file import Weight
 
 log = logging.getLogger(__name__)
@@ -155,4 +156,5 @@ def _check_match(model: nn.Module, tensors: Mapping[str, Weight], file: str) -> 
 def _listed(names: list[str]) -> str:
     """The number of names and the first three."""
     more = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} ({', '.join(names[:3])}{more})"
+    shown = ", ".join(name[:MAX_QUOTED] for name in names[:3])
+    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} ({shown}{more})"

@@ -52,7 +52,12 @@ def _shards(index: Path) -> list[Path]:
             raise ValueError("larger than 16 MB")
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         for name in names:
-            if Path(name).name != name or refusal(name) or not has_ending(name, SAFETENSORS):
+            if (
+                Path(name).name != name
+                or refusal(name)
+                or not name.isprintable()
+                or not has_ending(name, SAFETENSORS)
+            ):
                 raise ValueError(f"it names {quoted(name)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index.name} is not an index of shards ({error}); download it again") from error

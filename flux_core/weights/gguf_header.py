@@ -14,6 +14,8 @@ from math import prod
 from pathlib import Path
 
 from ..quant.gguf import BLOCK_TYPES
+from .header_limits import MAX_NAME
+from .messages import quoted
 
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by the code of its type."""
@@ -166,6 +168,8 @@ def _tensor(cursor: _Cursor) -> tuple[str, int, int]:
     from gguf import GGMLQuantizationType
 
     name = cursor.text()
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise _Damage(f"a tensor is named {quoted(name)}")
     dims = cursor.integer("<I")
     if not 1 <= dims <= MAX_DIMS:
         raise _Damage(f"{name[:80]} has {dims:,} dimensions")

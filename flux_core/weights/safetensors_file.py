@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, UntypedStorage
 
 from .file_names import PICKLES, check_encodable, has_ending
+from .header_limits import check_entry
 
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What the transformer's names start with in all-in-one checkpoints."""
@@ -110,6 +111,7 @@ def _mapped(path: Path, file: Any) -> dict[str, Tensor]:
     tensors = {}
     for name in file.keys():
         dtype, shape = DTYPES.get(header[name]["dtype"]), header[name]["shape"]
+        check_entry(path.name, name, shape)
         start, stop = (8 + length + offset for offset in header[name]["data_offsets"])
         if dtype is None or start % dtype.itemsize:  # older writers did not align
             tensors[name] = file.get_tensor(name)

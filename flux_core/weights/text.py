@@ -19,6 +19,7 @@ from ..model.text_encoders import T5_LENGTH, TextEncoders, clip_from_shapes, t5_
 from .assign import assign_weights
 from .checkpoint import Checkpoint, PartWeights, Source
 from .kinds import ModelKind, expect
+from .messages import quoted
 from .shape_errors import blame_file
 from .source_files import remember_files
 from .tokenizer import CLIP_ENCODER, EMBEDDED, T5_ENCODER, find_tokenizer
@@ -27,6 +28,7 @@ from .weight_file import Part, WeightFile
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, T5EncoderModel
 
+MAX_TXT_LENGTH, MAX_TOKEN_ID = 4096, 1_000_000
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 UNUSED_BY_CLIP = re.compile(
     r"(text_model\.)?embeddings\.position_ids|text_projection(\.weight)?|logit_scale|vision_model\..*|visual_projection\..*"
@@ -55,7 +57,7 @@ def load_text_encoders(
     t5_file, clip_file = t5_weights.file, clip_weights.file
     t5_tokenizer = find_tokenizer(t5_file, T5_ENCODER, t5_model.config.vocab_size, tokenizer_folders)
     clip_tokenizer = find_tokenizer(clip_file, CLIP_ENCODER, clip_model.config.vocab_size, tokenizer_folders)
-    length = _positive_integer(t5_file, "txt_length") or T5_LENGTH
+    length = _positive_integer(t5_file, "txt_length", MAX_TXT_LENGTH) or T5_LENGTH
     return TextEncoders(t5_model, t5_tokenizer, clip_model, clip_tokenizer, length)
 
 
@@ -91,7 +93,7 @@ def _load_clip(weights: PartWeights, dtype: torch.dtype | None, device: torch.de
         for name, tensor in weights.tensors.items()
         if not UNUSED_BY_CLIP.fullmatch(name)
     }
-    eos_token_id = _positive_integer(weights.file, "eos_token_id")
+    eos_token_id = _positive_integer(weights.file, "eos_token_id", MAX_TOKEN_ID)
     with blame_file(weights.name, ModelKind.CLIP, tensors):
         model = clip_from_shapes(tensors, eos_token_id)
     if hasattr(model, "text_model"):  # transformers before 5
@@ -101,14 +103,14 @@ def _load_clip(weights: PartWeights, dtype: torch.dtype | None, device: torch.de
     return model
 
 
-def _positive_integer(file: WeightFile, key: str) -> int | None:
-    """A positive integer from the file's metadata, None where the key is missing."""
+def _positive_integer(file: WeightFile, key: str, limit: int) -> int | None:
+    """A positive integer up to `limit` from the file's metadata, None where the key is missing."""
     value = file.metadata.get(key)
     if value is None:
         return None
-    if not value.isdecimal() or int(value) < 1:
+    if not re.fullmatch("[0-9]{1,9}", value) or not 1 <= int(value) <= limit:
         raise ValueError(
-            f"{key} in the metadata of {file.name} must be a positive integer, got {value!r}; "
-            "correct the metadata"
+            f"{key} in the metadata of {file.name} must be a positive integer up to {limit:,}, "
+            f"got {quoted(value)}; correct the metadata"
         )
     return int(value)
