@@ -183,7 +183,10 @@ def changed(node_id: int, values: list[Any] | None = None, **more: Any) -> Graph
             changed(8, [0, 1.0, "by size", 1.15]),
             "node 8 (RectifluxSchedule): steps must be at least 1, got 0",
         ),
-        (changed(6, [100, 16, 1]), "node 6 (RectifluxEmptyLatent): width must be a multiple of 16, got 100"),
+        (
+            changed(6, [100, 16, 1]),
+            "node 6 (RectifluxEmptyLatent): width and height must be positive multiples of 16, got 100x16",
+        ),
         (changed(9, ["rk9"]), "node 9 (RectifluxSolver): solver: 'rk9' is not one of"),
         (changed(1, ["m.safetensors", "auto"]), "node 1 (RectifluxModelLoader): model_name: 'm.safetensors'"),
         (changed(1, ["m.ckpt", "auto"]), "node 1 (RectifluxModelLoader): model_name: 'm.ckpt' is a pickle"),
@@ -246,12 +249,24 @@ def test_truncated_model_files_and_files_of_another_model(
     assert f"{path.name} is a " in command.refuses(text_to_image())
 
 
-@pytest.mark.parametrize(("kind", "node"), [("diffusion_models", "node 10 ("), ("vae", "node 11 (")])
-def test_weights_with_nan_are_reported(command: Command, tmp_path: Path, kind: str, node: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "loader", "runner"),
+    [("diffusion_models", "node 1 (", "node 10 ("), ("vae", "node 3 (", "node 11 (")],
+)
+def test_weights_with_nan_are_reported(
+    command: Command, tmp_path: Path, kind: str, loader: str, runner: str
+) -> None:
+    """In biases and scales when they are loaded, in a matrix alone when the result is not finite."""
     command.models = write_models(tmp_path / "own")
     path = command.models / kind / NAMES[kind]
-    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
-    assert command.refuses(text_to_image()).startswith(node)
+    weights = load_file(path)
+    for least_dims, node in ((1, loader), (2, runner)):
+        damaged = {
+            name: torch.full_like(weight, torch.nan) if weight.ndim >= least_dims else weight
+            for name, weight in weights.items()
+        }
+        save_file(damaged, path)
+        assert command.refuses(text_to_image()).startswith(node)
 
 
 @pytest.mark.parametrize(("saves", "file"), [(0, "image"), (1, "fox")])
