@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..flux_core.backends.quantize import check_fp8, check_int8, quantize_to_fp8, quantize_to_int8
 from ..flux_core.memory import limit_of
@@ -21,6 +20,8 @@ from ..flux_core.sampling import preview
 from ..flux_core.weights import Checkpoint, Part, Source, load_transformer
 from ..flux_core.weights.checkpoint import PartWeights
 from .host import WEIGHT_DTYPES
+from .host_comfy_hooks import scheduling
+from .host_comfy_layers import use_comfy_layers
 from .host_comfy_network import ComfyNetwork
 from .host_comfy_quant import follow_patches, make_patchable
 from .host_comfy_text import progress
@@ -42,7 +43,7 @@ def load_model(source: Source, weight_dtype: str, memory_limit: str, disable_dyn
     # ComfyUI reads the width of img_in, which a control LoRA changes
     dequantize_layers(network, network.dtype, "img_in")
     has_stored = make_patchable(network)
-    _use_comfy_layers(network, comfy.ops.disable_weight_init)
+    use_comfy_layers(network, comfy.ops.disable_weight_init)
     config.set_inference_dtype(network.dtype, None)
     model = config.get_model({})
     model.diffusion_model = ComfyNetwork(network)
@@ -88,7 +89,8 @@ def _patcher_kind(limit: int | None, is_plain: bool) -> Any:
 
     if limit is not None:
         return limited(limit)
-    return comfy.model_patcher.ModelPatcher if is_plain else comfy.model_patcher.CoreModelPatcher
+    plain, usual = comfy.model_patcher.ModelPatcher, comfy.model_patcher.CoreModelPatcher
+    return scheduling(plain) if is_plain or usual is plain else usual
 
 
 def _follow_runs(patcher: Any) -> None:
@@ -108,7 +110,7 @@ def limited(limit: int) -> Any:
     """
     import comfy.model_patcher
 
-    class Limited(comfy.model_patcher.ModelPatcher):
+    class Limited(scheduling(comfy.model_patcher.ModelPatcher)):
         def load(
             self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False
         ) -> Any:
@@ -144,14 +146,3 @@ def _dtype_for(weights: PartWeights, known: list[torch.dtype], device: torch.dev
 
     dtype = management.unet_dtype(device, weights.parameter_count, known, weights.dtype)
     return management.unet_manual_cast(dtype, device, known) or dtype
-
-
-def _use_comfy_layers(network: nn.Module, operations: Any) -> None:
-    """Replace torch's linear layers by ComfyUI's, which can be loaded one by one."""
-    for parent in list(network.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear:
-                bias = layer.bias is not None
-                replaced = operations.Linear(layer.in_features, layer.out_features, bias, device="meta")
-                replaced.weight, replaced.bias = layer.weight, layer.bias
-                setattr(parent, name, replaced)

@@ -199,8 +199,9 @@ class ComfyNetwork(nn.Module):
 
     @property
     def _keeps(self) -> bool:
-        """Whether results serve later steps: within a run, and with weights that no hook LoRA schedules."""
-        return self._patcher is not None and getattr(self._patcher, "current_hooks", None) is None
+        """Whether results serve later steps: in a run, with weights that no hook LoRA or training changes."""
+        scheduled = getattr(self._patcher, "current_hooks", None) is not None
+        return self._patcher is not None and not scheduled and not torch.is_grad_enabled()
 
     def _warn(self, messages: list[str]) -> None:
         for message in messages:

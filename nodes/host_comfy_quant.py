@@ -65,8 +65,8 @@ class WeightView(Tensor):
         if func._schema.is_mutable and isinstance(args[0], cls):
             label = args[0].layer.quantized.label
             raise TypeError(
-                f"weights quantized as {label} cannot be overwritten, as scheduled LoRAs (hooks) do; "
-                "load the LoRA with Load FLUX LoRA, or choose weight_dtype bf16 and a bf16 file"
+                f"weights quantized as {label} cannot be overwritten, which another node tried; patch them "
+                "instead, or choose weight_dtype bf16 and a bf16 file"
             )
         args, kwargs = pytree.tree_map_only(cls, lambda w: w.contiguous(), (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -77,7 +77,8 @@ class PatchedLinear(QuantizedLinear):
 
     By `comfy_cast_weights` ComfyUI recognizes a layer that may be offloaded when memory is low; its weight is
     then copied to the input's device at each forward. ComfyUI puts patches of the bias in `bias_function`,
-    and those of the weight in `weight_function`, which is not used: `patches` has them already.
+    and those of the weight in `weight_function`, where they are skipped: `patches` has them already. Other
+    functions there, as of a LoRA in training, get the dequantized weight.
     """
 
     comfy_cast_weights = False
@@ -85,6 +86,8 @@ class PatchedLinear(QuantizedLinear):
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(quantized, bias, dtype)
         self.key, self.patches = "", []
+        self._loaded: list[Any] = []
+        self._scheduled: list[Any] = []
         self.beside: LoRAStack | None = None
         self.weight_function: list[Any] = []
         self.bias_function: list[Any] = []
@@ -98,7 +101,14 @@ class PatchedLinear(QuantizedLinear):
         bias = None if self.bias is None else self.bias.to(x.device, x.dtype)
         for function in self.bias_function:
             bias = function(None if bias is None else bias.clone())  # the function may write into it
-        y = F.linear(x, self.merged(x), bias) if self.patches else self.matmul(x, bias)
+        functions = self._weight_functions() if self.weight_function else []
+        if self.patches or functions:
+            weight = self.merged(x)
+            for function in functions:
+                weight = function(weight)
+            y = F.linear(x, weight.to(x.dtype), bias)
+        else:
+            y = self.matmul(x, bias)
         if self.beside is None:
             return y
         if (self.beside.down.device, self.beside.down.dtype) != (x.device, x.dtype):
@@ -110,15 +120,31 @@ class PatchedLinear(QuantizedLinear):
         return WeightView(self)
 
     def patch(self, key: str, patches: list[Any]) -> None:
-        """Use these patches of ComfyUI's instead of the previous ones.
+        """Use these patches of ComfyUI's instead of the previous ones, the scheduled ones among them.
 
         If all are plain LoRAs, their two matmuls are added to the layer's own; else the patches are merged
         into the dequantized weight at each forward.
         """
-        self.key, self.patches = key, []
+        self.key, self._loaded, self._scheduled = key, patches, []
+        self._apply_patches()
+
+    def schedule(self, patches: list[Any]) -> None:
+        """Use these patches of hooks beside the loaded ones, instead of those scheduled before."""
+        if patches or self._scheduled:
+            self._scheduled = patches
+            self._apply_patches()
+
+    def _apply_patches(self) -> None:
+        patches, self.patches = [*self._loaded, *self._scheduled], []
         self.beside = low_rank(patches, self)
         if self.beside is None:
             self.patches = [(p[0], _at(p[1], self.device), *p[2:]) for p in patches]
+
+    def _weight_functions(self) -> list[Any]:
+        """Functions of the weight that are no patches."""
+        from comfy.model_patcher import LowVramPatch
+
+        return [function for function in self.weight_function if not isinstance(function, LowVramPatch)]
 
     def merged(self, x: Tensor) -> Tensor:
         """The weight with its patches, which ComfyUI merges in float32, on x's device and in its dtype."""
@@ -128,7 +154,10 @@ class PatchedLinear(QuantizedLinear):
         weight = quantized.dequantize(torch.float32)
         if isinstance(quantized, DenseWeight):
             weight = weight.clone()  # ComfyUI writes into it
-        return comfy.lora.calculate_weight(self.patches, weight, self.key).to(x.dtype)
+        originals: dict[str, Any] = {}
+        if any(type(patch[1]) is tuple and patch[1][0] == "model_as_lora" for patch in self.patches):
+            originals["original_weights"] = {self.key: [(quantized.dequantize(torch.float32),)]}
+        return comfy.lora.calculate_weight(self.patches, weight, self.key, **originals).to(x.dtype)
 
     def state_dict(
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False

@@ -25,6 +25,7 @@ from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import expect
 from ..flux_core.weights.weight_file import WeightFile
 from .host_comfy_encoders import PromptTokens, TextModule
+from .host_comfy_hooks import scheduling
 from .host_comfy_network import ComfyNetwork
 from .host_comfy_quant import follow_patches, make_patchable
 from .run_report import in_percent
@@ -125,7 +126,7 @@ def _with_our_encoders(clip_checkpoint: Checkpoint, t5_checkpoint: Checkpoint) -
 
 def _whole_patcher(patcher: Any) -> Any:
     """A patcher that loads all or nothing, with the settings of the one that comfy.sd.CLIP created."""
-    other = whole(type(patcher))(
+    other = whole(scheduling(type(patcher)))(
         patcher.model, patcher.load_device, patcher.offload_device, patcher.model_size()
     )
     for name in ("object_patches", "force_cast_weights", "hook_mode", "is_clip"):

@@ -124,7 +124,7 @@ def main(pack: str, model: str, lora: str, output: str) -> dict[str, Any]:
     state = {k: t.contiguous() for k, t in patcher.model_state_dict("diffusion_model.").items()}
     comfy.utils.save_torch_file(state, output)
     try:
-        comfy.utils.copy_to_param(patcher.model, key, merged)  # as ModelPatcher does for hooks
+        comfy.utils.copy_to_param(patcher.model, key, merged)
     except TypeError as error:
         found["overwritten"] = str(error)
     return found

@@ -94,9 +94,9 @@ KNOWN = {
 """Files that ComfyUI's own loader reads too."""
 
 
-def saved(base: Path, name: str, tensors: dict[str, Tensor]) -> str:
-    file = f"{name}.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, base / "models" / "loras" / file)
+def saved(base: Path, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    file, folder = f"{name}.safetensors", base / "models" / "loras"
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file, metadata)
     return file
 
 
@@ -261,3 +261,25 @@ def test_the_report_and_the_refusals(comfy: ComfyServer, base: Path, files: grap
     prompt["lora"]["inputs"]["lora_name"] = saved(base, "foreign", foreign)
     with pytest.raises(PromptFailed, match="foreign.safetensors is a LoRA for a Stable Diffusion UNet"):
         comfy.run(prompt)
+
+
+def test_alpha_in_the_metadata(comfy: ComfyServer, base: Path, files: graphs.Prompt) -> None:
+    """The stock loader ignores it, so that its own image is that of scale 1."""
+    bare = {key: tensor for key, tensor in KNOWN["kohya"].items() if not key.endswith(".alpha")}
+    plain = our_graph(files)
+    expected = picture(comfy, with_lora(plain, saved(base, "tensors", KNOWN["kohya"])))
+    for metadata in ({"network_alpha": "3"}, {"lora_adapter_metadata": '{"transformer.lora_alpha": 3}'}):
+        file = saved(base, f"alpha-{len(metadata)}-{'network_alpha' in metadata}", bare, metadata)
+        assert np.array_equal(picture(comfy, with_lora(plain, file)), expected)
+        assert not np.array_equal(picture(comfy, with_lora(plain, file, stock=True)), expected)
+
+
+def test_nan_in_a_lora_names_its_file(comfy: ComfyServer, base: Path, files: graphs.Prompt) -> None:
+    damaged = {key: tensor.clone() for key, tensor in KNOWN["kohya"].items()}
+    damaged["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"][0, 0] = float("nan")
+    file, plain = saved(base, "nan-up", damaged), our_graph(files)
+    for prompt in (plain, stock_model(plain)):
+        with pytest.raises(PromptFailed, match=r"nan-up\.safetensors has NaN or inf in 1 of"):
+            picture(comfy, with_lora(prompt, file))
+        expected = picture(comfy, prompt)
+        assert np.array_equal(picture(comfy, with_lora(prompt, file, strength_model=0.0)), expected)

@@ -96,8 +96,10 @@ def test_a_device_without_fp8_has_the_same_numbers(
 
 
 def test_what_is_saved_are_the_numbers(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
+    """q/k norms under ComfyUI's names, `query_norm.weight`."""
     _, dense, output, _ = seen
     expected, saved = read_state_dict(dense), read_state_dict(output)
+    expected = {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in expected.items()}
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
 
@@ -105,6 +107,6 @@ def test_what_is_saved_are_the_numbers(seen: tuple[str, Path, Path, dict[str, An
 def test_overwriting_is_refused(seen: tuple[str, Path, Path, dict[str, Any]]) -> None:
     form, *_, found = seen
     assert found["overwritten"] == (
-        f"weights quantized as {LABELS[form]} cannot be overwritten, as scheduled LoRAs (hooks) do; "
-        "load the LoRA with Load FLUX LoRA, or choose weight_dtype bf16 and a bf16 file"
+        f"weights quantized as {LABELS[form]} cannot be overwritten, which another node tried; patch them "
+        "instead, or choose weight_dtype bf16 and a bf16 file"
     )

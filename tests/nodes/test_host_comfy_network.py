@@ -106,6 +106,7 @@ def count(monkeypatch: pytest.MonkeyPatch, network: FluxTransformer, name: str) 
     return calls
 
 
+@torch.inference_mode()
 def test_what_does_not_depend_on_the_image_is_computed_once_per_run(
     monkeypatch: pytest.MonkeyPatch, network: FluxTransformer, asked: dict[str, torch.Tensor]
 ) -> None:
