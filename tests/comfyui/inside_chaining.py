@@ -311,8 +311,9 @@ def main(pack: str, path: str, other_path: str) -> dict[str, Any]:
     for name, run in FAILING.items():
         found[name] = compared(attempt(partial(run, stock)), attempt(partial(run, ours)), plain[k_sampler])
     theirs = merges(stock, stock_other)
-    for name, run in merges(ours, ours_other).items():
-        found[name] = compared(attempt(theirs[name]), attempt(run), plain[k_sampler])
+    for kind, other in (("", ours_other), (" with a stock MODEL", stock_other)):
+        for name, run in merges(ours, other).items():
+            found[name + kind] = compared(attempt(theirs[name]), attempt(run), plain[k_sampler])
     return found
 
 
