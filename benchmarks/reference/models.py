@@ -7,14 +7,17 @@ linear1 in four, and the last modulation holds (scale, shift) there and (shift, 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ...flux_core.model.autoencoder import SCALE, SHIFT, AutoEncoder, AutoEncoderSpec
 from ...flux_core.model.spec import Conditioning, FluxSpec
 from ...flux_core.model.transformer import FluxTransformer, position_ids
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 SPEC = FluxSpec(64, 2, 2, 3, context_in=24, vec_in=20, guidance_embed=True)
 AE_SPEC = AutoEncoderSpec(ch=8, ch_mult=(1, 2, 2, 2), num_res_blocks=2)
@@ -116,6 +119,8 @@ def diffusers_state_dict(model: FluxTransformer) -> dict[str, Tensor]:
 
 def diffusers_of_size(spec: FluxSpec) -> FluxTransformer2DModel:
     """diffusers' transformer with these sizes and its default weights."""
+    from diffusers import FluxTransformer2DModel  # here, because this import takes seconds
+
     model = FluxTransformer2DModel(
         in_channels=spec.in_channels,
         out_channels=spec.out_channels,
@@ -160,6 +165,8 @@ def diffusers_pipeline(
     transformer: FluxTransformer2DModel, autoencoder: AutoencoderKL, shifted: bool = True
 ) -> FluxPipeline:
     """diffusers' pipeline for encoded prompts; `shifted` like [dev]'s, else like [schnell]'s."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shifted),
         vae=autoencoder,
@@ -175,6 +182,8 @@ def diffusers_pipeline(
 
 def diffusers_autoencoder(model: AutoEncoder) -> AutoencoderKL:
     """diffusers' autoencoder with our weights."""
+    from diffusers import AutoencoderKL
+
     spec = model.spec
     levels = len(spec.ch_mult)
     reference = AutoencoderKL(

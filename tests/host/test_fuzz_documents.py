@@ -1,12 +1,8 @@
-"""Seeded malformed documents: each runs or is refused in one sentence, quickly and in bounded memory.
-
-RECTIFLUX_FUZZ=10000 RECTIFLUX_FUZZ_SEED=7 sets how many and which; the suite runs a few hundred.
-"""
+"""Seeded malformed documents: each runs or is refused in one sentence, quickly and in bounded memory."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 import tracemalloc
 from collections import Counter
@@ -18,12 +14,12 @@ from rectiflux.host.registry import Registry
 from rectiflux.host.validation import InvalidPrompt, validate
 from rectiflux.host.workflow import WorkflowError, apply_settings, read_document
 
+from ..fuzzing import fuzz_inputs, fuzz_seed
 from .conftest import NODES
 from .document_fuzzer import DocumentFuzzer, Input
 from .graphs import INFO
 
-COUNT = int(os.environ.get("RECTIFLUX_FUZZ", "300"))
-SEED = int(os.environ.get("RECTIFLUX_FUZZ_SEED", "1"))
+COUNT, SEED = fuzz_inputs(300), fuzz_seed()
 PATIENCE = 5.0  # seconds of processor time for a document, so that a busy machine does not matter
 SPARE = 64 * 2**20  # bytes beyond the document's size
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"

@@ -1,11 +1,7 @@
-"""Seeded damaged image files: each is read, or refused in one sentence, in bounded time and memory.
-
-RECTIFLUX_FUZZ=10000 RECTIFLUX_FUZZ_SEED=7 sets how many and which; the suite reads a few hundred.
-"""
+"""Seeded damaged image files: each is read, or refused in one sentence, in bounded time and memory."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,10 +9,10 @@ from pathlib import Path
 from rectiflux.host.images import MAX_PIXELS, decode
 from rectiflux.host.workflow import WorkflowError, read_document
 
+from ..fuzzing import fuzz_inputs, fuzz_seed
 from .image_fuzzer import ImageFuzzer
 
-COUNT = int(os.environ.get("RECTIFLUX_FUZZ", "400"))
-SEED = int(os.environ.get("RECTIFLUX_FUZZ_SEED", "1"))
+COUNT, SEED = fuzz_inputs(400), fuzz_seed()
 PATIENCE = 5.0  # processor seconds for a file
 MAX_MESSAGE = 500
 

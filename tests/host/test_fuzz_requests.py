@@ -1,12 +1,8 @@
-"""Seeded malformed requests: none is answered with 5xx, hangs, or stops the queue.
-
-RECTIFLUX_FUZZ=10000 RECTIFLUX_FUZZ_SEED=7 sets how many and which; the suite runs a few hundred.
-"""
+"""Seeded malformed requests: none is answered with 5xx, hangs, or stops the queue."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import time
 from collections import Counter
@@ -15,11 +11,11 @@ from typing import Any
 import pytest
 from rectiflux.host.files import Folders
 
+from ..fuzzing import fuzz_inputs, fuzz_seed
 from .client import Client
 from .request_fuzzer import PNG, Input, RequestFuzzer
 
-COUNT = int(os.environ.get("RECTIFLUX_FUZZ", "400"))
-SEED = int(os.environ.get("RECTIFLUX_FUZZ_SEED", "1"))
+COUNT, SEED = fuzz_inputs(400), fuzz_seed()
 PATIENCE = 5.0  # seconds for a response
 
 

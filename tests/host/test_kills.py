@@ -1,7 +1,7 @@
 """`run.py serve` is killed (SIGKILL) again and again: nothing finished is lost, no half file is served.
 
-RECTIFLUX_KILLS=40 sets how often and RECTIFLUX_FUZZ_SEED which moments. Starting the editor takes seconds, so
-one process imports it and forks a server for each trial.
+RECTIFLUX_FUZZ_SEED sets at which moments, and every 250 of RECTIFLUX_FUZZ are one kill. Starting the editor
+takes seconds, so one process imports it and forks a server for each trial.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import pytest
 from PIL import Image
 from rectiflux.host.workflow import apply_settings, read_document, to_prompt
 
+from ..fuzzing import fuzz_inputs, fuzz_seed
 from .command import PATIENCE, ROOT
 
-KILLS = int(os.environ.get("RECTIFLUX_KILLS", "4"))
-SEED = int(os.environ.get("RECTIFLUX_FUZZ_SEED", "1"))
+KILLS, SEED = max(1, fuzz_inputs(1000) // 250), fuzz_seed()
 FORKING = """
 import importlib, os, sys
 import run

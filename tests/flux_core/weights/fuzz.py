@@ -12,14 +12,16 @@ import copy
 import gc
 import json
 import random
-import shutil
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fuzz_seeds import Seed
 
 SECONDS, EXTRA_BYTES, MAX_MESSAGE = 5, 64 << 20, 600
 NASTY_NUMBERS = (
@@ -218,34 +220,33 @@ class Campaign:
         from fuzz_seeds import write_seeds
 
         self.chance, self.seed = random.Random(seed), seed
-        self.work = folder / "work"
-        self.seeds = write_seeds(folder / "seeds")
+        self.seeds = write_seeds(folder)
         self.counts: Counter[str] = Counter()
         gc.freeze()  # the libraries: collections are quick from here on
 
     def run(self, inputs: int) -> None:
         for index in range(inputs):
             case = self.chance.choice(self.seeds)
-            shutil.rmtree(self.work, ignore_errors=True)
-            shutil.copytree(case.folder, self.work)
-            target = self.work / self.chance.choice(case.mutated)
+            target = case.folder / self.chance.choice(case.mutated)
             kinds = {".json": JSON, ".gguf": GGUF}.get(target.suffix, SAFETENSORS)
             mutate = self.chance.choice(kinds)
-            target.write_bytes(mutate(self.chance, target.read_bytes()))
+            valid = target.read_bytes()
+            _replace(target, mutate(self.chance, valid))
             what = f"seed {self.seed} input {index}: {case.folder.name}/{target.name} {mutate.__name__}"
-            if (problem := self._loaded(case.load)) is not None:
+            if (problem := self._loaded(case)) is not None:
                 print(json.dumps({"input": what, "problem": problem}), flush=True)
+            _replace(target, valid)
         print(json.dumps({"counts": self.counts}), flush=True)
 
-    def _loaded(self, load: Callable[[Path], None]) -> str | None:
+    def _loaded(self, case: Seed) -> str | None:
         """What is wrong with how a load ended, or None."""
-        size = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in case.folder.rglob("*") if path.is_file())
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         problem = None
         try:
-            load(self.work)
+            case.load(case.folder)
             self.counts["loaded"] += 1
         except (ValueError, TypeError, OSError) as error:
             self.counts["refused"] += 1
@@ -264,6 +265,12 @@ class Campaign:
         if problem is None and grown > size + EXTRA_BYTES:
             problem = f"{grown:,} bytes for an input of {size:,}"
         return problem
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a new file in place of the one at `path`, which may still be mapped."""
+    path.unlink()
+    path.write_bytes(data)
 
 
 def _memory(what: str) -> int:
