@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import context
+from . import context, freed_memory
 from .files import SaveError
 from .prompt_graph import Prompt, links, order
 from .registry import Registry
@@ -71,6 +71,7 @@ class Executor:
     def clear_cache(self) -> None:
         """Drop all results, and with them the models they hold."""
         self._cache.clear()
+        freed_memory.return_to_system()
 
     def run(
         self,
@@ -96,7 +97,10 @@ class Executor:
             self.progress_interval,
         )
         with context.using(self.registry.folders), torch.no_grad():
-            return self._run(events, order(checked.prompt, checked.outputs))
+            result = self._run(events, order(checked.prompt, checked.outputs))
+        if result.executed:
+            freed_memory.return_to_system()
+        return result
 
     def _run(self, events: RunEvents, needed: list[str]) -> Result:
         events.send("execution_start")

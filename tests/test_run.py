@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RENDER = "import sys, probe\ndef main(argv): print('render', argv, sys.prefix); return 3 if argv else 0"
 FULL_SIZE = '"""How large.\n\nMore."""\ndef main(argv): print(argv, __name__); return len(argv)'
-THREADS = '"""Waiting."""\nimport os\ndef main(argv): print(os.environ.get("OMP_WAIT_POLICY"))'
+THREADS = '"""Waiting."""\nimport os\ndef main(argv): print(os.environ.get(*argv or ["OMP_WAIT_POLICY"]))'
 PYTEST = "import os, sys; print('pytest', sys.argv[1:], os.getcwd())"
 PACK = {
     "__init__.py": "",
@@ -87,7 +87,7 @@ class Start:
 
     def environment(self, **changes: str) -> dict[str, str]:
         """pip's settings replaced by: nothing but the index."""
-        unset = ("PIP_", "OMP_", "GOMP_", "KMP_")
+        unset = ("PIP_", "OMP_", "GOMP_", "KMP_", "ONEDNN_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
         offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index), "PIP_CONFIG_FILE": os.devnull}
         return {**kept, **offline, **changes}
@@ -173,6 +173,13 @@ def test_threads_sleep_while_waiting_unless_the_user_set_otherwise(ready: Start)
         assert ready("bench", "threads", python=python) == "PASSIVE\n"
         assert ready("bench", "threads", python=python, OMP_WAIT_POLICY="active") == "active\n"
         assert ready("bench", "threads", python=python, GOMP_SPINCOUNT="100") == "None\n"
+
+
+def test_the_cache_of_compiled_kernels_is_bounded_unless_the_user_set_otherwise(ready: Start) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    for python in (sys.executable, str(ready.python)):
+        assert ready("bench", "threads", name, python=python) == "128\n"
+        assert ready("bench", "threads", name, python=python, **{name: "1024"}) == "1024\n"
 
 
 def test_bench_installs_the_packages_of_a_benchmark(ready: Start) -> None:
