@@ -34,6 +34,7 @@ OUTSIDE = {"torch", "einops", "safetensors", "tokenizers", "transformers", "nump
 ONLY_IN = {
     "scipy": ("flow", "train"),  # assignment: of a coupling, of what is seen to what was asked for
     "gguf": ("weights",),
+    "regex": ("lora",),  # patterns of PEFT's alpha_pattern, with a limit on time
 }
 PACKAGES = (flux_core, flow, lora, solver, weights)
 
