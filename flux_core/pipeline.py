@@ -1,13 +1,12 @@
 """Text to image in eight numbered steps: the only file that joins the stages.
 
 `text_to_image` is the whole on one screen. `sample` is its middle for callers that bring their own noise,
-schedule or image to start from, such as the nodes; `guided_velocity` is all that a solver sees of the model.
+schedule or image to start from, such as the nodes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,15 +15,14 @@ from torch import Tensor
 
 from .memory.tiling import decode
 from .model.autoencoder import AutoEncoder, to_vae_space
-from .model.hooks import NO_HOOKS, Hooks, Residuals
-from .model.spec import Conditioning, Velocity
+from .model.spec import LATENT_CHANNELS, Conditioning, Velocity
 from .model.text_encoders import TextEncoders
-from .model.transformer import FluxTransformer, TokenGroup, pack, unpack
+from .model.transformer import FluxTransformer
+from .sampling.guidance import Guidance, VelocityRequest, check_channels, guided_velocity
 from .sampling.schedule import make_sigmas
 from .sampling.solver import Report, Solver, Step, integrate, seeded_noise, solver_named
 from .sampling.step_cache import StepCache
 
-LATENT_CHANNELS = 16
 LARGEST_EXACT_SEED = 2**53 - 1
 """JavaScript, and so a node editor, rounds larger integers."""
 NOISE_CONVENTIONS = {"comfyui": torch.float32, "reference": torch.bfloat16}
@@ -79,7 +77,7 @@ def text_to_image(
     sigmas = make_sigmas(steps, (h // 2) * (w // 2), shift=shift)
     # 4. Read the prompts with T5 and CLIP, as many tokens as the model was trained with.
     spec = models.transformer.spec
-    _check_channels(spec.in_channels, 0)
+    check_channels(spec, None)
     prompts = [prompt, negative_prompt] if cfg_scale != 1.0 else [prompt]
     texts = [
         replace(
@@ -159,53 +157,6 @@ def draw_noise(seed: int, batch: int, h: int, w: int, convention: str = "comfyui
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: a negative prompt, its scale, and down to which sigma it is used.
-
-    v_neg + cfg_scale (v_pos - v_neg) (Ho and Salimans 2022, arXiv:2207.12598), at sigmas from 1 down to
-    `cfg_until`; below, and without a negative or at scale 1, the positive prompt alone: what the image shows
-    is settled above, and the last steps take half the work (guidance in a limited interval, Kynkäänniemi et
-    al. 2024, arXiv:2404.07724). Raises ValueError for a scale that is not finite and a sigma outside 0..1.
-    """
-
-    negative: Conditioning | None = None
-    cfg_scale: float = 1.0
-    cfg_until: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.cfg_scale):
-            raise ValueError(f"cfg_scale must be finite, got {self.cfg_scale}; 1 turns CFG off")
-        if not 0.0 <= self.cfg_until <= 1.0:
-            raise ValueError(f"cfg_until must be a sigma between 0 and 1, got {self.cfg_until}")
-
-    @property
-    def is_used(self) -> bool:
-        return self.negative is not None and self.cfg_scale != 1.0
-
-
-@dataclass(frozen=True)
-class VelocityRequest:
-    """Which velocity is wanted: of which prompt, at which sigmas (None: any), for [batch, 16, h, w] latents.
-
-    `new_cache` makes the step cache of each pass through the network (sampling/step_cache.py); `hooks` are
-    attached to every pass, `groups` and `bias` are given to `FluxTransformer.prepare`; `extra` [B or 1, c, h,
-    w] are channels that a model with more than 64 inputs reads beside the latent.
-    """
-
-    conditioning: Conditioning
-    sigmas: Sequence[float] | None
-    h: int
-    w: int
-    batch: int = 1
-    guidance: Guidance = Guidance()
-    new_cache: Callable[[], StepCache] | None = None
-    hooks: Hooks = NO_HOOKS
-    groups: tuple[TokenGroup, ...] = ()
-    bias: Tensor | None = None
-    extra: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class SampleRequest:
     """One sampling run, all of it in model space.
 
@@ -258,114 +209,6 @@ def sample(transformer: FluxTransformer, request: SampleRequest) -> Tensor:
     x = (1 - start) * latent + start * noise
     random = seeded_noise(request.seed)
     return integrate(solver, velocity, x, sigmas, request.on_step, noise=random, on_report=request.on_report)
-
-
-def guided_velocity(transformer: FluxTransformer, request: VelocityRequest) -> Velocity:
-    """Velocity of latents [batch, 16, h, w] in model space, at the request's sigmas only; with None, at any.
-
-    Both halves of classifier-free guidance share a batch; prompts of different lengths or distilled guidance,
-    which cannot, are evaluated one after the other. A negative without distilled guidance takes the
-    positive's. Raises ValueError for a model whose input channels are not the latent's and `extra`'s, a
-    conditioning of another batch size, a step cache beside ControlNet residuals, and what
-    `FluxTransformer.prepare` raises.
-    """
-    _check_channels(transformer.spec.in_channels, 0 if request.extra is None else request.extra.shape[1])
-    guidance, sigmas, batch = request.guidance, request.sigmas, request.batch
-    positive = _for_batch(request.conditioning, batch)
-    low = sigmas if sigmas is None else [sigma for sigma in sigmas if sigma < guidance.cfg_until]
-    high = sigmas if sigmas is None else [sigma for sigma in sigmas if sigma >= guidance.cfg_until]
-    if guidance.negative is None or not guidance.is_used or high == []:
-        return _passes(transformer, [positive], sigmas, request)
-    negative = guidance.negative
-    if negative.guidance is None:
-        negative = replace(negative, guidance=positive.guidance)
-    both = _passes(transformer, [positive, _for_batch(negative, batch)], high, request)
-    below = low != [] and guidance.cfg_until > 0.0
-    positive_only = _passes(transformer, [positive], low, request) if below else None
-
-    def guided(x: Tensor, sigma: float) -> Tensor:
-        if positive_only is not None and sigma < guidance.cfg_until:
-            return positive_only(x, sigma)
-        v_pos, v_neg = both(x, sigma).chunk(2)
-        return v_neg + guidance.cfg_scale * (v_pos - v_neg)
-
-    return guided
-
-
-def _passes(
-    transformer: FluxTransformer,
-    texts: list[Conditioning],
-    sigmas: Sequence[float] | None,
-    request: VelocityRequest,
-) -> Velocity:
-    """The velocities of the texts, [texts * batch, 16, h, w], in one pass where they can share one."""
-    joined, h, w = _joined(texts, request.batch), request.h, request.w
-    times = len(texts) // len(joined)  # rows of one image come once for each text that shares the pass
-    groups = tuple(replace(group, tokens=_repeated(group.tokens, times)) for group in request.groups)
-    bias = None if request.bias is None else _repeated(request.bias, times)
-    prepared = [transformer.prepare(text, sigmas, h, w, groups, bias) for text in joined]
-    if request.new_cache and any(isinstance(hook, Residuals) for hook in request.hooks.blocks):
-        raise ValueError(
-            "a step cache would reuse a ControlNet's residuals of earlier steps; use one or other"
-        )
-    caches = [None if request.new_cache is None else request.new_cache() for _ in joined]
-    extra = None if request.extra is None else pack(request.extra.to(transformer.device))
-
-    def velocities(x: Tensor, sigma: float) -> Tensor:
-        tokens = pack(x)
-        if extra is not None:
-            tokens = torch.cat([tokens, extra.expand(len(tokens), -1, -1)], dim=-1)
-        tokens = tokens.repeat(times, 1, 1)
-        found = []
-        for part, cache in zip(prepared, caches, strict=True):
-            first = () if cache is None else (cache.hook(sigma),)
-            hooks = replace(request.hooks, blocks=(*first, *request.hooks.blocks))
-            found.append(transformer(tokens, part, sigma, hooks))
-        return unpack(torch.cat(found), h, w).to(x.dtype)
-
-    return velocities
-
-
-def _repeated(rows: Tensor, times: int) -> Tensor:
-    """[times B, ...] from [B, ...]; a single row serves every image and stays one."""
-    return rows if len(rows) == 1 else rows.repeat(times, *[1] * (rows.ndim - 1))
-
-
-def _check_channels(wanted: int, extra: int) -> None:
-    """Raises ValueError unless a model with `wanted` inputs reads a latent and `extra` channels beside it."""
-    given = 4 * (LATENT_CHANNELS + extra)
-    if wanted != given:
-        raise ValueError(
-            f"the model has {wanted} input channels, got {given}; "
-            "Fill, Canny and Depth models need an image, for text to image choose [dev] or [schnell]"
-        )
-
-
-def _for_batch(text: Conditioning, batch: int) -> Conditioning:
-    """The conditioning, checked to be for one image or for each of the batch."""
-    rows = text.txt.shape[0]
-    vectors = rows if text.pooled is None else text.pooled.shape[0]
-    if rows not in (1, batch) or vectors != rows:
-        raise ValueError(
-            f"a conditioning must be for 1 image or for all {batch}, got {rows} texts and "
-            f"{vectors} pooled vectors; encode one prompt"
-        )
-    return text
-
-
-def _form(text: Conditioning) -> tuple[object, ...]:
-    """What two conditionings must have in common to share a batch."""
-    return text.txt.shape[1:], None if text.pooled is None else text.pooled.shape[1:], text.guidance
-
-
-def _joined(texts: list[Conditioning], batch: int) -> list[Conditioning]:
-    """The conditionings as one of [2 batch] rows, where length and guidance allow, or else as they are."""
-    if len(texts) == 1 or _form(texts[0]) != _form(texts[1]):
-        return texts
-    txt = torch.cat([text.txt.expand(batch, -1, -1) for text in texts])
-    vectors = [text.pooled.expand(batch, -1) for text in texts if text.pooled is not None]
-    pooled = torch.cat(vectors) if vectors else None
-    return [Conditioning(txt, pooled, texts[0].guidance)]
 
 
 def latent_mask(mask: Tensor, latent: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sizes of a FLUX.1 transformer, an encoded prompt, and the letters in which flux_core writes shapes.
+"""Sizes of a FLUX.1 transformer, what it is conditioned on, and the letters in which flux_core writes shapes.
 
 Legend: B batch, H W pixels, h w = H/8 W/8, N = (H/16)(W/16) image tokens, L text tokens, K heads, D head dim,
 C width of the T5 sequence, P width of the pooled CLIP vector, S number of sigmas. Square brackets are shapes.
@@ -6,12 +6,15 @@ C width of the T5 sequence, P width of the pooled CLIP vector, S number of sigma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .hooks import Residuals
 
 Velocity = Callable[[Tensor, float], Tensor]
 """(x, sigma) -> dx/dsigma = noise - image, of the shape of x: all that a solver sees of a model."""
@@ -25,13 +28,70 @@ class Shaped(Protocol):
 
 
 @dataclass(frozen=True)
+class TokenGroup:
+    """Tokens behind the generated ones that the model attends to, such as a reference image (Kontext).
+
+    `tokens` [B or 1, n, in_channels] are packed latents with position ids `ids` [n, 3]. With `sigma` they are
+    modulated as at that noise level at every step; None: at the step's own. `strength` scales how much all
+    other tokens attend to them (log strength is added to their scores): 1 changes nothing, 0 leaves the group
+    out.
+    """
+
+    tokens: Tensor
+    ids: Tensor
+    sigma: float | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """The text tokens `start` to `stop` - 1, such as an image prompt (Redux), and their `strength`.
+
+    Image tokens and the text before the span attend to it with log strength added to their scores.
+    """
+
+    start: int
+    stop: int
+    strength: float
+
+
+ResidualsAt = Callable[[Tensor, float], "Residuals | None"]
+"""(tokens [B, N, 64] of the latent, sigma) -> residuals for the block loop, None where there are none."""
+
+
+class ControlBranch(Protocol):
+    """A network beside the transformer that adds residuals to its blocks, such as a ControlNet in use."""
+
+    def begin(
+        self, conditioning: Conditioning, sigmas: Sequence[float] | None, h: int, w: int
+    ) -> ResidualsAt:
+        """What does not depend on the image, once per run; `sigmas` and sizes as for `prepare`."""
+        ...
+
+
+@dataclass(frozen=True)
 class Conditioning:
-    """The text encoders' `txt` [B, L, C] and `pooled` [B, P] (None: zeros), and the distilled guidance."""
+    """What one pass of the network is conditioned on: an encoded prompt, and images beside it.
+
+    `txt` [B, L, C] and `pooled` [B, P] (None: zeros) come from the text encoders, `guidance` is the distilled
+    one. `extra` [B or 1, c, h, w] are channels that a model with more than 64 inputs reads beside the latent
+    (Fill, Canny, Depth), `groups` tokens behind the image's (Kontext), `spans` strengths of parts of the
+    text (Redux), `controls` add residuals (ControlNet). `bias` [B or 1, K or 1, S, S], over text, image and
+    groups, is added to the attention scores.
+    """
 
     txt: Tensor
     pooled: Tensor | None
     guidance: float | None = None
+    extra: Tensor | None = None
+    groups: tuple[TokenGroup, ...] = ()
+    spans: tuple[TextSpan, ...] = ()
+    controls: tuple[ControlBranch, ...] = ()
+    bias: Tensor | None = None
 
+
+LATENT_CHANNELS = 16
+"""Channels of a latent."""
 
 FILL_CHANNELS = 384
 """A token's input channels in FLUX.1 Fill: 64 noise, 64 masked image, 256 mask."""

@@ -32,7 +32,8 @@ from .layers import (
 )
 from .modulation import Group, Modulations, ModulationsOnDemand, per_token, split_modulations
 from .ops import Ops, Rope, rope_table
-from .spec import Conditioning, FluxSpec
+from .spec import Conditioning, FluxSpec, TokenGroup
+from .strength import strength_bias
 from .tokens import pack, position_ids, unpack
 
 __all__ = ["Evaluation", "FluxTransformer", "Prepared", "TokenGroup", "pack", "position_ids", "unpack"]
@@ -50,19 +51,6 @@ class Runner(Protocol):
     """Calls a block with its inputs, for example compiled (backends/compile.py)."""
 
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...], shared: Shared) -> Any: ...
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """Tokens behind the generated ones that the model attends to, such as a reference image (Kontext).
-
-    `tokens` [B or 1, n, in_channels] are packed latents with position ids `ids` [n, 3]. With `sigma` they are
-    modulated as at that noise level at every step; None: at the step's own.
-    """
-
-    tokens: Tensor
-    ids: Tensor
-    sigma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,22 +177,14 @@ class FluxTransformer(nn.Module):
         ids = torch.cat([position_ids(txt_length, h, w), *(group.ids.float().cpu() for group in groups)])
         return rope_table(ids, self.spec.axes_dim, self.spec.theta, self.device)
 
-    def prepare(
-        self,
-        conditioning: Conditioning,
-        sigmas: Sequence[float] | None,
-        h: int,
-        w: int,
-        groups: Sequence[TokenGroup] = (),
-        bias: Tensor | None = None,
-    ) -> Prepared:
+    def prepare(self, conditioning: Conditioning, sigmas: Sequence[float] | None, h: int, w: int) -> Prepared:
         """All that a run at these sigmas on an h x w latent needs besides the image.
 
         The modulations of all sigmas go through each linear layer as one batch; with None for the sigmas,
-        those of each sigma when `forward` first needs it. `groups` are tokens behind the image's, `bias`
-        [B or 1, K or 1, L + N + n, L + N + n] over text, image and groups is added to the attention scores.
-        Raises ValueError for text, pooled vectors or a bias of another size, and for a missing distilled
-        guidance.
+        those of each sigma when `forward` first needs it. `extra` and `controls` of the conditioning are not
+        used here: their channels are part of the tokens, their residuals hooks of the block loop.
+        Raises ValueError for text, pooled vectors or a bias of another size, a negative strength, and for a
+        missing distilled guidance.
         """
         self._check(conditioning)
         make = _Rows(self, conditioning)
@@ -212,6 +192,7 @@ class FluxTransformer(nn.Module):
             modulations: Mapping[float, Modulations] = ModulationsOnDemand(lambda sigma: make([sigma])[sigma])
         else:
             modulations = make(sorted({float(sigma) for sigma in sigmas}))
+        groups = [group for group in conditioning.groups if group.strength != 0.0]
         own = sorted({group.sigma for group in groups if group.sigma is not None})
         fixed = make(own) if own else {}
         txt = self.project_text(conditioning.txt.to(self.device))
@@ -221,16 +202,26 @@ class FluxTransformer(nn.Module):
             modulations,
             tuple(self.img_in(group.tokens.to(self.device, self.dtype)) for group in groups),
             tuple(None if group.sigma is None else fixed[group.sigma] for group in groups),
-            None if bias is None else self._checked_bias(bias, h * w // 4 + txt.shape[1], groups),
+            self._bias(conditioning, txt.shape[1], h * w // 4, groups),
         )
 
-    def _checked_bias(self, bias: Tensor, length: int, groups: Sequence[TokenGroup]) -> Tensor:
-        """The bias on the model's device (boolean, or in its dtype), checked to cover the sequence."""
-        length += sum(group.tokens.shape[1] for group in groups)
-        if bias.ndim != 4 or bias.shape[-2:] != (length, length):
+    def _bias(
+        self, conditioning: Conditioning, txt_length: int, generated: int, groups: Sequence[TokenGroup]
+    ) -> Tensor | None:
+        """The given bias and that of strengths, on the model's device; boolean, or in its dtype."""
+        bias = conditioning.bias
+        length = txt_length + generated + sum(group.tokens.shape[1] for group in groups)
+        if bias is not None and (bias.ndim != 4 or bias.shape[-2:] != (length, length)):
             raise ValueError(
                 f"an attention bias must be [B or 1, K or 1, {length}, {length}], got {[*bias.shape]}"
             )
+        strengths = strength_bias(txt_length, generated, groups, conditioning.spans)
+        if strengths is not None and bias is not None:
+            bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias
+            strengths = strengths + bias.to(strengths)
+        bias = bias if strengths is None else strengths
+        if bias is None:
+            return None
         return bias.to(self.device, None if bias.dtype == torch.bool else self.dtype)
 
     def _check(self, conditioning: Conditioning) -> None:

@@ -70,11 +70,21 @@ def predict_velocity(
     text: Conditioning,
     guidance: Tensor | None = None,
 ) -> Tensor:
-    """Velocity [B, 16, h, w] of noisy latents of that shape, each with its own sigma [B] and guidance [B]."""
+    """Velocity [B, 16, h, w] of noisy latents of that shape, each with its own sigma [B] and guidance [B].
+
+    Images that `text` is conditioned on (`extra`, `groups`) are inputs as in sampling.
+    """
     h, w = noisy.shape[-2:]
     evaluation = evaluation_at(model, sigmas, text, (h, w), guidance)
-    tokens = pack(noisy).to(model.dtype)
-    return unpack(model.run_blocks(model.img_in(tokens), evaluation), h, w)
+    return unpack(model.run_blocks(image_tokens(model, noisy, text), evaluation), h, w)
+
+
+def image_tokens(model: FluxTransformer, noisy: Tensor, text: Conditioning) -> Tensor:
+    """Projected tokens [B, N + n, hidden] of noisy latents with `extra`, and of the groups behind them."""
+    if text.extra is not None:
+        noisy = torch.cat([noisy, text.extra.to(noisy).expand(len(noisy), -1, -1, -1)], dim=1)
+    parts = [pack(noisy), *(group.tokens.expand(len(noisy), -1, -1) for group in text.groups)]
+    return torch.cat([model.img_in(tokens.to(model.dtype)) for tokens in parts], dim=1)
 
 
 def evaluation_at(
@@ -88,11 +98,24 @@ def evaluation_at(
     """The block loop's inputs for latents of `size` (h, w), each with its own sigma [B] and guidance [B]."""
     txt = model.project_text(text.txt)
     modulations = model.modulate(model.embed_time(sigmas, guidance, text.pooled))
-    rope = model.rope(txt.shape[1], *size)
+    rope = model.rope(txt.shape[1], *size, text.groups)
+    fixed = [group.sigma is not None for group in text.groups]
+    references = tuple(
+        (
+            group.tokens.shape[1],
+            modulations
+            if group.sigma is None
+            else model.modulate(
+                model.embed_time(torch.full_like(sigmas, group.sigma), guidance, text.pooled)
+            ),
+        )
+        for group in text.groups
+    )
     # what is compiled uses the differentiable operations without gradients too: the compiler fuses them
     with torch.set_grad_enabled(torch.is_grad_enabled() or torch.compiler.is_compiling()):
         ops = model.ops()
-    return Evaluation(txt, modulations, Shared(rope, ops), hooks)
+    generated = size[0] * size[1] // 4
+    return Evaluation(txt, modulations, Shared(rope, ops), hooks, references if any(fixed) else (), generated)
 
 
 class FlowWithRepaLoss(nn.Module):
@@ -110,12 +133,13 @@ class FlowWithRepaLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(velocity's mean squared error over [B, N, 64], the head's loss) for latents [B, 16, h, w]."""
         s = sigmas[:, None, None, None]
-        model, tokens = self.model, pack((1 - s) * latents + s * noise)
+        model, noisy = self.model, (1 - s) * latents + s * noise
         tap = Tap((("single", self.depth - 1),))
         size = latents.shape[-2], latents.shape[-1]
         evaluation = evaluation_at(model, sigmas, text, size, hooks=Hooks(blocks=(tap,)))
-        velocity = model.run_blocks(model.img_in(tokens.to(model.dtype)), evaluation)
-        repa = self.head(tap.states["single", self.depth - 1], labels)
+        velocity = model.run_blocks(image_tokens(model, noisy, text), evaluation)
+        states = tap.states["single", self.depth - 1]
+        repa = self.head(states[:, : labels.shape[1]], labels)
         return F.mse_loss(velocity, pack(noise - latents)), repa
 
     def checkpointed(self) -> nn.Module:

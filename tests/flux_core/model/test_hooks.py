@@ -26,7 +26,7 @@ from rectiflux.flux_core.model.hooks import (
 )
 from rectiflux.flux_core.model.layers import Shared
 from rectiflux.flux_core.model.modulation import per_token
-from rectiflux.flux_core.model.spec import Conditioning
+from rectiflux.flux_core.model.spec import Conditioning, TextSpan
 from rectiflux.flux_core.model.transformer import Evaluation, FluxTransformer, TokenGroup, pack
 from rectiflux.flux_core.pipeline import Guidance, VelocityRequest, guided_velocity
 from torch import Tensor
@@ -55,7 +55,7 @@ TOKENS = drawn(2, N, SPEC.in_channels)
 
 
 def velocity(model: FluxTransformer, hooks: Hooks = NO_HOOKS, **inputs: Any) -> Tensor:
-    return model(TOKENS, model.prepare(text(1), [SIGMA], H, W, **inputs), SIGMA, hooks)
+    return model(TOKENS, model.prepare(replace(text(1), **inputs), [SIGMA], H, W), SIGMA, hooks)
 
 
 def theirs(model: FluxTransformer, tokens: Tensor, image_ids: Tensor, **inputs: Any) -> Tensor:
@@ -188,7 +188,7 @@ def test_references_agree_with_diffusers(model: FluxTransformer) -> None:
     ]
     every = torch.cat([TOKENS, *(group.tokens.expand(2, -1, -1) for group in groups)], dim=1)
     ids = torch.cat([grid(H, W), *(group.ids for group in groups)])
-    ours = velocity(model, groups=groups)
+    ours = velocity(model, groups=tuple(groups))
     assert ours.shape == TOKENS.shape
     assert relative_error(ours, theirs(model, every, ids)[:, :N]) < 1e-5
 
@@ -196,12 +196,12 @@ def test_references_agree_with_diffusers(model: FluxTransformer) -> None:
 def test_a_reference_has_its_own_timestep(model: FluxTransformer) -> None:
     tokens, ids = drawn(1, 4, SPEC.in_channels, seed=3), grid(4, 4, index=1.0)
     group = TokenGroup(tokens, ids)
-    at_step = velocity(model, groups=[group])
-    assert relative_error(velocity(model, groups=[replace(group, sigma=SIGMA)]), at_step) < 1e-6
-    at_zero = velocity(model, groups=[replace(group, sigma=0.0)])
+    at_step = velocity(model, groups=(group,))
+    assert relative_error(velocity(model, groups=(replace(group, sigma=SIGMA),)), at_step) < 1e-6
+    at_zero = velocity(model, groups=(replace(group, sigma=0.0),))
     assert relative_error(at_zero, at_step) > 1e-3
 
-    prepared = model.prepare(text(1), [SIGMA, 0.0], H, W, [group])
+    prepared = model.prepare(replace(text(1), groups=(group,)), [SIGMA, 0.0], H, W)
     step, zero = prepared.at(SIGMA), prepared.at(0.0)
     double = tuple(
         (per_token([(N, img), (4, other)]), txt)
@@ -224,9 +224,11 @@ def test_a_bias_of_minus_infinity_removes_a_reference(model: FluxTransformer) ->
     """Log of a strength on its columns: 0 removes it, 1 changes nothing."""
     group = TokenGroup(drawn(1, 4, SPEC.in_channels, seed=3), grid(4, 4, index=1.0))
     bias = torch.zeros(1, 1, L + N + 4, L + N + 4)
-    assert relative_error(velocity(model, groups=[group], bias=bias), velocity(model, groups=[group])) < 1e-5
+    assert (
+        relative_error(velocity(model, groups=(group,), bias=bias), velocity(model, groups=(group,))) < 1e-5
+    )
     bias[..., : L + N, L + N :] = -torch.inf
-    assert relative_error(velocity(model, groups=[group], bias=bias), velocity(model)) < 1e-5
+    assert relative_error(velocity(model, groups=(group,), bias=bias), velocity(model)) < 1e-5
 
 
 def test_a_missing_pooled_vector_is_zeros(model: FluxTransformer) -> None:
@@ -242,32 +244,69 @@ def test_extra_channels_and_groups_reach_both_halves_of_guidance() -> None:
     model, x = flux_transformer(in_channels=128), drawn(2, 16, H, W)
     control = drawn(1, 16, H, W, seed=7)
     group = TokenGroup(drawn(1, 4, 128, seed=3), grid(4, 4, index=1.0))
-    request = VelocityRequest(
-        text(1), [SIGMA], H, W, 2, Guidance(text(2), 3.0), groups=(group,), extra=control
-    )
+    images = {"groups": (group,), "extra": control}
+
+    def guided(batch: int, **images: Any) -> VelocityRequest:
+        positive, negative = replace(text(1), **images), replace(text(2), **images)
+        return VelocityRequest(positive, [SIGMA], H, W, batch, Guidance(negative, 3.0))
+
     rows = replace(group, tokens=drawn(2, 4, 128, seed=4))
     bias = drawn(2, 1, L + N + 4, L + N + 4, seed=5)
-    of_rows = pack(guided_velocity(model, replace(request, groups=(rows,), bias=bias))(x, SIGMA))
+    of_rows = pack(guided_velocity(model, guided(2, extra=control, groups=(rows,), bias=bias))(x, SIGMA))
     for i in range(2):  # each row's own tokens and bias, in both halves
         one = (replace(rows, tokens=rows.tokens[i : i + 1]),)
-        alone = replace(request, batch=1, groups=one, bias=bias[i : i + 1])
+        alone = guided(1, extra=control, groups=one, bias=bias[i : i + 1])
         assert (
             relative_error(of_rows[i : i + 1], pack(guided_velocity(model, alone)(x[i : i + 1], SIGMA)))
             < 1e-5
         )
     tokens = torch.cat([pack(x), pack(control).expand(2, -1, -1)], dim=-1)
     positive, negative = (
-        model(tokens, model.prepare(prompt, [SIGMA], H, W, [group]), SIGMA) for prompt in (text(1), text(2))
+        model(tokens, model.prepare(replace(prompt, groups=(group,)), [SIGMA], H, W), SIGMA)
+        for prompt in (text(1), text(2))
     )
-    found = pack(guided_velocity(model, request)(x, SIGMA))
+    found = pack(guided_velocity(model, guided(2, **images))(x, SIGMA))
     assert relative_error(found, negative + 3.0 * (positive - negative)) < 1e-5
     with pytest.raises(ValueError, match="128 input channels, got 64"):
-        guided_velocity(model, replace(request, extra=None))
+        guided_velocity(model, guided(2, groups=(group,)))
+
+
+def test_positive_and_negative_may_have_images_of_their_own(model: FluxTransformer) -> None:
+    """A reference on the prompt alone: two passes, each with its own tokens."""
+    x, group = drawn(2, 16, H, W), TokenGroup(drawn(1, 4, SPEC.in_channels, seed=3), grid(4, 4, index=1.0))
+    positive = replace(text(1), groups=(group,))
+    request = VelocityRequest(positive, [SIGMA], H, W, 2, Guidance(text(2), 3.0))
+    with_group, without = (
+        model(pack(x), model.prepare(prompt, [SIGMA], H, W), SIGMA) for prompt in (positive, text(2))
+    )
+    found = pack(guided_velocity(model, request)(x, SIGMA))
+    assert relative_error(found, without + 3.0 * (with_group - without)) < 1e-5
+
+
+def test_strengths_scale_attention_to_references_and_text_spans(model: FluxTransformer) -> None:
+    """Integer strengths equal as many copies; 0 leaves tokens out; 1 changes nothing."""
+    group = TokenGroup(drawn(1, 4, SPEC.in_channels, seed=3), grid(4, 4, index=1.0))
+    plain, without = velocity(model, groups=(group,)), velocity(model)
+    assert torch.equal(velocity(model, groups=(replace(group, strength=1.0),)), plain)
+    assert torch.equal(velocity(model, groups=(replace(group, strength=0.0),)), without)
+    twice = velocity(model, groups=(replace(group, strength=2.0),))
+    assert relative_error(velocity(model, groups=(group, group)), twice) < relative_error(plain, twice) / 2
+    prompt = text(1)
+    doubled = replace(prompt, txt=torch.cat([prompt.txt, prompt.txt[:, -2:]], dim=1))
+    span = TextSpan(L - 2, L, 2.0)
+    strong = model(TOKENS, model.prepare(replace(prompt, spans=(span,)), [SIGMA], H, W), SIGMA)
+    copied = model(TOKENS, model.prepare(doubled, [SIGMA], H, W), SIGMA)
+    assert relative_error(copied, strong) < relative_error(without, strong) / 2
+    off = velocity(model, spans=(replace(span, strength=0.0),))
+    cut = replace(prompt, txt=prompt.txt[:, : L - 2])
+    assert relative_error(model(TOKENS, model.prepare(cut, [SIGMA], H, W), SIGMA), off) < 1e-5
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        velocity(model, groups=(replace(group, strength=-1.0),))
 
 
 def test_a_bias_of_another_size_and_too_many_residuals_are_refused(model: FluxTransformer) -> None:
     with pytest.raises(ValueError, match=rf"{L + N}, {L + N}.* got \[1, 1, 3, 3\]"):
-        model.prepare(text(1), [SIGMA], H, W, bias=torch.zeros(1, 1, 3, 3))
+        velocity(model, bias=torch.zeros(1, 1, 3, 3))
     residuals = Residuals(double=[drawn(1, N, HIDDEN)] * (SPEC.depth + 1))
     with pytest.raises(ValueError, match=f"{SPEC.depth} double blocks, got {SPEC.depth + 1}"):
         velocity(model, Hooks(blocks=(residuals,)))

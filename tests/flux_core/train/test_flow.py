@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from rectiflux.flux_core import FluxTransformer, load_transformer, pack, unpack
+from rectiflux.flux_core import (
+    FluxTransformer,
+    TokenGroup,
+    VelocityRequest,
+    guided_velocity,
+    load_transformer,
+    pack,
+    unpack,
+)
 from rectiflux.flux_core.model.spec import Conditioning
 from rectiflux.flux_core.train import flow
 from rectiflux.flux_core.train.loop import TrainingRun
@@ -55,6 +63,20 @@ def test_prediction_is_that_of_sampling() -> None:
             one = Conditioning(text.txt[i : i + 1], text.pooled[i : i + 1])
             tokens = model(pack(noisy[i : i + 1]), model.prepare(one, [sigma], 4, 8), sigma)
             assert torch.allclose(found[i : i + 1], unpack(tokens, 4, 8), atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [None, 0.0])
+def test_prediction_with_images_is_that_of_sampling(sigma: float | None) -> None:
+    """A control image's channels and a reference's tokens, modulated as the image's or at a sigma."""
+    model, (noisy, _, text) = network(1, replace(DEEP, in_channels=128)), inputs(2)
+    torch.manual_seed(5)
+    control, tokens = torch.randn(2, 16, 4, 8), torch.randn(2, 6, 128)
+    ids = torch.tensor([[1.0, row, column] for row in range(2) for column in range(3)])
+    text = replace(text, extra=control, groups=(TokenGroup(tokens, ids, sigma),))
+    request = VelocityRequest(text, [0.25], 4, 8, batch=2)
+    with torch.no_grad():
+        found = flow.predict_velocity(model, noisy, torch.tensor([0.25, 0.25]), text)
+        assert torch.allclose(found, guided_velocity(model, request)(noisy, 0.25), atol=1e-5)
 
 
 def test_the_loss_of_a_fresh_model_is_that_of_no_velocity() -> None:
