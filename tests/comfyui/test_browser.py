@@ -105,4 +105,5 @@ def test_what_a_node_refuses_is_told_in_its_words(page: Page) -> None:
     )
     page.get_by_test_id("queue-button").click()
     page.get_by_role("button", name="View details").click()
-    expect(page.get_by_text("multiples of 16").first).to_be_visible()
+    page.get_by_role("button", name="Info for Empty FLUX Latent - width").click()
+    expect(page.get_by_text("96x128 and 112x128 are near").first).to_be_visible()

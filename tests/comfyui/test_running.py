@@ -91,8 +91,8 @@ def test_interrupt_stops_our_sampler(comfy: ComfyServer, files: graphs.Prompt) -
 
 
 WRONG = [
-    ("latent", graphs.node("EmptyLatentImage", width=64, height=48, batch_size=1), "decode",
-     "a FLUX.1 latent has 16 channels, got 4"),
+    ("latent", graphs.node("EmptyHunyuanLatentVideo", width=64, height=48, length=5, batch_size=1), "decode",
+     "a FLUX.1 latent has 16 channels, got a tensor of shape [1, 16, 2, 6, 8]"),
     ("vae", graphs.node("VAELoader", vae_name="pixel_space"), "decode", "got 3; connect Load FLUX VAE"),
     ("schedule", graphs.node("KarrasScheduler", steps=5, sigma_max=14.6, sigma_min=0.03, rho=7.0), "decode",
      "FLUX.1's sigmas lie between 0 and 1, got 14.6"),
