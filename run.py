@@ -386,8 +386,22 @@ def main(argv: list) -> int:
         return 130
 
 
+def start(argv: list) -> int:
+    """Run main; where nobody reads the output any more, as with `| head`, one sentence and exit code 1."""
+    try:
+        try:
+            return main(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError as error:
+        sys.stdout = None  # or Python would flush it again at exit and fail again
+        say(f"run.py: the rest of the output cannot be printed: {error}")
+        return 1
+
+
 if __name__ == "__mp_main__":  # in a worker process that a command spawned, which unpickles rectiflux.* names
     load_pack()
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(sys.argv[1:]))

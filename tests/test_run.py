@@ -370,6 +370,20 @@ def test_help_lists_and_unknown_names_need_no_environment(start: Start) -> None:
     assert not (start.root / ".venv").exists()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_without_a_traceback(start: Start, unbuffered: str) -> None:
+    """As in `run.py bench | head -0`, whether Python writes at once or at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for argument in ("--help", "bench"):
+        command = [sys.executable, str(start.root / "run.py"), argument]
+        environment = start.environment(PYTHONUNBUFFERED=unbuffered)
+        run = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+        assert run.returncode == 1 and len(run.stderr.splitlines()) == 1, run.stderr
+        assert "cannot be printed" in run.stderr
+    os.close(writer)
+
+
 def test_every_benchmark_has_a_description(run: ModuleType) -> None:
     found = run.benchmarks()
     assert {"flow", "speed"} <= found.keys()
