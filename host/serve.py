@@ -8,12 +8,11 @@ import errno
 import importlib.util
 import signal
 import webbrowser
-from contextlib import suppress
 from pathlib import Path
 
 from aiohttp import web
 
-from . import terminal
+from . import previews, terminal
 from .arguments import Parser, host_name, port_number
 from .connections import Runner
 from .files import Folders, SaveError
@@ -56,7 +55,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
         folders = Folders.under(args.data, args.output, tuple(args.models))
-        asyncio.run(_serve(Server(Registry.of_pack(folders), find_frontend()), args))
+        with previews.owned(folders.temp):
+            asyncio.run(_serve(Server(Registry.of_pack(folders), find_frontend()), args))
     except SaveError as error:
         _print(str(error))
         return 1
@@ -86,9 +86,6 @@ async def _serve(server: Server, args: argparse.Namespace) -> None:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             reason = f"port {args.port} is in use; stop the other program, or choose another --port"
         raise SaveError(reason) from error
-    for preview in server.registry.folders.temp.glob("preview_*.png"):
-        with suppress(OSError):  # on a read-only disk they stay
-            preview.unlink()
     address = _address(args.listen, runner.addresses[0][1])
     _announce(address, args.listen)
     stop = _stop_event()
