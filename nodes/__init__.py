@@ -11,9 +11,13 @@
   compile.py        MODEL -> MODEL whose blocks are compiled
   sampler.py        all of these -> LATENT, report
   vae.py            LATENT -> IMAGE and back
+  kontext.py        CONDITIONING, IMAGE -> CONDITIONING with a reference
+  inpaint.py        CONDITIONING, IMAGE, MASK -> CONDITIONING of a Fill model; borders; the result put back
+  control.py        CONDITIONING, IMAGE -> CONDITIONING with a control image; edges
   contact_sheet.py  IMAGEs -> one IMAGE to compare them
   widgets.py        inputs as INPUT_TYPES lists them
   wires.py          what travels between nodes, checked and converted to what flux_core takes
+  conditioning_wires.py   the same for CONDITIONING
   model_files.py    files and folders in a loader's list, and the path of a name in it
   run_report.py     progress, seconds per step, the sampler's report as text
   memory_advice.py  what to do when memory is full
@@ -28,6 +32,9 @@ from . import (
     compile,
     conditioning,
     contact_sheet,
+    control,
+    inpaint,
+    kontext,
     latent,
     loader,
     lora,
@@ -51,6 +58,9 @@ NODES = (
     *compile.NODES,
     *sampler.NODES,
     *vae.NODES,
+    *kontext.NODES,
+    *inpaint.NODES,
+    *control.NODES,
     *contact_sheet.NODES,
 )
 

@@ -20,7 +20,8 @@ from ..flux_core.sampling.solver import Solver
 from ..flux_core.sampling.step_cache import Caching
 from ..flux_core.weights import Checkpoint, Source
 from . import model_files
-from .wires import Entries, SamplerInputs
+from .conditioning_wires import Entries
+from .wires import SamplerInputs
 
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,

@@ -20,12 +20,13 @@ from . import host_comfy_lora as lora
 from . import host_comfy_sampling as sampling
 from . import host_comfy_text as text
 from . import host_comfy_vae as vaes
+from .conditioning_wires import Entries
 from .host import Host
 from .host_comfy_network import CACHING, RUNNER, ComfyNetwork
 from .host_comfy_quant import BlockRunner
 from .memory_advice import advice_when_full
 from .model_files import names_in
-from .wires import Entries, SamplerInputs
+from .wires import SamplerInputs
 
 
 class ComfyHost(Host):

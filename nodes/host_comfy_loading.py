@@ -45,7 +45,7 @@ def load_model(source: Source, weight_dtype: str, memory_limit: str, disable_dyn
     has_stored = make_patchable(network)
     use_comfy_layers(network, comfy.ops.disable_weight_init)
     config.set_inference_dtype(network.dtype, None)
-    model = config.get_model({})
+    model = _flux_model(config)
     model.diffusion_model = ComfyNetwork(network)
     if (factors := preview.from_metadata(checkpoint.metadata)) is not None:
         model.latent_format.latent_rgb_factors = factors.weight.tolist()
@@ -57,6 +57,22 @@ def load_model(source: Source, weight_dtype: str, memory_limit: str, disable_dyn
     patcher.cached_patcher_init = (load_model, (checkpoint.path, weight_dtype, memory_limit))
     _follow_runs(patcher)
     return patcher
+
+
+def _flux_model(config: Any) -> Any:
+    """A comfy.model_base.Flux that hands the strengths of references to our network, too."""
+    import comfy.conds
+    import comfy.model_base
+
+    class Flux(comfy.model_base.Flux):
+        def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+            out = super().extra_conds(**kwargs)
+            strengths = kwargs.get("reference_latents_strengths")
+            if strengths is not None:
+                out["ref_latents_strengths"] = comfy.conds.CONDConstant(tuple(strengths))
+            return out
+
+    return Flux(config, model_type=config.get_model({}).model_type)
 
 
 def _load_network(

@@ -10,6 +10,7 @@ host_comfy_patches.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..flux_core.model.layers import Shared
 from ..flux_core.model.modulation import Group, Modulations, split_modulations
 from ..flux_core.model.ops import Rope, rope_table
 from ..flux_core.model.spec import FluxSpec
+from ..flux_core.model.strength import strength_bias
 from ..flux_core.model.tokens import pack, pad_to_even, unpack
 from ..flux_core.model.transformer import Evaluation, FluxTransformer
 from ..flux_core.sampling.step_cache import Caching, StepCache
@@ -184,6 +186,8 @@ class ComfyNetwork(nn.Module):
         if bias is not None:
             bias = bias if bias.dtype == torch.bool else bias.to(img)
             bias = bias.view(-1, 1, *bias.shape[-2:])
+        if (strengths := kwargs.get("ref_latents_strengths")) is not None:
+            bias = _with_strengths(bias, layout, txt.shape[1], strengths, img)
         evaluation = Evaluation(
             txt,
             modulations,
@@ -298,6 +302,18 @@ class ComfyNetwork(nn.Module):
         if prompt.at_zero is None:
             prompt.at_zero = self._modulate(prompt, prompt.context.new_zeros(len(prompt.context)).float())
         return ((count, prompt.at_zero),)
+
+
+def _with_strengths(
+    bias: Tensor | None, layout: Layout, txt_length: int, strengths: Sequence[float], img: Tensor
+) -> Tensor | None:
+    """The attention bias with the strengths of references, on the device of `img`."""
+    counts = [Layout(*size).generated for size in layout.sizes]
+    found = strength_bias(txt_length, layout.generated, list(zip(counts, strengths, strict=True)))
+    if found is None or bias is None:
+        return bias if found is None else found.to(img)
+    bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias
+    return found.to(img) + bias.to(img)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -64,7 +64,7 @@ OPTIONS = {
 }
 """Options that are used here, or that ComfyUI's samplers and wrappers use themselves."""
 
-ARGUMENTS = {"attention_mask", "ref_latents_method"}
+ARGUMENTS = {"attention_mask", "ref_latents_method", "ref_latents_strengths"}
 """Keyword arguments of a call that are used here."""
 
 

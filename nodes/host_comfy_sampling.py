@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..flux_core.pipeline import LATENT_CHANNELS
 from ..flux_core.sampling.solver import Report, Solver, Step, integrate, seeded_noise
+from .conditioning_wires import checked_conditioning, with_guidance
 from .host_comfy_network import ComfyNetwork
 from .run_report import Stopwatch, report_text, skipped
-from .wires import SamplerInputs, checked_conditioning, checked_finite, with_guidance
+from .wires import SamplerInputs, checked_finite
 
 
 def make_sampler(solver: Solver) -> Any:

@@ -24,12 +24,12 @@ from ..flux_core.weights import Checkpoint, ModelKind, Part, Source
 from ..flux_core.weights import load_text_encoders as core_load_text_encoders
 from ..flux_core.weights.kinds import expect
 from ..flux_core.weights.weight_file import WeightFile
+from .conditioning_wires import Entries
 from .host_comfy_encoders import PromptTokens, TextModule
 from .host_comfy_hooks import scheduling
 from .host_comfy_network import ComfyNetwork
 from .host_comfy_quant import follow_patches, make_patchable
 from .run_report import in_percent
-from .wires import Entries
 
 KNOWN_TO_COMFY = {
     "text_model.embeddings.token_embedding.weight": (49408, 768),

@@ -28,15 +28,14 @@ from ..flux_core.sampling.step_cache import Caching, StepCache
 from ..flux_core.weights import Source, check_unchanged
 from ..host import context
 from . import host_embedded_loading as loading
+from .conditioning_wires import Entries, core_conditioning
 from .host import Host
 from .host_embedded_loading import EmbeddedModel
 from .model_files import folders_below
 from .run_report import Stopwatch, report_text, skipped
 from .wires import (
-    Entries,
     SamplerInputs,
     checked_finite,
-    core_conditioning,
     from_core_image,
     start_latent,
     to_core_image,
@@ -121,7 +120,11 @@ class EmbeddedHost(Host):
         model = _expected(inputs.model, EmbeddedModel, "MODEL", "Load FLUX Model")
         solver = _expected(inputs.sampler, Solver, "SAMPLER", "ODE Solver")
         check_unchanged(model.network)
-        negative = None if inputs.negative is None else core_conditioning(inputs.negative, "negative")
+        spec, (h, w) = model.network.spec, inputs.raw_latent.shape[-2:]
+        positive = core_conditioning(inputs.positive, "positive", spec, h, w)
+        negative = None
+        if inputs.negative is not None:
+            negative = core_conditioning(inputs.negative, "negative", spec, h, w)
         reports: list[Report] = []
         caches: list[StepCache] = []
 
@@ -133,7 +136,7 @@ class EmbeddedHost(Host):
         latent = core_sample(
             model.network,
             SampleRequest(
-                core_conditioning(inputs.positive, "positive"),
+                positive,
                 inputs.drawn_noise(),
                 start_latent(inputs.raw_latent, to_model_space),
                 inputs.sigmas,

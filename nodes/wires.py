@@ -1,9 +1,8 @@
-"""What travels between nodes, checked: LATENT, CONDITIONING, SIGMAS, NOISE, IMAGE, the same in every host.
+"""What travels between nodes, checked: LATENT, SIGMAS, NOISE, IMAGE, MASK, the same in every host.
 
-A LATENT is a dictionary; its "samples" are a raw latent [B, 16, h, w], in the scale of the VAE. A
-CONDITIONING is a list of [txt [B, L, C], {"pooled_output": [B, P], "guidance": float}]. An IMAGE is
+A LATENT is a dictionary; its "samples" are a raw latent [B, 16, h, w], in the scale of the VAE. An IMAGE is
 [B, H, W, 3] in 0..1; flux_core works in [B, 3, H, W], -1..1. Values may come from nodes of any pack, and may
-belong to another model.
+belong to another model. For CONDITIONING see conditioning_wires.py.
 """
 
 from __future__ import annotations
@@ -16,35 +15,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..flux_core.model.spec import Conditioning
 from ..flux_core.pipeline import LATENT_CHANNELS, draw_noise, sizes_near
+from ..flux_core.tools.fill import as_mask
 from ..flux_core.weights import not_finite_weight
+from .conditioning_wires import Entries
 
 LatentWire = dict[str, Any]
 """A LATENT."""
 
 VAE_FACTOR = 8
 """Pixels of a side for one element of FLUX.1's latent."""
-
-Entries = list[Any]
-"""A CONDITIONING."""
-
-READ_KEYS = frozenset({"pooled_output", "guidance"})
-"""Keys of a CONDITIONING's entry that `core_conditioning` reads."""
-
-NEUTRAL_VALUES: dict[str, float] = {
-    "strength": 1.0,
-    "mask_strength": 1.0,
-    "start_percent": 0.0,
-    "end_percent": 1.0,
-    "clip_start_percent": 0.0,
-    "clip_end_percent": 1.0,
-}
-"""Keys of ComfyUI's entries that change nothing at these values."""
-
-MODIFIERS = frozenset({"set_area_to_bounds", "control_apply_to_uncond", "default"})
-"""Keys of ComfyUI's entries that change nothing without another key, such as an area or a ControlNet."""
-
 
 # LATENT
 
@@ -138,56 +118,6 @@ def checked_sigmas(sigmas: Tensor) -> Tensor:
     return sigmas
 
 
-# CONDITIONING
-
-
-def checked_conditioning(entries: Entries, role: str) -> Entries:
-    """The CONDITIONING itself. Raises ValueError when it lacks what FLUX.1 reads; `role` names the input."""
-    if not entries:
-        raise ValueError(f"the {role} conditioning is empty; connect FLUX Prompt")
-    for txt, _ in entries:
-        if not isinstance(txt, Tensor):
-            raise ValueError(
-                f"the {role} conditioning must hold a tensor of encoded text, got a {type(txt).__name__}; "
-                "encode the prompt with FLUX.1's text encoders"
-            )
-    return entries
-
-
-def core_conditioning(entries: Entries, role: str) -> Conditioning:
-    """The one prompt of a CONDITIONING, as flux_core takes it.
-
-    Raises ValueError for several prompts, and for an entry that flux_core does not support.
-    """
-    checked_conditioning(entries, role)
-    if len(entries) > 1:
-        raise ValueError(
-            f"the {role} conditioning combines {len(entries)} prompts, FLUX Sampler takes one here; "
-            "write them into one prompt, or run this workflow in ComfyUI"
-        )
-    txt, extra = entries[0]
-    for key, value in extra.items():
-        if not _is_read_or_neutral(key, value):
-            raise ValueError(
-                f"the {role} conditioning has the entry {key!r}, which FLUX Sampler does not support here; "
-                "remove the node that sets it, or run this workflow in ComfyUI"
-            )
-    pooled = extra.get("pooled_output")  # none counts as zeros, as in ComfyUI
-    return Conditioning(txt.float(), None if pooled is None else pooled.float(), extra.get("guidance"))
-
-
-def _is_read_or_neutral(key: str, value: Any) -> bool:
-    """Whether an entry is read, or changes nothing: no value, a label, or a setting that is neutral."""
-    if key in READ_KEYS or key in MODIFIERS or value is None or isinstance(value, str):
-        return True
-    return key in NEUTRAL_VALUES and value == NEUTRAL_VALUES[key]
-
-
-def with_guidance(entries: Entries, guidance: float) -> Entries:
-    """A copy of the CONDITIONING in which every entry without distilled guidance has this one."""
-    return [[txt, {"guidance": guidance, **extra}] for txt, extra in entries]
-
-
 # NOISE
 
 
@@ -226,6 +156,16 @@ def checked_image(image: Tensor) -> Tensor:
 def to_core_image(image: Tensor) -> Tensor:
     """[B, 3, H, W] in -1..1 from an IMAGE [B, H, W, 3] in 0..1."""
     return rearrange(image, "b h w c -> b c h w") * 2 - 1
+
+
+def to_core_mask(mask: Tensor, image: Tensor) -> Tensor:
+    """[B, 1, H, W] in 0..1 for an IMAGE [B, H, W, 3], from a MASK [B, h, w] of any sides."""
+    return as_mask(mask, *image.shape[1:3])
+
+
+def from_core_mask(mask: Tensor) -> Tensor:
+    """A MASK [B, H, W], float32 on the CPU, from [B, 1, H, W]."""
+    return mask.squeeze(1).float().cpu()
 
 
 def from_core_image(image: Tensor) -> Tensor:

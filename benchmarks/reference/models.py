@@ -162,12 +162,16 @@ def diffusers_velocity(
 
 
 def diffusers_pipeline(
-    transformer: FluxTransformer2DModel, autoencoder: AutoencoderKL, shifted: bool = True
+    transformer: FluxTransformer2DModel,
+    autoencoder: AutoencoderKL,
+    shifted: bool = True,
+    kind: str = "FluxPipeline",
 ) -> FluxPipeline:
-    """diffusers' pipeline for encoded prompts; `shifted` like [dev]'s, else like [schnell]'s."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    """diffusers' pipeline of a kind for encoded prompts; `shifted` like [dev]'s, else like [schnell]'s."""
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    pipeline = FluxPipeline(
+    pipeline = getattr(diffusers, kind)(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shifted),
         vae=autoencoder,
         transformer=transformer,

@@ -140,9 +140,14 @@ class FluxSpec:
         return first, rest, rest
 
     @property
+    def is_fill(self) -> bool:
+        """Whether it reads a masked image and a mask beside the latent."""
+        return self.in_channels >= FILL_CHANNELS
+
+    @property
     def txt_length(self) -> int:
         """The number of T5 tokens that FLUX.1's pipelines use: 512, for [schnell] 256, for Fill 128."""
-        if self.in_channels >= FILL_CHANNELS:
+        if self.is_fill:
             return 128
         return 512 if self.guidance_embed else 256
 

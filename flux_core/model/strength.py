@@ -8,26 +8,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .spec import TextSpan, TokenGroup
+from .spec import TextSpan
 
 
 def strength_bias(
-    txt_length: int, generated: int, groups: Sequence[TokenGroup], spans: Sequence[TextSpan]
+    txt_length: int, generated: int, groups: Sequence[tuple[int, float]], spans: Sequence[TextSpan] = ()
 ) -> Tensor | None:
     """Bias [1, 1, S, S], float32, of all strengths over text, image and groups; None where all are 1.
 
-    A strength s multiplies the softmax weights of its columns by s: log s is added to the scores. A group's
-    is seen by every row but its own; a span's by image rows and by the text before it, as ComfyUI's
-    StyleModelApply ("attn_bias") does. Raises ValueError for a strength that is negative or not finite.
+    `groups` are (number of tokens, strength). A strength s multiplies the softmax weights of its columns:
+    log s is added to the scores. A group's is seen by every row but its own; a span's by image rows and by
+    the text before it, as ComfyUI's StyleModelApply ("attn_bias") does. Raises ValueError for a strength that
+    is negative or not finite.
     """
     image = txt_length + generated
-    length = image + sum(group.tokens.shape[1] for group in groups)
+    length = image + sum(count for count, _ in groups)
     bias = torch.zeros(length, length)
     start = image
-    for group in groups:
-        stop = start + group.tokens.shape[1]
-        bias[:start, start:stop] += _log(group.strength)
-        bias[stop:, start:stop] += _log(group.strength)
+    for count, strength in groups:
+        stop = start + count
+        bias[:start, start:stop] += _log(strength)
+        bias[stop:, start:stop] += _log(strength)
         start = stop
     for span in spans:
         bias[: span.start, span.start : span.stop] += _log(span.strength)

@@ -215,7 +215,8 @@ class FluxTransformer(nn.Module):
             raise ValueError(
                 f"an attention bias must be [B or 1, K or 1, {length}, {length}], got {[*bias.shape]}"
             )
-        strengths = strength_bias(txt_length, generated, groups, conditioning.spans)
+        counted = [(group.tokens.shape[1], group.strength) for group in groups]
+        strengths = strength_bias(txt_length, generated, counted, conditioning.spans)
         if strengths is not None and bias is not None:
             bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias
             strengths = strengths + bias.to(strengths)

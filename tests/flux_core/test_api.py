@@ -27,12 +27,13 @@ MAY_IMPORT = {
     "weights": {"model", "quant", "memory"},
     "lora": {"model", "quant", "weights"},
     "flow": {"model", "sampling"},
-    "train": {"", "model", "sampling", "weights"},
+    "train": {"", "model", "sampling", "tools", "weights"},
 }
 """What the files of a folder may import besides their own folder: "" is pipeline.py and its like."""
 OUTSIDE = {"torch", "einops", "safetensors", "tokenizers", "transformers", "numpy", "PIL"}
 ONLY_IN = {
-    "scipy": ("flow", "train"),  # assignment: of a coupling, of what is seen to what was asked for
+    "scipy": ("flow", "train", "tools"),  # assignment in couplings; connected components of edges
+    "kornia": ("tools",),  # image filters
     "gguf": ("weights",),
     "regex": ("lora",),  # patterns of PEFT's alpha_pattern, with a limit on time
 }

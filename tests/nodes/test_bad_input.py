@@ -98,8 +98,6 @@ def test_conditionings_of_another_width(wires: dict[str, Any], model: Any, reaso
 
 
 UNSUPPORTED = {
-    "concat_latent_image": torch.zeros(1, 16, 6, 8),
-    "reference_latents": [torch.zeros(1, 16, 6, 8)],
     "control": object(),
     "hooks": object(),
     "attention_mask": torch.ones(1, 16),

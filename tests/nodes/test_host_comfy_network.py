@@ -14,6 +14,7 @@ from rectiflux.flux_core.model.layers import Shared
 from rectiflux.flux_core.model.spec import Conditioning, FluxSpec
 from rectiflux.flux_core.model.transformer import FluxTransformer
 from rectiflux.flux_core.pipeline import VelocityRequest, guided_velocity
+from rectiflux.flux_core.tools.kontext import with_references
 from rectiflux.nodes.host_comfy_network import RUNNER, ComfyNetwork
 
 from .tiny import random_weights
@@ -88,6 +89,29 @@ def test_velocity_is_the_librarys(
     wanted = expected(network, asked, sigma)
     for _ in range(2):
         torch.testing.assert_close(step(module, asked, sigma), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_strengths_of_references_are_the_librarys(
+    network: FluxTransformer, asked: dict[str, torch.Tensor]
+) -> None:
+    """One of two references; with a strength of 1 the velocity is that without strengths."""
+    module, references = ComfyNetwork(network), [torch.randn(1, 16, 4, 4), torch.randn(1, 16, 2, 6)]
+
+    def velocity(*strengths: float) -> torch.Tensor:
+        rows = []
+        for i in range(2):
+            row = slice(i, i + 1)
+            text = Conditioning(asked["context"][row], asked["y"][row], float(asked["guidance"][i]))
+            text = with_references(text, references, 4, 6, strengths=strengths)
+            rows.append(guided_velocity(network, VelocityRequest(text, [0.7], 4, 6, 1))(asked["x"][row], 0.7))
+        return torch.cat(rows)
+
+    for strengths in ((1.0, 1.0), (0.25, 3.0), (0.0, 1.0)):
+        found = step(module, asked, 0.7, ref_latents=references, ref_latents_strengths=strengths)
+        torch.testing.assert_close(found, velocity(*strengths), atol=1e-5, rtol=1e-5)
+    assert (velocity(0.25, 3.0) - velocity(1.0, 1.0)).abs().max() > 0.01
+    plain = step(module, asked, 0.7, ref_latents=references)
+    torch.testing.assert_close(plain, velocity(1.0, 1.0), atol=1e-5, rtol=1e-5)
 
 
 def test_every_row_may_have_its_own_sigma(network: FluxTransformer, asked: dict[str, torch.Tensor]) -> None:
