@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..quant.formats import ScaledWeight
 from ..quant.four_bit import FourBitWeight, NestedScales
+from .messages import quoted
 from .weight_file import Weight, WeightFile
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -70,7 +71,8 @@ def _scaled(tensors: dict[str, Weight], layer: str, weight: Tensor, format: str 
                 f"{file} describes int8 weights, but {layer} is {weight.dtype}, not int8; {ADVICE}"
             )
     elif format is not None:
-        raise ValueError(f"{file} is quantized as {format[:100]} ({layer}), which is not supported; {ADVICE}")
+        name = quoted(format, 100)
+        raise ValueError(f"{file} is quantized as {name} ({layer}), which is not supported; {ADVICE}")
     name = next((f"{layer}.{scale}" for scale in SCALES if f"{layer}.{scale}" in tensors), None)
     if name is None or weight.dtype not in (*FLOAT8.values(), torch.int8):
         return weight

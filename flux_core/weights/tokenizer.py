@@ -203,9 +203,15 @@ def _read(path: Path) -> bytes:
 
 
 def _probed(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, once it has encoded a text: some files are found to be broken only then."""
-    tokenizer.encode(PROBE)
-    tokenizer.encode("")
+    """The tokenizer, once it has encoded a text: some files are found to be broken only then.
+
+    The ids of the special tokens that it adds are stated apart from its vocabulary, and must lie in it.
+    """
+    tokenizer.no_padding()  # encoders pad with ids of their own
+    tokens = _token_count(tokenizer)
+    for text in (PROBE, ""):
+        if (largest := max(tokenizer.encode(text).ids, default=0)) >= tokens > 0:
+            raise ValueError(f"it adds the token id {largest:,}, its vocabulary has {tokens:,} tokens")
     return tokenizer
 
 

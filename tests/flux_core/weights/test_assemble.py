@@ -37,8 +37,14 @@ def state(**description: object) -> State:
 @pytest.mark.parametrize(
     ("form", "change", "problem"),
     [
-        ("comfy_quant", comfy({"format": "nvfp4"}), "nvfp4 (txt_in)"),
-        ("comfy_quant", comfy({"format": "int8_tensorwise", "convrot": True}), "int8_tensorwise (rotated)"),
+        ("comfy_quant", comfy({"format": "nvfp4"}), "'nvfp4' (txt_in)"),
+        ("comfy_quant", comfy({"format": "\n"}), r"'\n' (txt_in)"),
+        ("comfy_quant", comfy({"format": ""}), "'' (txt_in)"),
+        (
+            "comfy_quant",
+            comfy({"format": "int8_tensorwise", "convrot": True}),
+            "int8_tensorwise (rotated)' (t",
+        ),
         ("comfy_quant", comfy([1]), "txt_in.comfy_quant"),
         ("comfy_quant", comfy({}), "the format of txt_in"),
         ("comfy_quant", comfy({"format": "int8_tensorwise"}), "txt_in is torch.uint8, not int8"),

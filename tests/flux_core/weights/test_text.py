@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,19 @@ def test_broken_and_missing_tokenizers_and_metadata(tmp_path: Path) -> None:
     t5_json.write_text(text)
     save_file(load_file(t5), t5, {"txt_length": "many"})
     assert "txt_length" in refusal(load_text_encoders, clip, t5)
+
+
+@pytest.mark.parametrize("encoder", ["clip", "t5"])
+def test_a_tokenizer_that_adds_ids_beyond_its_vocabulary(tmp_path: Path, encoder: str) -> None:
+    """Those of the special tokens' template, which no look-up in the vocabulary checks."""
+    files = save_text_encoders(tmp_path)
+    path = tmp_path / f"{encoder}.tokenizer.json"
+    contents = json.loads(path.read_text())
+    marks = contents["post_processor"]["special_tokens"]
+    marks["</s>" if encoder == "t5" else next(iter(marks))]["ids"] = [65536]
+    path.write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=f"^{path.name} .* adds the token id 65,536, .* download it again$"):
+        load_text_encoders(*files)
 
 
 def test_clip_as_transformers_4_wraps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
