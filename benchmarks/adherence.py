@@ -1,9 +1,9 @@
 """Does the miniature follow its prompts? GenEval's six categories and unseen ones.
 
-    python3 run.py bench adherence [--variant pro|reflow|dev|schnell] [--steps N] [--solver S] [--cfg C]
-                                   [--cfg-until SIGMA] [--seeds 4] [--prompts FILE] [--size 128x128] [--quick]
-                                   [--json FILE] [--sheet FILE] [--models DIR] [--model FILE] [--vae FILE]
-                                   [--text CLIP T5]
+    python3 run.py bench adherence [--variant pro|reflow|dev|schnell|kontext] [--steps N] [--solver S]
+                                   [--cfg C] [--cfg-until SIGMA] [--seeds 4] [--prompts FILE]
+                                   [--size 128x128] [--quick] [--json FILE] [--sheet FILE] [--models DIR]
+                                   [--model FILE] [--vae FILE] [--text CLIP T5]
 
 First the checker's own accuracy: the share of true renders that it accepts, of near misses that it accepts
 wrongly, and of renders that it accepts after encoding and decoding. Then an image is generated from every
@@ -13,7 +13,8 @@ the six categories of GenEval (Ghosh et al. 2023, arXiv:2310.11513). "unseen" ar
 never draws or names (miniature/scene.py), "words" are synonyms, typos, "without" and capitals: neither
 enters the overall score. With --prompts it is the mean over the categories of that file, whose format is
 described in benchmarks/prompts.py. Sharpness is that of checker.py: 1.0 is as sharp as a render. Seconds per
-image are those of text encoding, sampling and decoding, in batches.
+image are those of text encoding, sampling and decoding, in batches. With --variant kontext the model edits
+images by instructions instead: see benchmarks/edits.py.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from ..flux_core.sampling.schedule import SHIFTS
 from ..flux_core.sampling.solver import solver_named
 from ..flux_core.train.progress import ProgressLine
 from ..miniature.evaluate import FAMILY, Sampling, image_grid
+from ..miniature.kontext import SAMPLING as KONTEXT
 from .checker_accuracy import autoencoder_accuracy, checker_accuracy
+from .edits import run_edits
 from .generate import Generate, ModelFiles, check_images, generate, load_models, model_files, scores
 from .prompts import Prompt, categories, read_prompts
 from .report import add_json, parser_of, positive, write_report
@@ -46,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main(argv: list[str], generator: Generate | None = None) -> int:
     """Check the checker, generate the images (with `generator` if given), print scores; the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
         print(f"overall {run(args, generator):.2f}")
@@ -58,6 +61,8 @@ def main(argv: list[str], generator: Generate | None = None) -> int:
 
 def run(args: argparse.Namespace, generator: Generate | None) -> float:
     """Everything but the last line; the overall score. Raises OSError and ValueError for invalid input."""
+    if args.variant == "kontext":
+        return run_edits(args, sampling_of(args))
     prompts = read_prompts(args.prompts) if args.prompts else categories()
     prompts, seeds, renders = (prompts[::8], 1, 100) if args.quick else (prompts, args.seeds, args.renders)
     latent_size(*args.size)
@@ -85,7 +90,7 @@ def run(args: argparse.Namespace, generator: Generate | None) -> float:
     return figures["overall"]
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = parser_of("adherence", __doc__)
     parser.add_argument(
         "--prompts",
@@ -93,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="file with one JSON object a line, instead of the built-in prompts",
     )
-    parser.add_argument("--variant", choices=tuple(FAMILY), default="pro", help="variant of the miniature")
+    parser.add_argument(
+        "--variant", choices=(*FAMILY, "kontext"), default="pro", help="variant of the miniature"
+    )
     parser.add_argument("--steps", type=positive, help="steps, default the variant's own")
     parser.add_argument("--solver", help="solver, default the variant's own")
     parser.add_argument(
@@ -141,7 +148,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         "guidance": args.guidance,
         "shift": args.shift,
     }
-    sampling = replace(FAMILY[args.variant], **{name: v for name, v in given.items() if v is not None})
+    own = KONTEXT if args.variant == "kontext" else FAMILY[args.variant]
+    sampling = replace(own, **{name: v for name, v in given.items() if v is not None})
     solver_named(sampling.solver)
     return sampling
 

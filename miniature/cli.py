@@ -5,6 +5,7 @@ data         rendered scenes     -> the autoencoder's encoder, and a file of lat
 base         latents and texts   -> mini-pro, the undistilled transformer      (the longest stage)
 autoencoder  rendered scenes     -> the autoencoder's decoder
 guidance     mini-pro            -> mini-dev, distilled guidance
+kontext      mini-dev, edits     -> mini-kontext, edits an image by an instruction
 pairs        mini-pro            -> noise, and the latents that its guided ODE makes of it
 reflow       mini-dev, pairs     -> a straightened flow
 schnell      the straight flow   -> mini-schnell, four steps
@@ -47,6 +48,7 @@ from .evaluate import FAMILY, Decode, Sampling, make_preview
 from .export import export
 from .folder import Folder, read_encoders, read_transformer
 from .front_distillation import FrontDistillationRecipe, train_front_distillation
+from .kontext import EditData, KontextRecipe, train_kontext
 from .pairs import PairRecipe, write_pairs
 from .pca import decode_linear, linear_code
 from .seed_conditioning import (
@@ -62,12 +64,13 @@ NEEDS = {
     "base": ("text", "data"),
     "autoencoder": ("data",),
     "guidance": ("base",),
+    "kontext": ("guidance",),
     "pairs": ("base",),
     "reflow": ("guidance", "pairs"),
     "schnell": ("reflow",),
     "reading": ("schnell",),
     "decide": ("reading",),
-    "export": ("decide", "autoencoder"),
+    "export": ("decide", "autoencoder", "kontext"),
 }
 """Stages whose files a stage reads, besides those that these need."""
 STEPS = {
@@ -75,6 +78,7 @@ STEPS = {
     "base": 40_000,
     "autoencoder": 3_000,
     "guidance": 3_000,
+    "kontext": 10_000,
     "reflow": 4_000,
     "schnell": 4_000,
     "reading": 250,
@@ -199,6 +203,12 @@ def run_guidance(folder: Folder, args: argparse.Namespace) -> None:
     train_guidance(run_of("guidance", args, preview), data, encoders, teacher, recipe)
 
 
+def run_kontext(folder: Folder, args: argparse.Namespace) -> None:
+    data, recipe = EditData(read_initial_autoencoder(folder)), recipe_of(KontextRecipe, args)
+    model = read_transformer(folder.file("guidance"))
+    train_kontext(run_of("kontext", args), data, read_encoders(folder), model, recipe)
+
+
 def run_pairs(folder: Folder, args: argparse.Namespace) -> None:
     teacher = read_transformer(folder.file("base")).to(device())
     recipe = PairRecipe(seed=args.seed, bf16=args.bf16)
@@ -256,6 +266,7 @@ RUN = {
     "base": run_base,
     "autoencoder": run_autoencoder,
     "guidance": run_guidance,
+    "kontext": run_kontext,
     "pairs": run_pairs,
     "reflow": run_reflow,
     "schnell": run_schnell,

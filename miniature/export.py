@@ -17,6 +17,7 @@ from .folder import Folder, read_tensors, text_files
 EXPORTED = {
     "base": ("diffusion_models/rectiflux-mini-pro", "Rectiflux mini-pro"),
     "guidance": ("diffusion_models/rectiflux-mini-dev", "Rectiflux mini-dev"),
+    "kontext": ("diffusion_models/rectiflux-mini-kontext", "Rectiflux mini-kontext"),
     "reflow": ("diffusion_models/rectiflux-mini-reflow", "Rectiflux mini-pro, reflowed"),
     "decide": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
     "autoencoder": ("vae/rectiflux-mini-vae", "Rectiflux miniature autoencoder"),

@@ -42,12 +42,14 @@ def test_all_stages_in_little(tmp_path: Path) -> None:
     amounts = ["--pictures", "40", "--pairs", "1", "--batch", "2"]
     assert cli.main([*steps, *amounts, *places]) == 0
     models = tmp_path / "models"
-    titles = {name: f"mini-{name}" for name in ("pro", "dev", "schnell")} | {"reflow": "mini-pro, reflowed"}
+    titles = {name: f"mini-{name}" for name in ("pro", "dev", "kontext", "schnell")} | {
+        "reflow": "mini-pro, reflowed"
+    }
     for name, title in titles.items():
         path = models / "diffusion_models" / f"rectiflux-mini-{name}.safetensors"
         transformer = load_transformer(path)
         assert transformer.dtype == torch.float16 and transformer.spec.hidden_size == MINI.hidden_size
-        assert transformer.spec.guidance_embed == (name == "dev")
+        assert transformer.spec.guidance_embed == (name in ("dev", "kontext"))
         metadata = read_metadata(path)
         assert metadata["samples"] == "2" and preview.from_metadata(metadata) is not None
         assert metadata["modelspec.title"] == f"Rectiflux {title}"
