@@ -30,6 +30,7 @@ from ..flux_core.model.autoencoder import AutoEncoder
 from ..flux_core.model.spec import FluxSpec
 from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.train.checkpoint import write_safetensors
+from ..flux_core.train.conditional import train_conditional
 from ..flux_core.train.distribution_matching import (
     MatchingData,
     MatchingRecipe,
@@ -48,7 +49,7 @@ from .evaluate import FAMILY, Decode, Sampling, make_preview
 from .export import export
 from .folder import Folder, read_encoders, read_transformer
 from .front_distillation import FrontDistillationRecipe, train_front_distillation
-from .kontext import EditData, KontextRecipe, train_kontext
+from .kontext import EditScenes, KontextRecipe
 from .pairs import PairRecipe, write_pairs
 from .pca import decode_linear, linear_code
 from .seed_conditioning import (
@@ -204,9 +205,9 @@ def run_guidance(folder: Folder, args: argparse.Namespace) -> None:
 
 
 def run_kontext(folder: Folder, args: argparse.Namespace) -> None:
-    data, recipe = EditData(read_initial_autoencoder(folder)), recipe_of(KontextRecipe, args)
-    model = read_transformer(folder.file("guidance"))
-    train_kontext(run_of("kontext", args), data, read_encoders(folder), model, recipe)
+    data, recipe = EditScenes(read_initial_autoencoder(folder)), recipe_of(KontextRecipe, args)
+    model = read_transformer(folder.file("guidance")).to(device())
+    train_conditional(run_of("kontext", args), data, read_encoders(folder), model, recipe)
 
 
 def run_pairs(folder: Folder, args: argparse.Namespace) -> None:
