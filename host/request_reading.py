@@ -34,6 +34,8 @@ NAME_ERRORS = {
     errno.ELOOP: "the path leads through too many links; choose another name",
 }
 """What the user can do about errors that the requested name causes."""
+FILE_ERRORS = {**NAME_ERRORS, **dict.fromkeys(NO_SPACE, "the disk is full; free some space and try again")}
+"""Those and a full disk's, whose file need not be one that the user named."""
 
 
 @web.middleware
@@ -56,7 +58,7 @@ async def read_body(request: web.Request, handler: Handler) -> web.StreamRespons
             )
             failed.force_close()
             raise failed from error
-        except (web.HTTPException, ConnectionError):
+        except (web.HTTPException, OSError):  # OSError: closed, or the disk for uploads is full
             raise
         except Exception as error:  # aiohttp's parsers raise many classes, some of them private
             log.debug("a request's body cannot be read", exc_info=error)
@@ -160,7 +162,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         raise
     except OSError as error:
         log.debug("a request was refused", exc_info=error)
-        reason = NAME_ERRORS.get(
+        reason = FILE_ERRORS.get(
             error.errno or 0, f"{error.strerror or error}; check the folder and its permissions"
         )
         return _error_response(_file_status(error), f"the file cannot be used: {reason}")

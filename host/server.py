@@ -24,6 +24,7 @@ from .queue_routes import QueueRoutes
 from .registry import PACK_NAME, Registry
 from .request_reading import explain_errors, read_body
 from .sockets import Console, Sockets, notice_frame, preview_frame
+from .static_files import static_route
 
 log = logging.getLogger(__name__)
 PACK_LOG = logging.getLogger(__name__.partition(".")[0])
@@ -65,9 +66,8 @@ class Server:
         app.add_routes(routes)
         app.add_routes([_under_api(route) for route in routes])
         app.add_routes([web.get("/", self.index), web.get("/ws", self.websocket)])
-        for prefix, folder in ((f"/extensions/{PACK_NAME}", self.pack / "web"), ("/", self.frontend)):
-            if folder.is_dir():
-                app.router.add_static(prefix, folder)
+        app.add_routes([static_route(f"/extensions/{PACK_NAME}", self.pack / "web")])
+        app.add_routes([static_route("", self.frontend)])
         app.on_response_prepare.append(set_headers)
         app.on_startup.append(self._start)
         app.on_shutdown.append(self.sockets.close)

@@ -68,3 +68,35 @@ def test_a_huge_body_is_refused_and_others_are_served_meanwhile(client: Client) 
         client.runner.run(send(path, data))
     client.runner.run(send("/api/settings/a", b"[" * 100_000))
     assert "Comfy.VueNodes.Enabled" in client.get_json("/api/settings")
+
+
+def test_responses_that_nobody_reads_are_not_made_in_advance(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 500 requests on one connection, only those are handled whose responses its buffers hold."""
+    handled = []
+
+    def describe() -> dict[str, str]:
+        handled.append(1)
+        return {"a": "x" * 2**20}
+
+    monkeypatch.setattr(server.registry, "object_info", describe)
+
+    async def send(client: Client) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.http.port, limit=2**16)
+        writer.write(b"GET /api/object_info HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 500)
+        while True:  # until the server makes no more
+            before = len(handled)
+            await asyncio.sleep(0.5)
+            if len(handled) == before > 0:
+                break
+        async with client.http.get("/api/users") as response:
+            assert response.status == 200, "others are served"
+        count = len(handled)
+        await reader.readexactly(30 * 2**20)
+        assert len(handled) > count, "it goes on when they are read"
+        writer.transport.abort()
+        return count
+
+    with Client(server) as client:
+        assert 0 < client.runner.run(asyncio.wait_for(send(client), 60)) < 50
