@@ -16,7 +16,7 @@ from torch import Tensor
 from ..flux_core.model.autoencoder import AutoEncoder, to_model_space
 from ..flux_core.tools.control import canny
 from ..flux_core.tools.fill import mask_channels, masked_image
-from ..flux_core.train.data import LatentBatch
+from ..flux_core.train.conditional import ImageBatch
 from .autoencoder import from_uint8
 from .caption import caption
 from .data import draw_size
@@ -72,27 +72,28 @@ def images_of(drawings: list[Drawing]) -> Tensor:
 class EdgeScenes(SceneData):
     """Scenes with the edges of our Canny node: they give outlines and places, the caption gives colors."""
 
-    def batch(self, size: int, rng: random.Random, empty_share: float) -> LatentBatch:
+    def batch(self, size: int, rng: random.Random, empty_share: float) -> ImageBatch:
         """The edges' latents as 16 extra channels; every element of the image counts alike."""
         drawings = draw_scenes(size, rng)
         images = images_of(drawings)
         captions = self.captions(drawings, rng, empty_share)
         latents = self.encode(images)
-        labels = torch.zeros_like(latents[:, :1])
-        return LatentBatch(latents, captions, labels, extra=self.encode(canny(images)))
+        return ImageBatch(
+            latents, captions, torch.zeros_like(latents[:, :1]), extra=self.encode(canny(images))
+        )
 
 
 class HoleScenes(SceneData):
     """Scenes with a hole: the masked image's latent and the mask as 80 extra channels."""
 
-    def batch(self, size: int, rng: random.Random, empty_share: float) -> LatentBatch:
-        """Elements in the hole are labeled 1."""
+    def batch(self, size: int, rng: random.Random, empty_share: float) -> ImageBatch:
+        """Elements in the hole count as changed."""
         drawings = draw_scenes(size, rng)
         images = images_of(drawings)
         captions = self.captions(drawings, rng, empty_share)
         holes = np.stack([random_hole(drawing.image.shape[:2], drawing.objects, rng) for drawing in drawings])
         masks = torch.from_numpy(holes)[:, None].float()
         channels = mask_channels(masks)
-        labels = channels.amax(dim=1, keepdim=True)
+        changed = channels.amax(dim=1, keepdim=True)
         extra = torch.cat([self.encode(masked_image(images, masks)), channels], dim=1)
-        return LatentBatch(self.encode(images), captions, labels, extra=extra)
+        return ImageBatch(self.encode(images), captions, changed, extra=extra)

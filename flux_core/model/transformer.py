@@ -183,8 +183,8 @@ class FluxTransformer(nn.Module):
         The modulations of all sigmas go through each linear layer as one batch; with None for the sigmas,
         those of each sigma when `forward` first needs it. `extra` and `controls` of the conditioning are not
         used here: their channels are part of the tokens, their residuals hooks of the block loop.
-        Raises ValueError for text, pooled vectors or a bias of another size, a negative strength, and for a
-        missing distilled guidance.
+        Raises ValueError for text, pooled vectors, references or a bias of another size, a negative strength,
+        and for a missing distilled guidance.
         """
         self._check(conditioning)
         make = _Rows(self, conditioning)
@@ -226,6 +226,12 @@ class FluxTransformer(nn.Module):
         return bias.to(self.device, None if bias.dtype == torch.bool else self.dtype)
 
     def _check(self, conditioning: Conditioning) -> None:
+        for group in conditioning.groups:
+            if group.tokens.shape[-1] != self.spec.in_channels:
+                raise ValueError(
+                    f"the model reads tokens of {self.spec.in_channels} values, a reference has "
+                    f"{group.tokens.shape[-1]}; Canny, Depth and Fill models take none, choose Kontext"
+                )
         pooled = conditioning.pooled
         if pooled is not None and pooled.shape[-1] != self.spec.vec_in:
             raise ValueError(

@@ -43,12 +43,13 @@ def canny(image: Tensor, low: float = 0.1, high: float = 0.3) -> Tensor:
         from kornia.filters import canny as detect
     except ImportError as error:
         raise ImportError("Canny edges need the package kornia; install it: pip install kornia") from error
-    _, levels = detect((image.float() + 1) / 2, low, high, hysteresis=False)  # 0.5 weak, 1 strong
-    edges = np.stack([_connected(one) for one in levels[:, 0].cpu().numpy()])
+    found: tuple[Tensor, Tensor] = detect((image.float() + 1) / 2, low, high, hysteresis=False)
+    edges = np.stack([_connected(levels) for levels in found[1][:, 0].cpu().numpy()])
     return torch.from_numpy(edges).to(image)[:, None].expand(-1, 3, -1, -1) * 2 - 1
 
 
 def _connected(levels: np.ndarray) -> np.ndarray:
-    """Whether a pixel [H, W] is strong, or weak and connected to a strong one."""
-    labels, _ = ndimage.label(levels > 0, structure=np.ones((3, 3)))
+    """Whether a pixel [H, W] is strong (1), or weak (0.5) and connected to a strong one."""
+    labels = np.empty(levels.shape, dtype=np.int32)
+    ndimage.label(levels > 0, structure=np.ones((3, 3)), output=labels)
     return np.isin(labels, np.unique(labels[levels == 1.0]))

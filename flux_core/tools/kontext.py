@@ -49,8 +49,9 @@ def with_references(
             )
     placed = place_references([latent.shape[-2:] for latent in latents], h, w, method)
     sigma = 0.0 if method == "index_timestep_zero" else None
+    ids = [latent_ids(x.shape[-2], x.shape[-1], at) for x, at in zip(latents, placed, strict=True)]
     groups = [
-        TokenGroup(pack(pad_to_even(latent)), latent_ids(*latent.shape[-2:], at), sigma, strength)
-        for latent, at, strength in zip(latents, placed, strengths, strict=True)
+        TokenGroup(pack(pad_to_even(latent)), at, sigma, strength)
+        for latent, at, strength in zip(latents, ids, strengths, strict=True)
     ]
     return replace(conditioning, groups=(*conditioning.groups, *groups))

@@ -12,7 +12,9 @@ with `guided` False, at any guidance: an edit leaves little open, and training n
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,6 @@ from ..model.text_encoders import TextEncoders
 from ..model.transformer import FluxTransformer
 from ..tools.kontext import with_references
 from .checkpoint import TrainingState, WeightAverage
-from .data import CaptionedLatents, LatentBatch
 from .flow import draw_sigmas, predict_velocity
 from .loop import (
     Losses,
@@ -38,11 +39,33 @@ from .loop import (
 )
 
 
+class ImageBatch(NamedTuple):
+    """Latents [B, 16, h, w] float32 in model space, a caption of each, and images that the model reads.
+
+    `changed` [B, 1, h, w] is 1 where the error may count more. `extra` [B, c, h, w] are input channels beside
+    the latent, `references` latents [B, 16, h', w'] of images behind it.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    changed: Tensor
+    extra: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
+
+
+class ImageData(Protocol):
+    """A data set of encoded images with captions and other images."""
+
+    def batch(self, size: int, rng: random.Random, empty_share: float) -> ImageBatch:
+        """A random batch, all of one size, in which about `empty_share` of the captions are empty."""
+        ...
+
+
 @dataclass(frozen=True)
 class ConditionalRecipe(Recipe):
     """Settings: range of guidance scales, share of empty prompts, and the extra weight of changed pixels.
 
-    With `change_weight` c the squared error of an element counts 1 + c where `LatentBatch.labels` is 1.
+    With `change_weight` c the squared error of an element counts 1 + c where `ImageBatch.changed` is 1.
     """
 
     lr: float = 1e-3
@@ -70,7 +93,7 @@ def with_input_channels(model: FluxTransformer, in_channels: int) -> FluxTransfo
     return wider
 
 
-def with_images(text: Conditioning, batch: LatentBatch) -> Conditioning:
+def with_images(text: Conditioning, batch: ImageBatch) -> Conditioning:
     """The conditioning with a batch's `extra` channels and its references."""
     h, w = batch.latents.shape[-2:]
     if batch.extra is not None:
@@ -114,7 +137,7 @@ class ModelGuidanceLoss(nn.Module):
 
 def train_conditional(
     run: TrainingRun,
-    data: CaptionedLatents,
+    data: ImageData,
     encoders: TextEncoders,
     model: FluxTransformer,
     recipe: ConditionalRecipe = ConditionalRecipe(),
@@ -136,7 +159,7 @@ def train_conditional(
         guidance = recipe.lowest + (recipe.highest - recipe.lowest) * torch.rand(recipe.batch)
         empty = torch.tensor([not caption for caption in batch.captions])
         guidance = torch.where(empty, torch.ones(()), guidance)
-        changed = batch.labels.to(device())
+        changed = batch.changed.to(device())
         with autocast(recipe):
             text = with_images(encoders.encode(batch.captions), batch)
             blank = with_images(repeat_text(no_prompt, recipe.batch), batch)

@@ -11,15 +11,12 @@ from torch import Tensor
 class LatentBatch(NamedTuple):
     """Latents [B, 16, h, w] float32 in model space, a caption of each, and labels of their image tokens.
 
-    `labels` [B, N, ...] are the targets of a head on the hidden states (flow.FlowWithRepaLoss). Images beside
-    the caption: `extra` [B, c, h, w] for a model with more input channels, `references` [B, 16, h', w'] each.
+    `labels` [B, N, ...] are the targets of a head on the hidden states (flow.FlowWithRepaLoss).
     """
 
     latents: Tensor
     captions: list[str]
     labels: Tensor
-    extra: Tensor | None = None
-    references: tuple[Tensor, ...] = ()
 
 
 class CaptionedLatents(Protocol):

@@ -18,9 +18,9 @@ def network(seed: int = 0, spec: FluxSpec = TINY) -> FluxTransformer:
     return FluxTransformer(spec)
 
 
-def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+def inputs(batch: int, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
     """Noisy latents, sigmas and text."""
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     text = Conditioning(torch.randn(batch, 5, TINY.context_in), torch.randn(batch, TINY.vec_in))
     return torch.randn(batch, 16, 4, 8), torch.rand(batch), text
 
