@@ -19,8 +19,7 @@ from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.model.transformer import FluxTransformer
 from ..flux_core.pipeline import draw_noise, latent_size
 from ..flux_core.tools.kontext import with_references
-from ..flux_core.train.conditional import ConditionalRecipe
-from ..flux_core.train.data import LatentBatch
+from ..flux_core.train.conditional import ConditionalRecipe, ImageBatch
 from ..flux_core.train.loop import device
 from .autoencoder import from_uint8, to_uint8
 from .edits import SIDE, Edit, random_edit
@@ -55,8 +54,8 @@ class EditScenes(SceneData):
         super().__init__(vae)
         self.two_references = two_references
 
-    def batch(self, size: int, rng: random.Random, empty_share: float) -> LatentBatch:
-        """Latents of edited images; labels [size, 1, h, w] are 1 where they visibly differ from the input."""
+    def batch(self, size: int, rng: random.Random, empty_share: float) -> ImageBatch:
+        """Edited images; their changed places are those that visibly differ from the first reference."""
         kind = "two references" if rng.random() < self.two_references else None
         edits = [random_edit(rng, kind) for _ in range(size)]
         after = np.stack([edit.after.render() for edit in edits])
@@ -65,7 +64,7 @@ class EditScenes(SceneData):
         changed = nn.functional.max_pool2d(torch.from_numpy(differs).float()[:, None], CELL)
         instructions = ["" if rng.random() < empty_share else edit.instruction for edit in edits]
         references = tuple(self.encode(from_uint8(images)) for images in inputs)
-        return LatentBatch(self.encode(from_uint8(after)), instructions, changed, references=references)
+        return ImageBatch(self.encode(from_uint8(after)), instructions, changed, references=references)
 
 
 def reference_images(edits: Sequence[Edit]) -> list[np.ndarray]:

@@ -164,7 +164,7 @@ def train_flow(
     losses_of = compiled(flow, recipe)
 
     def update() -> Losses:
-        images, captions, labels, *_ = data.batch(recipe.batch, rng, recipe.empty_share)
+        images, captions, labels = data.batch(recipe.batch, rng, recipe.empty_share)
         sigmas = draw_sigmas(recipe.batch, recipe.sigma_mean, recipe.sigma_std, recipe.uniform_share)
         noise = torch.randn_like(images)
         with autocast(recipe):

@@ -110,7 +110,7 @@ def train_guidance(
     no_prompt = encoders.encode([""])
 
     def update() -> Losses:
-        images, captions, *_ = data.batch(recipe.batch, rng, recipe.empty_share)
+        images, captions, _ = data.batch(recipe.batch, rng, recipe.empty_share)
         sigmas, noise = draw_sigmas(recipe.batch), torch.randn_like(images)
         s = sigmas[:, None, None, None]
         scales = recipe.lowest + (recipe.highest - recipe.lowest) * torch.rand(recipe.batch)

@@ -56,10 +56,10 @@ def test_changed_places_are_those_of_the_edited_object(new_autoencoder: Callable
     rng = random.Random(0)
     batches = [data.batch(4, rng, 0.0) for _ in range(2)]
     for batch in batches:
-        assert len(batch.references) == 2 and batch.labels.shape == (4, 1, 16, 16)
+        assert len(batch.references) == 2 and batch.changed.shape == (4, 1, 16, 16)
         apart = (batch.latents - batch.references[0]).abs().amax(dim=1, keepdim=True)
-        assert apart[batch.labels == 0].max() < 0.2 < apart[batch.labels == 1].max()
-        assert 0 < batch.labels.mean() < 0.3
+        assert apart[batch.changed == 0].max() < 0.2 < apart[batch.changed == 1].max()
+        assert 0 < batch.changed.mean() < 0.3
 
 
 def test_without_guidance_the_target_is_the_plain_velocity() -> None:
