@@ -61,7 +61,7 @@ class CannyEdges:
         high = "Edges above this are kept in any case. It must not be below low."
         return {
             "required": {
-                "image": wire("IMAGE", "The image."),
+                "image": wire("IMAGE", "The image whose edges are found."),
                 "low": real(0.1, 0.01, 4.0, 0.01, low),
                 "high": real(0.3, 0.01, 4.0, 0.01, high),
             }

@@ -67,7 +67,7 @@ class PadForOutpaint:
             name: integer(0, 0, 4096, f"Pixels to add at the {name}.", step=16)
             for name in ("left", "top", "right", "bottom")
         }
-        return {"required": {"image": wire("IMAGE", "The image."), **sides}}
+        return {"required": {"image": wire("IMAGE", "The image to continue."), **sides}}
 
     def run(self, image, left, top, right, bottom):
         padded, mask = fill.outpaint(to_core_image(image[..., :3]), left, top, right, bottom)

@@ -13,7 +13,7 @@ from rectiflux.host.files import Folders
 from rectiflux.nodes import NODES
 
 ROOT = Path(nodes.__file__).parent
-WIRES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "SIGMAS", "SAMPLER", "NOISE", "IMAGE"}
+WIRES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "SIGMAS", "SAMPLER", "NOISE", "IMAGE", "MASK"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN"}
 SHIPPED_IDS = {
     "RectifluxModelLoader": ["model_name", "weight_dtype", "memory_limit"],
@@ -34,6 +34,12 @@ SHIPPED_IDS = {
     "RectifluxSampler": ["cfg_scale", "cfg_until"],
     "RectifluxVAEDecode": [],
     "RectifluxVAEEncode": [],
+    "RectifluxKontextReference": ["method", "strength"],
+    "RectifluxFill": [],
+    "RectifluxPadForOutpaint": ["left", "top", "right", "bottom"],
+    "RectifluxComposite": ["feather"],
+    "RectifluxControlImage": [],
+    "RectifluxCanny": ["low", "high"],
     "RectifluxSideBySide": ["labels"],
 }
 """Ids and the order of their widgets, by which saved workflows find their values: only append."""
