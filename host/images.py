@@ -7,6 +7,7 @@ are upright here, and values of 8-bit images are exactly value / 255.
 
 from __future__ import annotations
 
+import re
 import struct
 import threading
 import warnings
@@ -71,6 +72,10 @@ MIN_FRAME = 64 * 64
 """Pixels that a smaller frame counts: the size of its MASK without alpha."""
 MAX_SCANS = 200
 """Scans of a progressive JPEG, each of which takes the time of a whole image; encoders write about ten."""
+MAX_SEGMENTS = 10_000
+"""Segments of a JPEG; those of a large profile or depth map are some hundreds."""
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+"""The markers of segments, all of which but the end (D9) have a length. See ITU-T T.81, table B.1."""
 ORIENTATION = 0x0112
 TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -230,10 +235,8 @@ class _Decoder:
             self.count(self.png.width, self.png.height)
             self.pixels = 0
             data = self.png.pixels.getvalue()
-        elif kind == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-            raise _Refused(
-                f"{name} has too many scans: the limit is {MAX_SCANS}, got {scans}; save it as PNG or JPEG"
-            )
+        elif kind == "JPEG":
+            _check_scans(data, name)
         self.data = data
 
     def count(self, width: int, height: int, frames: int = 1) -> None:
@@ -288,6 +291,26 @@ class _Decoder:
             raise _Refused(
                 f"{self.name} has the color mode {image.mode}, which is not supported; save it as PNG or JPEG"
             ) from error
+
+
+def _check_scans(data: bytes, name: str) -> None:
+    """Raise _Refused for a JPEG of too many scans or segments, up to its end; a phone's video may follow."""
+    scans = segments = 0
+    position = 2
+    while (marker := _SEGMENT.search(data, position)) and marker[0] != b"\xff\xd9":
+        segments += 1
+        if segments > MAX_SEGMENTS:
+            raise _Refused(
+                f"{name} has too many segments: the limit is {MAX_SEGMENTS:,}, got more; "
+                "save it as PNG or JPEG"
+            )
+        scans += marker[0] == b"\xff\xda"
+        start = marker.end()
+        position = start + int.from_bytes(data[start : start + 2], "big")
+    if scans > MAX_SCANS:
+        raise _Refused(
+            f"{name} has too many scans: the limit is {MAX_SCANS}, got {scans}; save it as PNG or JPEG"
+        )
 
 
 def _to_frame(image: Image.Image, kind: str, bit_depth: int) -> Frame:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, features
-from rectiflux.host.images import MAX_SCANS, TRANSPOSED, decode, exif_orientation
+from rectiflux.host.images import MAX_SCANS, MAX_SEGMENTS, TRANSPOSED, decode, exif_orientation
 
 from .image_fuzzer import encoded
 
@@ -296,6 +296,23 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
     with pytest.raises(ValueError, match="^a.jpg has too many scans: the limit is 200, got 2"):
         decode(many_scans(), "a.jpg")
     assert decode(encoded(COLOR, "JPEG", progressive=True), "a.jpg").frames
+
+
+def test_a_video_behind_a_jpeg_is_not_counted_as_scans() -> None:
+    """Phones append a video of some MB to a photo; any two of its bytes may look like a marker."""
+    photo = encoded(COLOR, "JPEG")
+    found = decode(photo + b"\xff\xda" * (MAX_SCANS + 1), "motion.jpg").frames[0].colors
+    assert np.array_equal(found, decode(photo, "a.jpg").frames[0].colors)
+    comments = b"\xff\xfe\0\2" * (MAX_SEGMENTS + 1)
+    with pytest.raises(ValueError, match="^a.jpg has too many segments: the limit is 10,000"):
+        decode(photo[:2] + comments + photo[2:], "a.jpg")
+
+
+def test_scans_behind_a_marker_in_a_comment_are_counted() -> None:
+    """What looks like the end of the image within a segment is not its end."""
+    data = many_scans()
+    with pytest.raises(ValueError, match="^a.jpg has too many scans"):
+        decode(data[:2] + b"\xff\xfe\0\4\xff\xd9" + data[2:], "a.jpg")
 
 
 @pytest.mark.parametrize(
