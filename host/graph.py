@@ -20,6 +20,7 @@ from .placeholders import Placeholders
 from .promoted import INSIDE, Shown, ShownWidgets, Target, shown_widgets, store_shown
 from .saved_graph import (
     BYPASSED,
+    GROUP_PREFIXES,
     MUTED,
     NOTES,
     PRIMITIVE,
@@ -74,9 +75,11 @@ class Graph:
             ]
             named = ", ".join(listed[:MAX_LISTED])
             more = f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
-            raise WorkflowError(
-                f"the workflow uses nodes that are not installed here: {named}{more}; remove or mute them"
-            )
+            advice = "remove or mute them"
+            if any(kind.startswith(GROUP_PREFIXES) for kind in unknown.values()):
+                advice = "convert group nodes to subgraphs in the editor, remove or mute others"
+            missing = "the workflow uses nodes that are not installed here"
+            raise WorkflowError(f"{missing}: {named}{more}; {advice}")
         return found
 
     def _walk(self, scope: Scope, unknown: dict[str, str], inside: tuple[str, ...]) -> Iterator[FlatNode]:

@@ -14,6 +14,8 @@ from .json_reader import one_line
 
 NOTES = ("Note", "MarkdownNote")
 REROUTE, PRIMITIVE = "Reroute", "PrimitiveNode"
+GROUP_PREFIXES = ("workflow>", "workflow/")
+"""Starts of the types of group nodes, which the file itself defines."""
 MUTED, BYPASSED = 2, 4
 SUBGRAPH_INPUTS, SUBGRAPH_OUTPUTS = "-10", "-20"  # node ids of a subgraph's boundary in its links
 CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize", "increment-wrap")

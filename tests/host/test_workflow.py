@@ -121,6 +121,10 @@ CIRCLE = graph(
             graph([node(1, "Foo"), node(2, "Bar"), node(3, "Baz", mode=2)], []),
             r"node 1 \(Foo\), node 2 \(Bar\);",
         ),
+        (
+            graph([node(1, "workflow>Mine")], []),
+            r"node 1 \(workflow>Mine\); convert group nodes to subgraphs in the editor, remove",
+        ),
         (without("links"), r"^input a of node 2 \(Mix\) refers to link 1, which does not exist"),
         (without("nodes", 0), r"^input a of node 2 \(Mix\) is linked to node 1, which does not exist"),
         (CIRCLE, "depends on itself"),
