@@ -91,6 +91,8 @@ def _read_png(path: Path) -> Document:
     except OSError as error:
         raise WorkflowError(f"cannot read {path}: {error.strerror}") from error
     text = png.texts
+    if not text.get("prompt", "").strip().startswith("{") or text["prompt"].strip() == "{}":
+        text = {key: value for key, value in text.items() if key != "prompt"}  # another program's plain text
     found = [
         classify(_parse(text[key], f"{path} ({key})"), f"{path} ({key})")
         for key in ("prompt", "workflow")
@@ -194,16 +196,16 @@ def read_value(text: str, kind: Any, options: dict[str, Any], name: str) -> Any:
         raise WorkflowError(f"--set {name}: {explain_choice(text, choices)}")
     if kind == "BOOLEAN":
         if text.lower() not in (*TRUE, *FALSE):
-            raise WorkflowError(f"--set {name}: must be true or false, got {text!r}")
+            raise WorkflowError(f"--set {name}: must be true or false, got {quoted(text)}")
         return text.lower() in TRUE
     if kind in ("INT", "FLOAT"):
         try:
             value = int(text) if kind == "INT" else float(text)
         except ValueError as error:
             wanted = "an integer" if kind == "INT" else "a number"
-            raise WorkflowError(f"--set {name}: must be {wanted}, got {text!r}") from error
-        if not math.isfinite(value):
-            raise WorkflowError(f"--set {name}: must be finite, got {text!r}")
+            raise WorkflowError(f"--set {name}: must be {wanted}, got {quoted(text)}") from error
+        if isinstance(value, float) and not math.isfinite(value):
+            raise WorkflowError(f"--set {name}: must be finite, got {quoted(text)}")
         return value
     return text
 

@@ -46,6 +46,14 @@ def test_a_png_gives_the_prompt_that_made_it_and_the_graph(tmp_path: Path) -> No
     assert read_document(png(tmp_path, workflow=pair())) == Document(pair(), None)
 
 
+@pytest.mark.parametrize("prompt", ["a red fox", '"a fox"', "{}", "null", ""])
+def test_a_prompt_that_another_program_wrote_is_no_workflow(tmp_path: Path, prompt: str) -> None:
+    """The editor reads `workflow` first, so such a file opens there."""
+    assert read_document(png(tmp_path, prompt=prompt, workflow=pair())) == Document(pair(), None)
+    with pytest.raises(WorkflowError, match="w.png has no workflow"):
+        read_document(png(tmp_path, prompt=prompt))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

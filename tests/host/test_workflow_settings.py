@@ -97,6 +97,14 @@ def test_invalid_settings_are_refused(setting: str, message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+def test_a_number_of_many_digits_is_read_or_refused_in_a_short_sentence() -> None:
+    """Python's floats end at 1e308, its conversion of text to integers at 4300 digits."""
+    assert apply(pair(), f"seed={'9' * 400}")[0]["1"]["seed"] == 10**400 - 1
+    with pytest.raises(WorkflowError, match="--set seed: must be an integer, got '99") as caught:
+        apply(pair(), f"seed={'9' * 5000}")
+    assert len(str(caught.value)) < 300
+
+
 def test_an_ambiguous_setting_lists_the_candidates() -> None:
     prompt = {"1": {**API["1"], "_meta": ["x"]}, "2": {**API["1"], "_meta": {"title": "Mine"}}}
     with pytest.raises(WorkflowError, match=r"2 nodes have it; .* 1.seed \(A Number\), 2.seed \(Mine\)"):
