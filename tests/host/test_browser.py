@@ -6,6 +6,7 @@ RECTIFLUX_SCREENSHOT=PATH saves a screenshot of the editor after the first run.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -20,6 +21,8 @@ from typing import Any
 import pytest
 from PIL import Image
 from playwright.sync_api import ConsoleMessage, Locator, Page, Request, WebSocket, expect, sync_playwright
+from rectiflux.host.files import Folders
+from rectiflux.host.render import render
 
 from .command import PATIENCE, ROOT, serving
 
@@ -331,6 +334,53 @@ def test_a_duplicated_tab_and_its_original_stay_connected(editor: Editor) -> Non
     editor.wait(lambda: editor.received("execution_success"), "the message in the other tab")
     assert len(sockets) == 1 and copy.faults == []
     copy.page.close()
+
+
+DROP = """([name, letters]) => {
+    const bytes = Uint8Array.from(atob(letters), letter => letter.charCodeAt(0))
+    const dataTransfer = new DataTransfer()
+    dataTransfer.items.add(new File([bytes], name, {type: 'image/png'}))
+    const options = {clientX: 800, clientY: 800, bubbles: true, cancelable: true, dataTransfer}
+    for (const kind of ['dragenter', 'dragover', 'drop'])
+        document.getElementById('graph-canvas').dispatchEvent(new DragEvent(kind, options)) }"""
+
+
+def drop_rendered(editor: Editor, folder: Path, seed: int) -> Image.Image:
+    """An image by `run.py render` with this seed; its file is dropped on the editor's empty graph."""
+    settings = [f"seed={seed}", f"steps={FEW}", "prompt=a small green star"]
+    assert render(ROOT / "workflows" / "text_to_image.json", Folders.under(folder), settings).error is None
+    (path,) = (folder / "output").glob("*.png")
+    editor.page.evaluate("app.graph.clear()")
+    editor.page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode()])
+    editor.page.wait_for_function("app.graph.nodes.some(node => node.type === 'SaveImage')")
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def test_the_image_of_the_largest_exact_seed_dropped_on_the_editor(editor: Editor, tmp_path: Path) -> None:
+    rendered = drop_rendered(editor, tmp_path, 2**53 - 1)
+    editor.run()
+    assert editor.saved()[-1].convert("RGB").tobytes() == rendered.tobytes()
+
+
+def test_an_image_whose_seed_a_browser_rounds_is_refused_with_the_limit(
+    editor: Editor, tmp_path: Path
+) -> None:
+    """JavaScript makes 2^64 of 2^64 - 1; what cannot be the same image does not run."""
+    drop_rendered(editor, tmp_path, 2**64 - 1)
+    with editor.page.expect_response(f"{editor.address}api/prompt") as refused:
+        editor.press_run()
+    assert "choose one up to 9007199254740991" in refused.value.text()
+    overlay = editor.page.get_by_test_id("error-overlay")
+    expect(overlay).to_contain_text("Noise from Seed rejected the value for seed")
+    console = editor.page.get_by_role("button", name="Toggle Bottom Panel").first
+    console.click()
+    expect(editor.page.locator(".xterm-rows")).to_contain_text(
+        "9007199254740991, which browsers keep exactly"
+    )
+    console.click()
+    assert editor.received("executing") == []
+    editor.expect_fault(r"status of 400 .*/api/prompt|PromptExecutionError")
 
 
 def test_a_link_on_another_site_opens_the_editor(editor: Editor) -> None:
