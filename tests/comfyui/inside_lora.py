@@ -173,6 +173,8 @@ def output_of(prefix: str) -> str:
 
 def saving(ours: Model, stock: Model, load: Callable[[str, str], Model], files: Found) -> Found:
     import comfy.sd
+    import folder_paths
+    from comfy_extras.nodes_model_merging import save_checkpoint
 
     found: Found = {}
     theirs, mine = (
@@ -186,6 +188,8 @@ def saving(ours: Model, stock: Model, load: Callable[[str, str], Model], files: 
         ("stock", stock_lora(stock, files["norms"])),
     ):
         merging.save(model, f"model-{name}")
+        output = folder_paths.get_output_directory()
+        save_checkpoint(model, filename_prefix=f"checkpoint-{name}", output_dir=output)
     plain = sampled(stock, conditioning())
     expected = sampled(stock_lora(stock, files["norms"]), conditioning())
     effect = decibels(expected, plain)
@@ -199,6 +203,13 @@ def saving(ours: Model, stock: Model, load: Callable[[str, str], Model], files: 
             effect,
             decibels(sampled(load(path, "auto"), conditioning()), expected),
         ]
+        path = output_of(f"checkpoint-{name}")
+        loaded = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+        for reader, model in (("stock", loaded), ("ours", load(path, "auto"))):
+            found[f"CheckpointSave of {name} in {reader}"] = [
+                effect,
+                decibels(sampled(model, conditioning()), expected),
+            ]
         lora = output_of(f"lora-{name}")
         extracted = sampled(stock_lora(stock, lora), conditioning())
         found[f"LoraSave of {name} by stock's loader"] = [
