@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from rectiflux.host import context
+from rectiflux.host import context, files
 from rectiflux.host.files import Folders
 from rectiflux.host.registry import Registry
 from rectiflux.host.server import Server
 
+from ..nodes.tiny import write_models
 from .client import Client
+from .render_command import Command
 
 
 class Number:
@@ -144,3 +146,16 @@ def server(registry: Registry, pack: Path, tmp_path: Path) -> Server:
 def client(server: Server) -> Iterator[Client]:
     with Client(server) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    monkeypatch.setattr(files, "PACK", tmp_path / "pack")  # data/ is created there
+    return Command(tmp_path, models, capsys)
