@@ -142,13 +142,13 @@ class Reading:
         room = self.words if limit is None else max(1, limit - len(self.start) - len(self.end))
         rows: list[list[Token]] = [[]]
         for group in self.groups:
-            split = len(group) >= min(WHOLE, room + 1)
-            while len(group) > (free := room - len(rows[-1])):
+            split, used = len(group) >= min(WHOLE, room + 1), 0
+            while len(group) - used > (free := room - len(rows[-1])):
                 if split:
-                    rows[-1] += group[:free]
-                    group = group[free:]
+                    rows[-1] += group[used : used + free]
+                    used += free
                 rows.append([])
-            rows[-1] += group
+            rows[-1] += group[used:]
         start, end = [(mark, 1.0, 0) for mark in self.start], [(mark, 1.0, 0) for mark in self.end]
         return [[*start, *row, *end] for row in rows]
 

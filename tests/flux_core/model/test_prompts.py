@@ -11,6 +11,7 @@ from rectiflux.flux_core.model.prompts import (
     COMFY,
     LITERAL,
     PromptReader,
+    Reading,
     fit,
     reading_notices,
     syntax_notices,
@@ -99,6 +100,15 @@ def test_literal_is_the_default_and_brackets_are_text() -> None:
     assert [part for *_, part in weighted] == [1, 2, 3, 0]
     with pytest.raises(ValueError, match="'a1111'"):
         T5.read("a", "a1111")
+
+
+def test_rows_of_a_long_prompt_take_time_proportional_to_it() -> None:
+    """A prompt of 2 MB has a million tokens; copying the rest for each row took half a minute."""
+    tokens = tuple((id, 1.0, 1) for id in range(800_000))
+    start = time.process_time()
+    rows = Reading("CLIP", (tokens,), (0,), (1,), ()).rows(77)
+    assert time.process_time() - start < 5
+    assert tuple(token for row in rows for token in row[1:-1]) == tokens
 
 
 def test_rows_keep_short_words_whole() -> None:
