@@ -95,6 +95,11 @@ class TrainerSettings:
             own = self._by_pattern(source, prefix, patterns, layer)
             if own is not None:
                 return own
+        elif patterns is not None:
+            self._note(
+                f"{prefix}alpha_pattern of the metadata not used: expected a JSON object, "
+                f"got {str(patterns)[:80]!r}"
+            )
         for name in _ALPHAS:
             value = settings.get(f"{prefix}{name}")
             if value is None:

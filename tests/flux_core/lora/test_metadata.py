@@ -148,6 +148,7 @@ def test_many_patterns_that_take_for_ever_end_together() -> None:
         (adapter(lora_alpha=16, use_dora=True), "use_dora"),
         (adapter(lora_alpha=16, init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
         (adapter(lora_alpha=16, alpha_pattern={"to_q": None}), "to_q"),
+        (adapter(lora_alpha=16, alpha_pattern=["to_q"]), "alpha_pattern"),
     ],
 )
 def test_what_is_not_used_is_reported(metadata: dict[str, str], named: str) -> None:
