@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 def ops_for(model: FluxTransformer, device: torch.device, compiled: bool) -> Ops:
     """The operations for a model that computes on `device`.
 
+    Within another program's torch.compile, as by ComfyUI's TorchCompileModel, they are those of a compiled
+    model: with the eager ones of a CPU, inductor fails on a view of the wrong shape.
     Raises ValueError where the attention back end that the model names cannot run there.
     """
     if torch.is_grad_enabled():
         return DIFFERENTIABLE if device.type == "cpu" else REFERENCE
     backend = chosen(model.attention, device, model.dtype, model.spec.head_dim)
     on_cpu = device.type == "cpu" and cpu_attention.is_quicker(model.dtype)
-    return table(backend, device.type, compiled, on_cpu)
+    return table(backend, device.type, compiled or torch.compiler.is_compiling(), on_cpu)
 
 
 @functools.cache

@@ -71,3 +71,13 @@ def test_gradients_take_the_reference() -> None:
         assert model.ops(CPU) is DIFFERENTIABLE and model.ops(torch.device("meta")) is REFERENCE
     with torch.no_grad():
         assert model.ops(CPU) is model.ops(CPU)
+
+
+@torch.no_grad()
+def test_a_model_that_another_program_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's TorchCompileModel: inductor cannot compile the eager operations of a CPU."""
+    model = flux_transformer()
+    assert model.ops(CPU).rotated_qkv is eager_ops.CPU.rotated_qkv
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert model.ops(CPU).rotated_qkv is REFERENCE.rotated_qkv
+    assert model.ops(CPU) is model.ops(CPU, compiled=True)
