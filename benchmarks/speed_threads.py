@@ -173,7 +173,7 @@ class Workload:
         """An image by mini-dev as `run.py render` makes it."""
         models, dev = load_models(model_files(self.models, "dev")), FAMILY["dev"]
         pack_weights(models.transformer)
-        steps = 2 if self.quick else dev.steps
+        steps = 1 if self.quick else dev.steps
 
         def run() -> Tensor:
             image = text_to_image(
