@@ -2,12 +2,11 @@
 
 The keys are ComfyUI's: "pooled_output" [B, P], "guidance"; "reference_latents", a list of raw latents, and
 "reference_latents_method" (Kontext); "concat_latent_image", a raw latent, and "concat_mask" [B, 1, H, W]
-(Fill, Canny, Depth). Our own is "reference_latents_strengths", a number for each reference.
+(Fill, Canny, Depth). Our own is "reference_latents_strengths", one for each reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from ..flux_core.model.autoencoder import to_model_space
 from ..flux_core.model.spec import Conditioning, FluxSpec
 from ..flux_core.tools.control import with_control_latent
 from ..flux_core.tools.fill import with_masked_latent
-from ..flux_core.tools.kontext import with_references
+from ..flux_core.tools.kontext import strengths_for, with_references
 
 Entries = list[Any]
 """A CONDITIONING."""
@@ -109,6 +108,13 @@ def _with_channels(
             f"the image to condition on must have the generated image's size {sizes[1]}, got {sizes[0]}; "
             "connect the latent of the node that encodes it"
         )
+    if spec.is_fill and mask is None:
+        raise ValueError("a Fill model needs a mask beside its image, got none; connect FLUX Fill")
+    if mask is not None and not spec.is_fill:
+        raise ValueError(
+            f"only Fill models take a mask beside an image, this one has {spec.in_channels} input channels; "
+            "choose a Fill model, or connect FLUX Control Image to a Canny or Depth model"
+        )
     latent = to_model_space(raw_latent.float())
     if spec.is_fill:
         return with_masked_latent(conditioning, latent, mask)
@@ -140,8 +146,8 @@ def with_reference(entries: Entries, raw_latent: Tensor, strength: float, method
     made = []
     for txt, extra in entries:
         references = [*(extra.get("reference_latents") or []), raw_latent]
-        earlier: Sequence[float] = extra.get("reference_latents_strengths") or ()
-        strengths = [*earlier, *[1.0] * (len(references) - 1 - len(earlier)), strength]
+        earlier = strengths_for(len(references) - 1, extra.get("reference_latents_strengths"))
+        strengths = [*earlier, strength]
         values = {"reference_latents": references, "reference_latents_strengths": strengths}
         made.append([txt, {**extra, **values, "reference_latents_method": method}])
     return made

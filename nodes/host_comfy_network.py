@@ -28,6 +28,7 @@ from ..flux_core.model.strength import strength_bias
 from ..flux_core.model.tokens import pack, pad_to_even, unpack
 from ..flux_core.model.transformer import Evaluation, FluxTransformer
 from ..flux_core.sampling.step_cache import Caching, StepCache
+from ..flux_core.tools.kontext import strengths_for
 from ..flux_core.tools.references import RopeScale, latent_ids, place_references
 from ..flux_core.weights import check_unchanged
 from ..flux_core.weights.source_files import files_of, remember_files
@@ -174,6 +175,8 @@ class ComfyNetwork(nn.Module):
         network, options = self._network[0], dict(options)
         self._warn(check_options(options, kwargs))
         references = ref_latents or []
+        for latent in references:
+            self.spec.check_reference(latent.shape[1] * self.patch_size**2)
         layout = self._layout(x, references, options, kwargs.get("ref_latents_method"))
         if references:
             options["reference_image_num_tokens"] = [Layout(*size).generated for size in layout.sizes]
@@ -309,7 +312,8 @@ def _with_strengths(
 ) -> Tensor | None:
     """The attention bias with the strengths of references, on the device of `img`."""
     counts = [Layout(*size).generated for size in layout.sizes]
-    found = strength_bias(txt_length, layout.generated, list(zip(counts, strengths, strict=True)))
+    each = strengths_for(len(counts), strengths)
+    found = strength_bias(txt_length, layout.generated, list(zip(counts, each, strict=True)))
     if found is None or bias is None:
         return bias if found is None else found.to(img)
     bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias

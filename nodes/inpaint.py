@@ -6,8 +6,18 @@ from ..flux_core.tools import fill
 from .conditioning_wires import checked_conditioning, with_values
 from .host import current_host
 from .widgets import integer, wire
-from .wires import checked_image, from_core_image, from_core_mask, to_core_image, to_core_mask
+from .wires import (
+    channels_first,
+    channels_last,
+    checked_image,
+    from_core_image,
+    from_core_mask,
+    to_core_image,
+    to_core_mask,
+)
 
+GRAY = 0.5
+"""Value of the borders that are to be filled."""
 MASK = "1 (white) where the image is to be filled."
 
 
@@ -70,8 +80,8 @@ class PadForOutpaint:
         return {"required": {"image": wire("IMAGE", "The image to continue."), **sides}}
 
     def run(self, image, left, top, right, bottom):
-        padded, mask = fill.outpaint(to_core_image(image[..., :3]), left, top, right, bottom)
-        return from_core_image(padded), from_core_mask(mask)
+        padded, mask = fill.outpaint(channels_first(image), left, top, right, bottom, GRAY)
+        return channels_last(padded), from_core_mask(mask)
 
 
 class Composite:
@@ -101,8 +111,8 @@ class Composite:
 
     def run(self, original, generated, mask, feather):
         core_mask = to_core_mask(mask, original)
-        images = (to_core_image(image[..., :3]) for image in (original, generated))
-        return (from_core_image(fill.composite(*images, core_mask, feather)),)
+        images = (channels_first(image) for image in (original, generated))
+        return (channels_last(fill.composite(*images, core_mask, feather)),)
 
 
 NODES = (Fill, PadForOutpaint, Composite)

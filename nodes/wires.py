@@ -158,6 +158,16 @@ def to_core_image(image: Tensor) -> Tensor:
     return rearrange(image, "b h w c -> b c h w") * 2 - 1
 
 
+def channels_first(image: Tensor) -> Tensor:
+    """[B, 3, H, W] from an IMAGE [B, H, W, 3 or more], its values unchanged."""
+    return rearrange(image[..., :3], "b h w c -> b c h w")
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """An IMAGE [B, H, W, 3] from [B, 3, H, W], its values unchanged."""
+    return rearrange(image, "b c h w -> b h w c").cpu().contiguous()
+
+
 def to_core_mask(mask: Tensor, image: Tensor) -> Tensor:
     """[B, 1, H, W] in 0..1 for an IMAGE [B, H, W, 3], from a MASK [B, h, w] of any sides."""
     return as_mask(mask, *image.shape[1:3])

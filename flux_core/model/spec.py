@@ -151,6 +151,14 @@ class FluxSpec:
             return 128
         return 512 if self.guidance_embed else 256
 
+    def check_reference(self, channels: int) -> None:
+        """Raises ValueError unless a token of a reference, of `channels` values, fits the model."""
+        if channels != self.in_channels:
+            raise ValueError(
+                f"the model reads tokens of {self.in_channels} values, a reference has {channels}; Canny, "
+                "Depth and Fill models take no references, choose Kontext"
+            )
+
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Shaped]) -> FluxSpec:
         """Sizes read from the shapes of a state dict with BFL's names.

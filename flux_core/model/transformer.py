@@ -227,11 +227,7 @@ class FluxTransformer(nn.Module):
 
     def _check(self, conditioning: Conditioning) -> None:
         for group in conditioning.groups:
-            if group.tokens.shape[-1] != self.spec.in_channels:
-                raise ValueError(
-                    f"the model reads tokens of {self.spec.in_channels} values, a reference has "
-                    f"{group.tokens.shape[-1]}; Canny, Depth and Fill models take none, choose Kontext"
-                )
+            self.spec.check_reference(group.tokens.shape[-1])
         pooled = conditioning.pooled
         if pooled is not None and pooled.shape[-1] != self.spec.vec_in:
             raise ValueError(

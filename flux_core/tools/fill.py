@@ -46,7 +46,8 @@ def with_masked_latent(
 ) -> Conditioning:
     """The conditioning of a Fill model, from the latent [B or 1, 16, h, w] of `masked_image` in model space.
 
-    A soft mask stays soft in its channels. Without a mask everything is filled.
+    A soft mask stays soft in its channels. Without a mask everything is filled. Raises ValueError for masks
+    of another batch size.
 
     Example: `with_masked_latent(prompt, to_model_space(autoencoder.encode(masked_image(x, mask))), mask)`.
     """
@@ -54,6 +55,11 @@ def with_masked_latent(
     whole = torch.ones(1, 1, height, width)
     channels = mask_channels(whole if mask is None else as_mask(mask, height, width))
     batch = max(len(latent), len(channels))
+    if {len(latent), len(channels)} - {1, batch}:
+        raise ValueError(
+            f"a mask must be for 1 image or for all {len(latent)}, got {len(channels)}; "
+            "make the batches equal"
+        )
     parts = [part.expand(batch, -1, -1, -1) for part in (latent, channels.to(latent))]
     return replace(conditioning, extra=torch.cat(parts, dim=1))
 
@@ -75,9 +81,15 @@ def feathered(mask: Tensor, radius: int) -> Tensor:
 def composite(original: Tensor, generated: Tensor, mask: Tensor, feather: int = 8) -> Tensor:
     """The original image [B, 3, H, W] with the generated one in the mask, blended over `feather` pixels.
 
-    Pixels farther than `feather` from the mask are the original's own, bit by bit. Raises ValueError for
-    images of different sizes.
+    Values may have any range. Pixels farther than `feather` from the mask are the original's own, bit by bit.
+    Raises ValueError for images of different sizes, and for batches that are neither 1 nor equal.
     """
+    batches = {len(original), len(generated), len(mask)} - {1}
+    if len(batches) > 1:
+        raise ValueError(
+            f"original, generated image and mask must be 1 each or equally many, got {len(original)}, "
+            f"{len(generated)} and {len(mask)}; make the batches equal"
+        )
     if original.shape[-2:] != generated.shape[-2:]:
         sizes = [f"{image.shape[-1]}x{image.shape[-2]}" for image in (original, generated)]
         raise ValueError(f"the images must have one size, got {sizes[0]} and {sizes[1]}; resize one of them")
@@ -85,10 +97,15 @@ def composite(original: Tensor, generated: Tensor, mask: Tensor, feather: int = 
     return torch.where(soft > 0, torch.lerp(original, generated.to(original), soft), original)
 
 
-def outpaint(image: Tensor, left: int, top: int, right: int, bottom: int) -> tuple[Tensor, Tensor]:
-    """The image [B, 3, H, W] in -1..1 with gray borders of so many pixels, and their mask [B, 1, H', W']."""
+def outpaint(
+    image: Tensor, left: int, top: int, right: int, bottom: int, gray: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The image [B, 3, H, W] with borders of so many pixels, and their mask [B, 1, H', W'].
+
+    `gray` is the borders' value: 0 is mid-gray in -1..1, 0.5 in 0..1. Raises ValueError for negative borders.
+    """
     if min(left, top, right, bottom) < 0:
         raise ValueError(f"borders must be 0 or more pixels, got {(left, top, right, bottom)}")
     borders = (left, right, top, bottom)
     mask = F.pad(torch.zeros_like(image[:, :1]), borders, value=1.0)
-    return F.pad(image, borders), mask
+    return F.pad(image, borders, value=gray), mask

@@ -33,14 +33,12 @@ def with_references(
 
     `latents` [B or 1, 16, h', w'] are in model space and of any sizes; odd sides are padded as ComfyUI does.
     `method` is one of references.METHODS. `strengths`, one per reference, scale how much the other tokens
-    attend to it: 1 changes nothing, 0 leaves the reference out. Raises ValueError for another method, for
-    latents of another model and for a wrong number of strengths.
+    attend to it: 1, which references without a strength have, changes nothing, 0 leaves the reference out.
+    Raises ValueError for another method, for latents of another model and for too many strengths.
 
     Example: `with_references(prompt, [to_model_space(autoencoder.encode(image))], h, w)`.
     """
-    strengths = [1.0] * len(latents) if strengths is None else strengths
-    if len(strengths) != len(latents):
-        raise ValueError(f"each reference needs one strength, got {len(strengths)} for {len(latents)}")
+    strengths = strengths_for(len(latents), strengths)
     for latent in latents:
         if latent.ndim != 4 or latent.shape[1] != LATENT_CHANNELS:
             raise ValueError(
@@ -55,3 +53,11 @@ def with_references(
         for latent, at, strength in zip(latents, ids, strengths, strict=True)
     ]
     return replace(conditioning, groups=(*conditioning.groups, *groups))
+
+
+def strengths_for(count: int, strengths: Sequence[float] | None) -> list[float]:
+    """A strength for each of `count` references: those given, then 1. Raises ValueError for more."""
+    given = list(strengths or ())
+    if len(given) > count:
+        raise ValueError(f"each reference has one strength, got {len(given)} for {count}; remove the others")
+    return [*given, *[1.0] * (count - len(given))]

@@ -106,7 +106,7 @@ def test_strengths_of_references_are_the_librarys(
             rows.append(guided_velocity(network, VelocityRequest(text, [0.7], 4, 6, 1))(asked["x"][row], 0.7))
         return torch.cat(rows)
 
-    for strengths in ((1.0, 1.0), (0.25, 3.0), (0.0, 1.0)):
+    for strengths in ((1.0, 1.0), (0.25, 3.0), (0.0, 1.0), (0.25,)):  # one without a strength has 1
         found = step(module, asked, 0.7, ref_latents=references, ref_latents_strengths=strengths)
         torch.testing.assert_close(found, velocity(*strengths), atol=1e-5, rtol=1e-5)
     assert (velocity(0.25, 3.0) - velocity(1.0, 1.0)).abs().max() > 0.01

@@ -17,6 +17,7 @@ from rectiflux.flux_core.tools.fill import masked_image, with_masked_latent
 from rectiflux.flux_core.tools.kontext import with_references
 from rectiflux.host.files import Folders
 from rectiflux.nodes import NODE_CLASS_MAPPINGS
+from rectiflux.nodes.conditioning_wires import with_reference
 from torch import Tensor
 
 from .tiny import NAMES, POOLED_WIDTH, SPEC, TXT_LENGTH, TXT_WIDTH, write_transformer
@@ -132,7 +133,7 @@ def test_fill_and_putting_the_result_back(models: dict[int, Any], vae: Any) -> N
     torch.testing.assert_close(found, expected(models[384], wanted, latent), atol=1e-4, rtol=1e-4)
     generated = call("RectifluxVAEDecode", samples={"samples": found}, vae=vae)[0]
     (result,) = call("RectifluxComposite", original=image, generated=generated, mask=mask, feather=3)
-    assert torch.allclose(result[:, 40:], image[:, 40:], atol=1e-6)
+    assert torch.equal(result[:, 40:], image[:, 40:])
     assert torch.allclose(result[:, 12:28, 20:36], generated[:, 12:28, 20:36], atol=1e-6)
 
 
@@ -154,6 +155,14 @@ def test_what_a_model_cannot_take_is_refused_before_it_runs(models: dict[int, An
         sampled(models[128], prompt(), latent)
     with pytest.raises(ValueError, match="384 input channels, got 64; .*an image and a mask"):
         sampled(models[384], prompt(), latent)
+    with pytest.raises(ValueError, match="needs a mask .*; connect FLUX Fill"):
+        sampled(models[384], entries, latent)
+    hole = torch.ones(1, HEIGHT, WIDTH)
+    filled, _ = call("RectifluxFill", conditioning=prompt(), vae=vae, image=picture(), mask=hole)
+    with pytest.raises(ValueError, match="only Fill models take a mask .*128 input channels"):
+        sampled(models[128], filled, latent)
+    with pytest.raises(ValueError, match="tokens of 128 values, a reference has 64"):
+        sampled(models[128], with_reference(entries, latent["samples"], 1.0, "offset"), latent)
     with pytest.raises(ValueError, match="size 32x32, got 64x48"):
         sampled(models[128], entries, {"samples": torch.zeros(1, 16, 4, 4)})
     with pytest.raises(ValueError, match="multiples of 16 to be encoded, got 60x48"):
@@ -163,4 +172,5 @@ def test_what_a_model_cannot_take_is_refused_before_it_runs(models: dict[int, An
 def test_outpainting_gives_an_image_and_a_mask_that_fit_each_other(embedded: Folders) -> None:
     image, mask = call("RectifluxPadForOutpaint", image=picture(), left=16, top=0, right=0, bottom=32)
     assert image.shape == (1, HEIGHT + 32, WIDTH + 16, 3) and mask.shape == (1, HEIGHT + 32, WIDTH + 16)
-    assert torch.allclose(image[:, :HEIGHT, 16:], picture()) and not mask[:, :HEIGHT, 16:].any()
+    assert torch.equal(image[:, :HEIGHT, 16:], picture()) and not mask[:, :HEIGHT, 16:].any()
+    assert image[mask == 1].unique().tolist() == [0.5]

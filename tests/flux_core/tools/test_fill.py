@@ -55,6 +55,11 @@ def test_untouched_pixels_of_a_composite_are_the_originals() -> None:
 def test_composites_of_two_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="16x8 and 8x8"):
         composite(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 16))
+    with pytest.raises(ValueError, match="got 2, 3 and 1"):
+        composite(torch.zeros(2, 3, 8, 8), torch.zeros(3, 3, 8, 8), torch.zeros(1, 8, 8))
+    prompt = Conditioning(torch.zeros(1, 2, 4), None)
+    with pytest.raises(ValueError, match="for all 2, got 3"):
+        with_masked_latent(prompt, torch.zeros(2, 16, 1, 1), torch.zeros(3, 1, 8, 8))
 
 
 def test_outpainting_adds_gray_borders_and_masks_them() -> None:
