@@ -1,4 +1,4 @@
-"""`bench adherence --variant kontext`: does the miniature edit as it is told, and leave the rest alone?
+"""`bench adherence --variant kontext`: does the miniature follow instructions, and leave the rest alone?
 
 Every kind of edit (miniature/edits.py) has EACH edits, and so has "unseen": edits whose result training never
 draws. An edit is right when the image has exactly the objects and the background that were asked for, in

@@ -5,7 +5,9 @@ data         rendered scenes     -> the autoencoder's encoder, and a file of lat
 base         latents and texts   -> mini-pro, the undistilled transformer      (the longest stage)
 autoencoder  rendered scenes     -> the autoencoder's decoder
 guidance     mini-pro            -> mini-dev, distilled guidance
-kontext      mini-dev, edits     -> mini-kontext, edits an image by an instruction
+kontext      mini-dev, edits     -> mini-kontext, edits an image by an instruction      (only when named)
+canny        mini-dev, edges     -> mini-canny, follows edges                           (only when named)
+fill         mini-dev, holes     -> mini-fill, fills a hole in an image                 (only when named)
 pairs        mini-pro            -> noise, and the latents that its guided ODE makes of it
 reflow       mini-dev, pairs     -> a straightened flow
 schnell      the straight flow   -> mini-schnell, four steps
@@ -27,10 +29,15 @@ import torch
 from safetensors.torch import load_file
 
 from ..flux_core.model.autoencoder import AutoEncoder
-from ..flux_core.model.spec import FluxSpec
+from ..flux_core.model.spec import CONTROL_CHANNELS, FILL_CHANNELS, FluxSpec
 from ..flux_core.model.text_encoders import TextEncoders
 from ..flux_core.train.checkpoint import write_safetensors
-from ..flux_core.train.conditional import train_conditional
+from ..flux_core.train.conditional import (
+    ConditionalRecipe,
+    ImageData,
+    train_conditional,
+    with_input_channels,
+)
 from ..flux_core.train.distribution_matching import (
     MatchingData,
     MatchingRecipe,
@@ -49,6 +56,7 @@ from .evaluate import FAMILY, Decode, Sampling, make_preview
 from .export import export
 from .folder import Folder, read_encoders, read_transformer
 from .front_distillation import FrontDistillationRecipe, train_front_distillation
+from .image_data import EdgeRecipe, EdgeScenes, HoleRecipe, HoleScenes
 from .kontext import EditScenes, KontextRecipe
 from .pairs import PairRecipe, write_pairs
 from .pca import decode_linear, linear_code
@@ -66,20 +74,26 @@ NEEDS = {
     "autoencoder": ("data",),
     "guidance": ("base",),
     "kontext": ("guidance",),
+    "canny": ("guidance",),
+    "fill": ("guidance",),
     "pairs": ("base",),
     "reflow": ("guidance", "pairs"),
     "schnell": ("reflow",),
     "reading": ("schnell",),
     "decide": ("reading",),
-    "export": ("decide", "autoencoder", "kontext"),
+    "export": ("decide", "autoencoder"),
 }
 """Stages whose files a stage reads, besides those that these need."""
+ONLY_NAMED = ("kontext", "canny", "fill")
+"""Stages that run when they are named, and whose models `export` writes if they are there."""
 STEPS = {
     "text": 2_000,
     "base": 40_000,
     "autoencoder": 3_000,
     "guidance": 3_000,
     "kontext": 10_000,
+    "canny": 3_000,
+    "fill": 5_000,
     "reflow": 4_000,
     "schnell": 4_000,
     "reading": 250,
@@ -91,7 +105,10 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run.py train`."""
     parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help=f"which of {', '.join(RUN)}; all unless given"
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help=f"which of {', '.join(RUN)}; all but {', '.join(ONLY_NAMED)} unless given",
     )
     parser.add_argument("--dir", type=Path, default=ROOT / "data" / "training", help="folder of checkpoints")
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="where export writes")
@@ -122,8 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [stage for stage in args.stages if stage not in RUN]
     if unknown:
         parser.error(f"there is no stage {unknown[0]!r}; choose among {', '.join(RUN)}")
+    usual = [stage for stage in RUN if stage not in ONLY_NAMED]
     for stage, run in RUN.items():
-        if stage in (args.stages or RUN):
+        if stage in (args.stages or usual):
             sys.stderr.write(f"stage {stage}\n")
             try:
                 check_needs(stage, Folder(args.dir))
@@ -210,6 +228,29 @@ def run_kontext(folder: Folder, args: argparse.Namespace) -> None:
     train_conditional(run_of("kontext", args), data, read_encoders(folder), model, recipe)
 
 
+def run_canny(folder: Folder, args: argparse.Namespace) -> None:
+    data = EdgeScenes(read_initial_autoencoder(folder))
+    _train_with_channels("canny", data, CONTROL_CHANNELS, recipe_of(EdgeRecipe, args), folder, args)
+
+
+def run_fill(folder: Folder, args: argparse.Namespace) -> None:
+    data = HoleScenes(read_initial_autoencoder(folder))
+    _train_with_channels("fill", data, FILL_CHANNELS, recipe_of(HoleRecipe, args), folder, args)
+
+
+def _train_with_channels(
+    stage: str,
+    data: ImageData,
+    in_channels: int,
+    recipe: ConditionalRecipe,
+    folder: Folder,
+    args: argparse.Namespace,
+) -> None:
+    """Fine-tune mini-dev, widened to tokens of `in_channels` values."""
+    model = with_input_channels(read_transformer(folder.file("guidance")), in_channels).to(device())
+    train_conditional(run_of(stage, args), data, read_encoders(folder), model, recipe)
+
+
 def run_pairs(folder: Folder, args: argparse.Namespace) -> None:
     teacher = read_transformer(folder.file("base")).to(device())
     recipe = PairRecipe(seed=args.seed, bf16=args.bf16)
@@ -268,6 +309,8 @@ RUN = {
     "autoencoder": run_autoencoder,
     "guidance": run_guidance,
     "kontext": run_kontext,
+    "canny": run_canny,
+    "fill": run_fill,
     "pairs": run_pairs,
     "reflow": run_reflow,
     "schnell": run_schnell,

@@ -19,7 +19,7 @@ BORDER = 4
 
 
 def judge_edit(parsed: ParsedScene, edit: Edit) -> Verdict:
-    """Whether an image has exactly the objects of the edited picture, where it has them, and its background.
+    """Whether an image has exactly the objects of the edited scene, where it has them, and its background.
 
     An edited object may deviate from its place as in checker.judge, any other by KEPT_SLACK.
     """

@@ -1,8 +1,8 @@
-"""Edits of the toy world: an image, an instruction as people write it, and the image that it asks for.
+"""Edits of the toy world: an image, an instruction as people write it, and the edited image.
 
 An edit changes what it names and nothing else: every other object keeps its position, size and color to the
 pixel. Results that are held out (scene.HELD_OUT_PAIRS, HELD_OUT_COUNTS) are not drawn for training; the
-benchmark asks for them (`random_edit` with `held_out`). instructions.py has the words.
+benchmark draws them (`random_edit` with `held_out`). instructions.py has the words.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MARGIN = 0.15
 
 
 @dataclass(frozen=True)
-class Picture:
+class PlacedScene:
     """Objects in place, in a room of one color."""
 
     objects: tuple[PlacedItem, ...]
@@ -60,29 +60,29 @@ class Picture:
 
 @dataclass(frozen=True)
 class Edit:
-    """References, the instruction, and the picture that it asks for.
+    """References, the instruction, and the scene that it describes.
 
     `edited` are the positions in `after.objects` of objects that the edit moved, added or changed.
     """
 
     kind: str
-    references: tuple[Picture, ...]
+    references: tuple[PlacedScene, ...]
     instruction: str
-    after: Picture
+    after: PlacedScene
     edited: tuple[int, ...] = ()
 
 
-def is_held_out(picture: Picture) -> bool:
+def is_held_out(placed: PlacedScene) -> bool:
     """Whether training must not draw it."""
-    alike = Counter((one.shape, one.color) for one in picture.objects)
+    alike = Counter((one.shape, one.color) for one in placed.objects)
     counts = {(count, shape) for (shape, _), count in alike.items()}
     return bool(alike.keys() & HELD_OUT_PAIRS or counts & HELD_OUT_COUNTS)
 
 
-def random_picture(rng: random.Random, kind: str | None = None) -> Picture:
-    """A picture of a random scene that is not held out, of one of scene.random_scene's kinds."""
+def random_placed_scene(rng: random.Random, kind: str | None = None) -> PlacedScene:
+    """A random scene with its objects in place that is not held out, of one of scene.random_scene's kinds."""
     scene = random_scene(rng, kind)
-    return Picture(tuple(layout(scene, rng, SIDE, SIDE)), str(scene.background), scene.shadow)
+    return PlacedScene(tuple(layout(scene, rng, SIDE, SIDE)), str(scene.background), scene.shadow)
 
 
 def random_edit(rng: random.Random, kind: str | None = None, held_out: bool = False) -> Edit:
@@ -100,10 +100,10 @@ def random_edit(rng: random.Random, kind: str | None = None, held_out: bool = Fa
             return edit
 
 
-def named(picture: Picture, index: int) -> Named:
-    """How an instruction may refer to one object of a picture with one or two."""
-    one = picture.objects[index]
-    others = [other for i, other in enumerate(picture.objects) if i != index]
+def named(placed: PlacedScene, index: int) -> Named:
+    """How an instruction may refer to one object of a scene with one or two."""
+    one = placed.objects[index]
+    others = [other for i, other in enumerate(placed.objects) if i != index]
     side = None
     if others:
         dx, dy = one.x - others[0].x, one.y - others[0].y
@@ -117,23 +117,23 @@ def named(picture: Picture, index: int) -> Named:
     )
 
 
-def _one_of(rng: random.Random) -> tuple[Picture, int]:
-    """A picture of one or two objects, and the index of one of them."""
-    picture = random_picture(rng, rng.choices(("single", "pair"), (0.35, 0.65))[0])
-    return picture, rng.randrange(len(picture.objects))
+def _one_of(rng: random.Random) -> tuple[PlacedScene, int]:
+    """A scene of one or two objects, and the index of one of them."""
+    placed = random_placed_scene(rng, rng.choices(("single", "pair"), (0.35, 0.65))[0])
+    return placed, rng.randrange(len(placed.objects))
 
 
-def _with_object(picture: Picture, index: int, changed: PlacedItem) -> Picture:
-    objects = list(picture.objects)
+def _with_object(placed: PlacedScene, index: int, changed: PlacedItem) -> PlacedScene:
+    objects = list(placed.objects)
     objects[index] = changed
-    return replace(picture, objects=tuple(objects))
+    return replace(placed, objects=tuple(objects))
 
 
-def _fits(picture: Picture, index: int | None, moved: PlacedItem) -> bool:
-    """Whether the object stays inside and clear of the picture's others, those but `index`."""
+def _fits(placed: PlacedScene, index: int | None, moved: PlacedItem) -> bool:
+    """Whether the object stays inside and clear of the scene's others, those but `index`."""
     if not all(MARGIN * SIDE <= value <= (1 - MARGIN) * SIDE for value in (moved.x, moved.y)):
         return False
-    others = [other for i, other in enumerate(picture.objects) if i != index]
+    others = [other for i, other in enumerate(placed.objects) if i != index]
     return all(
         math.hypot(moved.x - one.x, moved.y - one.y) >= GAP * (moved.radius + one.radius) for one in others
     )
@@ -141,35 +141,35 @@ def _fits(picture: Picture, index: int | None, moved: PlacedItem) -> bool:
 
 def _recolor(rng: random.Random, words: Instructions) -> Edit | None:
     if rng.random() < 0.15:
-        picture = random_picture(rng, rng.choice(("pair", "count")))
+        placed = random_placed_scene(rng, rng.choice(("pair", "count")))
         color = rng.choice(tuple(COLORS))
-        objects = tuple(replace(one, color=color) for one in picture.objects)
-        if objects == picture.objects:
+        objects = tuple(replace(one, color=color) for one in placed.objects)
+        if objects == placed.objects:
             return None
         text, edited = words.recolor_all(len(objects), color), tuple(range(len(objects)))
-        return Edit("recolor", (picture,), text, replace(picture, objects=objects), edited)
-    picture, i = _one_of(rng)
-    color = rng.choice([name for name in COLORS if name != picture.objects[i].color])
-    after = _with_object(picture, i, replace(picture.objects[i], color=color))
-    return Edit("recolor", (picture,), words.recolor(named(picture, i), color), after, (i,))
+        return Edit("recolor", (placed,), text, replace(placed, objects=objects), edited)
+    placed, i = _one_of(rng)
+    color = rng.choice([name for name in COLORS if name != placed.objects[i].color])
+    after = _with_object(placed, i, replace(placed.objects[i], color=color))
+    return Edit("recolor", (placed,), words.recolor(named(placed, i), color), after, (i,))
 
 
 def _replace_shape(rng: random.Random, words: Instructions) -> Edit | None:
-    picture, i = _one_of(rng)
-    shape = rng.choice([name for name in SHAPES if name != picture.objects[i].shape])
-    after = _with_object(picture, i, replace(picture.objects[i], shape=shape))
-    return Edit("shape", (picture,), words.replace_shape(named(picture, i), shape), after, (i,))
+    placed, i = _one_of(rng)
+    shape = rng.choice([name for name in SHAPES if name != placed.objects[i].shape])
+    after = _with_object(placed, i, replace(placed.objects[i], shape=shape))
+    return Edit("shape", (placed,), words.replace_shape(named(placed, i), shape), after, (i,))
 
 
 def _move(rng: random.Random, words: Instructions) -> Edit | None:
-    picture, i = _one_of(rng)
+    placed, i = _one_of(rng)
     place = rng.choice(tuple(PLACES))
-    moved = _at(picture.objects[i], place)
-    far = max(abs(moved.x - picture.objects[i].x), abs(moved.y - picture.objects[i].y)) > 0.12 * SIDE
-    if not far or not _fits(picture, i, moved):
+    moved = _at(placed.objects[i], place)
+    far = max(abs(moved.x - placed.objects[i].x), abs(moved.y - placed.objects[i].y)) > 0.12 * SIDE
+    if not far or not _fits(placed, i, moved):
         return None
-    text = words.move(named(picture, i), place)
-    return Edit("move", (picture,), text, _with_object(picture, i, moved), (i,))
+    text = words.move(named(placed, i), place)
+    return Edit("move", (placed,), text, _with_object(placed, i, moved), (i,))
 
 
 def _at(one: PlacedItem, place: str) -> PlacedItem:
@@ -178,22 +178,22 @@ def _at(one: PlacedItem, place: str) -> PlacedItem:
 
 
 def _resize(rng: random.Random, words: Instructions) -> Edit | None:
-    picture, i = _one_of(rng)
-    one = picture.objects[i]
+    placed, i = _one_of(rng)
+    one = placed.objects[i]
     sizes = tuple(SIZES.values())
     now = min(range(len(sizes)), key=lambda k: abs(sizes[k] - one.radius / SIDE))
     step = rng.choice((-1, 1))
     if not 0 <= now + step < len(sizes):
         return None
     changed = replace(one, radius=one.radius * sizes[now + step] / sizes[now])
-    if not _fits(picture, i, changed):
+    if not _fits(placed, i, changed):
         return None
-    text = words.resize(named(picture, i), step > 0)
-    return Edit("resize", (picture,), text, _with_object(picture, i, changed), (i,))
+    text = words.resize(named(placed, i), step > 0)
+    return Edit("resize", (placed,), text, _with_object(placed, i, changed), (i,))
 
 
 def _add(rng: random.Random, words: Instructions) -> Edit | None:
-    picture = random_picture(rng, "single")
+    placed = random_placed_scene(rng, "single")
     size = rng.choice((None, None, "small", "large"))
     item = Item(rng.choice(SHAPES), rng.choice(tuple(COLORS)), size)
     new = PlacedItem(str(item.shape), str(item.color), 0.0, 0.0, SIDE * SIZES[size or "medium"])
@@ -201,29 +201,29 @@ def _add(rng: random.Random, words: Instructions) -> Edit | None:
         place = rng.choice(tuple(PLACES))
         new, text = _at(new, place), words.add(item, place)
     else:
-        relation, one = rng.choice(tuple(RELATIONS)), picture.objects[0]
+        relation, one = rng.choice(tuple(RELATIONS)), placed.objects[0]
         dx, dy = RELATIONS[relation]
         new = replace(new, x=one.x + BESIDE * SIDE * dx, y=one.y + BESIDE * SIDE * dy)
-        text = words.add_beside(item, relation, named(picture, 0))
-    if not _fits(picture, None, new):
+        text = words.add_beside(item, relation, named(placed, 0))
+    if not _fits(placed, None, new):
         return None
-    return Edit("add", (picture,), text, replace(picture, objects=(*picture.objects, new)), (1,))
+    return Edit("add", (placed,), text, replace(placed, objects=(*placed.objects, new)), (1,))
 
 
 def _remove(rng: random.Random, words: Instructions) -> Edit | None:
-    picture, i = _one_of(rng)
-    after = replace(picture, objects=picture.objects[:i] + picture.objects[i + 1 :])
-    return Edit("remove", (picture,), words.remove(named(picture, i)), after)
+    placed, i = _one_of(rng)
+    after = replace(placed, objects=placed.objects[:i] + placed.objects[i + 1 :])
+    return Edit("remove", (placed,), words.remove(named(placed, i)), after)
 
 
 def _background(rng: random.Random, words: Instructions) -> Edit | None:
-    picture = random_picture(rng)
-    color = rng.choice([name for name in BACKGROUNDS if name != picture.background])
-    return Edit("background", (picture,), words.background(color), replace(picture, background=color))
+    placed = random_placed_scene(rng)
+    color = rng.choice([name for name in BACKGROUNDS if name != placed.background])
+    return Edit("background", (placed,), words.background(color), replace(placed, background=color))
 
 
 def _two_references(rng: random.Random, words: Instructions) -> Edit | None:
-    first, second = random_picture(rng, "single"), random_picture(rng, "single")
+    first, second = random_placed_scene(rng, "single"), random_placed_scene(rng, "single")
     color = second.objects[0].color
     if color == first.objects[0].color:
         return None

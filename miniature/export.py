@@ -18,6 +18,8 @@ EXPORTED = {
     "base": ("diffusion_models/rectiflux-mini-pro", "Rectiflux mini-pro"),
     "guidance": ("diffusion_models/rectiflux-mini-dev", "Rectiflux mini-dev"),
     "kontext": ("diffusion_models/rectiflux-mini-kontext", "Rectiflux mini-kontext"),
+    "canny": ("diffusion_models/rectiflux-mini-canny", "Rectiflux mini-canny"),
+    "fill": ("diffusion_models/rectiflux-mini-fill", "Rectiflux mini-fill"),
     "reflow": ("diffusion_models/rectiflux-mini-reflow", "Rectiflux mini-pro, reflowed"),
     "decide": ("diffusion_models/rectiflux-mini-schnell", "Rectiflux mini-schnell"),
     "autoencoder": ("vae/rectiflux-mini-vae", "Rectiflux miniature autoencoder"),
@@ -26,10 +28,11 @@ EXPORTED = {
 
 
 def export(folder: Folder, models: Path) -> None:
-    """Write the files of `models`, in float16, with the metadata that loaders need."""
+    """Write the files of all stages that have run, in float16, with the metadata that loaders need."""
     title = {"modelspec.author": "Rectiflux", "modelspec.license": "Apache-2.0"}
     previews = preview.to_metadata(fit_preview(folder))
-    sources = {folder.file(stage): target for stage, target in EXPORTED.items()}
+    files = {stage: folder.file(stage) for stage in EXPORTED}
+    sources = {file: EXPORTED[stage] for stage, file in files.items() if file.exists()}
     for kind, path in zip(("clip", "t5"), text_files(folder), strict=True):
         sources[path] = (f"text_encoders/{path.stem}", f"Rectiflux miniature {kind.upper()}")
         text = path.with_suffix(".tokenizer.json").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Training data of the miniatures that read an image: scenes drawn as they are asked for.
+"""Training data of the miniatures that read an image: scenes are drawn batch by batch.
 
 A batch has latents, captions and what the model reads beside them: edges (mini-canny) or the scene with a
 hole and its mask (mini-fill). Nothing of it that is held out (scene.HELD_OUT_PAIRS) is drawn or named.
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..flux_core.model.autoencoder import AutoEncoder, to_model_space
 from ..flux_core.tools.control import canny
 from ..flux_core.tools.fill import mask_channels, masked_image
-from ..flux_core.train.conditional import ImageBatch
+from ..flux_core.train.conditional import ConditionalRecipe, ImageBatch
 from .autoencoder import from_uint8
 from .caption import caption
 from .data import draw_size
@@ -24,6 +24,21 @@ from .draw import render
 from .holes import random_hole
 from .pca import encode_linear, linear_code
 from .scene import PlacedItem, Scene, layout, random_scene, with_stated_attributes
+
+
+@dataclass(frozen=True)
+class EdgeRecipe(ConditionalRecipe):
+    """The settings of the stage `canny`."""
+
+    lr: float = 5e-4
+
+
+@dataclass(frozen=True)
+class HoleRecipe(ConditionalRecipe):
+    """The settings of the stage `fill`: what is in the hole counts twice."""
+
+    lr: float = 5e-4
+    change_weight: float = 1.0
 
 
 @dataclass(frozen=True)

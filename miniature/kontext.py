@@ -70,7 +70,7 @@ class EditScenes(SceneData):
 def reference_images(edits: Sequence[Edit]) -> list[np.ndarray]:
     """First references uint8 [B, SIDE, SIDE, 3], and second ones; all edits must have equally many."""
     columns = zip(*(edit.references for edit in edits), strict=True)
-    return [np.stack([picture.render() for picture in column]) for column in columns]
+    return [np.stack([placed.render() for placed in column]) for column in columns]
 
 
 @torch.no_grad()

@@ -93,6 +93,9 @@ class Conditioning:
 LATENT_CHANNELS = 16
 """Channels of a latent."""
 
+CONTROL_CHANNELS = 128
+"""A token's input channels in FLUX.1 Canny and Depth: 64 noise, 64 control image."""
+
 FILL_CHANNELS = 384
 """A token's input channels in FLUX.1 Fill: 64 noise, 64 masked image, 256 mask."""
 

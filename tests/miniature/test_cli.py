@@ -40,16 +40,17 @@ def test_all_stages_in_little(tmp_path: Path) -> None:
     steps = [f"--{stage}-steps=1" for stage in cli.STEPS]
     places = ["--dir", str(tmp_path / "work"), "--models", str(tmp_path / "models")]
     amounts = ["--pictures", "40", "--pairs", "1", "--batch", "2"]
-    assert cli.main([*steps, *amounts, *places]) == 0
+    assert cli.main([*steps, *amounts, *places, *cli.RUN]) == 0
     models = tmp_path / "models"
-    titles = {name: f"mini-{name}" for name in ("pro", "dev", "kontext", "schnell")} | {
+    titles = {name: f"mini-{name}" for name in ("pro", "dev", "kontext", "canny", "fill", "schnell")} | {
         "reflow": "mini-pro, reflowed"
     }
     for name, title in titles.items():
         path = models / "diffusion_models" / f"rectiflux-mini-{name}.safetensors"
         transformer = load_transformer(path)
         assert transformer.dtype == torch.float16 and transformer.spec.hidden_size == MINI.hidden_size
-        assert transformer.spec.guidance_embed == (name in ("dev", "kontext"))
+        assert transformer.spec.guidance_embed == (name in ("dev", "kontext", "canny", "fill"))
+        assert transformer.spec.in_channels == {"canny": 128, "fill": 384}.get(name, 64)
         metadata = read_metadata(path)
         assert metadata["samples"] == "2" and preview.from_metadata(metadata) is not None
         assert metadata["modelspec.title"] == f"Rectiflux {title}"

@@ -14,7 +14,7 @@ from rectiflux.miniature.edits import (
     KINDS,
     SIDE,
     Edit,
-    Picture,
+    PlacedScene,
     is_held_out,
     random_edit,
 )
@@ -46,7 +46,7 @@ def test_the_checker_accepts_the_edited_render_and_refuses_the_input(kind: str) 
 def test_training_draws_no_held_out_result() -> None:
     rng = random.Random(5)
     edits = [random_edit(rng) for _ in range(600)]
-    assert not any(is_held_out(picture) for edit in edits for picture in (*edit.references, edit.after))
+    assert not any(is_held_out(placed) for edit in edits for placed in (*edit.references, edit.after))
     assert {edit.kind for edit in edits} == set(KINDS) - {"two references"}
 
 
@@ -70,8 +70,8 @@ def test_unknown_kinds_are_refused() -> None:
 def test_a_shifted_neighbor_and_a_wrong_color_are_wrong() -> None:
     """The star is recolored; the square beside it must not move by 6 of 128 pixels."""
     star, square = PlacedItem("star", "red", 35, 64, 21), PlacedItem("square", "blue", 93, 64, 21)
-    before = Picture((star, square), "gray")
-    after = Picture((replace(star, color="green"), square), "gray")
+    before = PlacedScene((star, square), "gray")
+    after = PlacedScene((replace(star, color="green"), square), "gray")
     edit = Edit("recolor", (before,), "make the star green", after, (0,))
     shifted = replace(after, objects=(after.objects[0], replace(square, x=99.0)))
     verdict = judge_edit(parse_scene(shifted.render()), edit).correct

@@ -17,7 +17,7 @@ from rectiflux.flux_core.train.flow import predict_velocity
 from rectiflux.flux_core.train.loop import TrainingRun
 from rectiflux.flux_core.weights import read_metadata, read_state_dict
 from rectiflux.miniature.autoencoder import from_uint8
-from rectiflux.miniature.edits import Edit, Picture, random_edit
+from rectiflux.miniature.edits import Edit, PlacedScene, random_edit
 from rectiflux.miniature.evaluate import Sampling
 from rectiflux.miniature.kontext import (
     EditScenes,
@@ -45,9 +45,9 @@ def test_a_batch_holds_the_latents_of_both_images(new_autoencoder: Callable[[], 
     rng.random()
     edit = random_edit(rng)
     assert batch.captions[0] == edit.instruction and len(batch.references) == 1
-    for latents, picture in ((batch.latents, edit.after), (batch.references[0], edit.references[0])):
+    for latents, placed in ((batch.latents, edit.after), (batch.references[0], edit.references[0])):
         with torch.no_grad():
-            expected = to_model_space(vae.encode(from_uint8(picture.render()[None])))
+            expected = to_model_space(vae.encode(from_uint8(placed.render()[None])))
         assert torch.allclose(latents[:1], expected, atol=1e-3)
 
 
@@ -102,8 +102,8 @@ def test_an_interrupted_training_resumes_to_the_same_weights(
 
 def test_an_edited_image_depends_on_its_reference(new_autoencoder: Callable[[], AutoEncoder]) -> None:
     def edit(color: str) -> Edit:
-        picture = Picture((PlacedItem("star", color, 64, 64, 21),), "gray")
-        return Edit("recolor", (picture,), "make it green", picture)
+        placed = PlacedScene((PlacedItem("star", color, 64, 64, 21),), "gray")
+        return Edit("recolor", (placed,), "make it green", placed)
 
     vae, encoders, model = new_autoencoder(), make_encoders(), editor()
     red, again, blue = (
