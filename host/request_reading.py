@@ -6,6 +6,8 @@ import asyncio
 import codecs
 import errno
 import logging
+import tempfile
+import traceback
 from typing import Any
 
 from aiohttp import web
@@ -51,7 +53,7 @@ async def read_body(request: web.Request, handler: Handler) -> web.StreamRespons
             raise web.HTTPRequestEntityTooLarge(request.client_max_size, length)
         try:
             is_form = request.content_type == "multipart/form-data"
-            await asyncio.wait_for(request.post() if is_form else request.read(), limit)
+            await asyncio.wait_for(_read_form(request) if is_form else request.read(), limit)
         except asyncio.TimeoutError as error:
             failed = web.HTTPRequestTimeout(
                 text=f"the request's body did not arrive within {limit:.0f} s; retry"
@@ -69,6 +71,18 @@ async def read_body(request: web.Request, handler: Handler) -> web.StreamRespons
         for value in (await request.post()).values() if is_form else ():
             if isinstance(value, web.FileField):
                 value.file.close()
+
+
+async def _read_form(request: web.Request) -> None:
+    """`request.post()`, which leaves a form's temporary file open where reading ends early; closed here."""
+    try:
+        await request.post()
+    except BaseException as error:  # a cancelled task too: the connection was lost
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            file = frame.f_locals.get("tmp")  # aiohttp/web_request.py, BaseRequest.post
+            if isinstance(file, tempfile.SpooledTemporaryFile):
+                file.close()
+        raise
 
 
 def _check_dates(request: web.Request) -> None:
